@@ -1,0 +1,92 @@
+"""Notebooks run by papermill: parameters checked beforehand, executed copies kept, records gathered for the report."""
+
+import ast
+import json
+import logging
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from matplotlib.figure import Figure
+from nbconvert import HTMLExporter
+from pandas import DataFrame
+
+from studylib.records import Record, Store
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
+    """Notebook files by number ("03") or name; all that answer a question (00 sums up) when `names` is empty."""
+    present = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not present:
+        raise ValueError(f"notebooks: there are none in {folder}; run from an editable install (pip install -e .)")
+    if not names:
+        return list(present.values())
+    found = []
+    for name in names:
+        match = [path for stem, path in present.items() if name in (stem, stem.split("_")[0], path.name)]
+        if not match:
+            raise ValueError(f"notebook: {name!r} is not known; use one of {', '.join(present)}")
+        found += match
+    return list(dict.fromkeys(found))
+
+
+def default_parameters(notebook: Path) -> dict:
+    """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    found = {name: ast.literal_eval(entry["default"]) for name, entry in papermill.inspect_notebook(notebook).items()}
+    if not found:
+        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+    return found
+
+
+def check_parameters(notebook: Path, parameters: dict) -> None:
+    """Raise ValueError where a parameter's name or type is not one of the notebook's (papermill itself only warns)."""
+    defaults = default_parameters(notebook)
+    for name, value in parameters.items():
+        if name not in defaults:
+            raise ValueError(f"parameter: {name!r} is not one of {notebook.name}'s; allowed are {', '.join(defaults)}")
+        kind = type(defaults[name])
+        if type(value) is not kind:
+            raise ValueError(f"parameter {name}: {value!r} is of type {type(value).__name__}; {notebook.name} "
+                             f"takes {kind.__name__}, for example {defaults[name]!r}")
+        items = {type(item) for item in defaults[name]} if kind is list else set()
+        wrong = [item for item in value if type(item) not in items] if items else []
+        if wrong:
+            raise ValueError(f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
+                             f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it")
+
+
+def execute(notebook: Path, output: Path, parameters: dict) -> Path:
+    """Run the notebook with `parameters`; its executed copy and its HTML rendering go to the folder `output`.
+
+    What it prints, the progress bar above all, goes to this process's streams as it appears. A failing cell raises
+    papermill.PapermillExecutionError, and the copy holds everything up to there.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    copy = output / notebook.name
+    papermill.execute_notebook(notebook, copy, parameters, cwd=notebook.parent, progress_bar=False,
+                               stdout_file=sys.stdout, stderr_file=sys.stderr)
+    html, _ = HTMLExporter().from_notebook_node(nbformat.read(copy, as_version=4))
+    copy.with_suffix(".html").write_text(html)
+    return copy
+
+
+def publish(output: str | Path, notebook: str, records: list[Record], figures: dict[str, Figure],
+            table: DataFrame) -> None:
+    """Write a notebook's figures (PNG, SVG), its table (CSV) and the keys of its records to the folder output/notebook."""
+    folder = Path(output) / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=200)
+        figure.savefig(folder / f"{name}.svg")
+    table.to_csv(folder / "table.csv", index=False)
+    (folder / "records.json").write_text(json.dumps([record.key for record in records]))
+
+
+def published_records(output: Path, notebooks: list[Path], store: Store) -> list[Record]:
+    """The records that these notebooks used, each once, in the order of use."""
+    keys = [key for notebook in notebooks for key in json.loads((output / notebook.stem / "records.json").read_text())]
+    return [store.load(key) for key in dict.fromkeys(keys)]

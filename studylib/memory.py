@@ -1,0 +1,70 @@
+"""Bytes: what a quantized model takes by plan, and what a piece of work took at its peak."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import psutil
+import torch
+from torch import nn
+
+from studylib.layers import CACHE_PROJECTIONS, decoder_linears
+from studylib.quantizers import OFF, BitWidths
+
+SCALE_BYTES = 4  # scales are fp32
+FLOAT_BYTES = 2  # what is not quantized is counted at 16 bits
+
+
+def weight_bytes(model: nn.Module, bits: str | BitWidths) -> int:
+    """Bytes of all parameters with the decoder's linear weights packed at W bits and one fp32 scale an output channel.
+
+    Embeddings, head (once if tied), norms and biases at 16 bits. Worked: a [64, 64] weight at 4 bits: 2048 + 256 bytes.
+    """
+    bits = BitWidths.parse(bits)
+    quantized = {id(linear.weight) for linear in decoder_linears(model).values()} if bits.weights != OFF else set()
+    total = 0
+    for parameter in model.parameters():
+        if id(parameter) in quantized:
+            total += parameter.numel() * bits.weights // 8 + len(parameter) * SCALE_BYTES
+        else:
+            total += parameter.numel() * FLOAT_BYTES
+    return total
+
+
+def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths) -> int:
+    """Bytes of keys and values that one token leaves in the cache, over all layers: KV bits, one fp32 scale for each."""
+    width = BitWidths.parse(bits).cache
+    outputs = [linear.out_features for name, linear in decoder_linears(model).items()
+               if name.endswith(CACHE_PROJECTIONS)]
+    return sum(n * FLOAT_BYTES if width == OFF else n * width // 8 + SCALE_BYTES for n in outputs)
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[dict[str, int]]:
+    """Measure the peak of the work inside: {"bytes": int} is filled in at its end.
+
+    On CUDA, the allocator's peak on the current device; on a CPU, this process's resident memory seen every 50 ms.
+    """
+    peak = {"bytes": 0}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            yield peak
+        finally:
+            peak["bytes"] = torch.cuda.max_memory_allocated()
+        return
+    process, done = psutil.Process(), threading.Event()
+
+    def watch():
+        while True:
+            peak["bytes"] = max(peak["bytes"], process.memory_info().rss)
+            if done.wait(0.05):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()

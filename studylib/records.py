@@ -1,0 +1,178 @@
+"""Records: one JSON file for each arm that was run, found again by a key of the arm and the code behind it."""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from filelock import FileLock
+
+from studylib.arms import LLM_QAT, Arm
+
+COMMON_CODE = ("quantizers", "layers", "ptq", "models", "corpora", "evaluation", "memory", "experiments")
+TRAINING_CODE = ("sampling", "distill")
+LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
+
+FINISHED, DIVERGED = "finished", "diverged"
+
+
+class RecordError(RuntimeError):
+    """A record or a results folder that cannot be used."""
+
+
+@functools.cache
+def code_hash(module: str) -> str:
+    """SHA-256 of a studylib module's syntax tree: comments, docstrings and layout do not count."""
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
+                and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)):
+            del body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def code_versions(modules: tuple[str, ...]) -> dict[str, str]:
+    """Hashes of the named studylib modules and the versions of the libraries that do arithmetic."""
+    return ({f"studylib.{name}": code_hash(name)[:16] for name in modules}
+            | {name: importlib.metadata.version(name) for name in LIBRARIES})
+
+
+def arm_code(arm: Arm) -> dict[str, str]:
+    """The versions of the code that an arm runs through."""
+    return code_versions(COMMON_CODE + (TRAINING_CODE if arm.method == LLM_QAT else ()))
+
+
+# Taken when the process starts, so that editing a module during a long run cannot mislabel its records.
+for _module in COMMON_CODE + TRAINING_CODE:
+    code_hash(_module)
+
+
+def digest(*parts: str) -> str:
+    """16 hexadecimal digits that stand for the given texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def arm_key(arm: Arm) -> str:
+    """What a record is found by: the arm's canonical JSON and the versions of its code."""
+    return digest(arm.canonical(), json.dumps(arm_code(arm), sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one arm.
+
+    metrics: numbers by name; None where not finite. scores: per-item numbers by name, in the same item order for all
+    arms. training: the log of an LLM-QAT run, one entry a step. cost: seconds and tokens by phase, peak_bytes.
+    """
+
+    key: str
+    arm: Arm
+    status: str
+    metrics: dict[str, float | None]
+    scores: dict[str, list[float]]
+    training: list[dict[str, float]]
+    cost: dict
+    provenance: dict
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        fields = json.loads(text)
+        return cls(**fields | {"arm": Arm.from_dict(fields["arm"])})
+
+
+class Store:
+    """The folder results/runs: records/<key>.json, locks, generated data and checkpoints."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            for name in ("records", "locks", "data", "checkpoints"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            probe = self.folder / "locks" / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RecordError(f"results folder {self.folder} is not writable ({error.strerror}); "
+                              "give another one with --results") from error
+
+    def path(self, key: str) -> Path:
+        return self.folder / "records" / f"{key}.json"
+
+    def data_folder(self, key: str) -> Path:
+        return self.folder / "data" / key
+
+    def checkpoint_folder(self, key: str) -> Path:
+        return self.folder / "checkpoints" / key
+
+    def lock(self, name: str) -> FileLock:
+        """Held by the process that computes `name`; another one waits for it and then finds its result."""
+        return FileLock(self.folder / "locks" / f"{name}.lock")
+
+    def load(self, key: str) -> Record | None:
+        """The record of `key`, None if there is none; RecordError if its file cannot be read."""
+        return read_record(self.path(key)) if self.path(key).exists() else None
+
+    def save(self, record: Record) -> None:
+        """Write the record whole, or leave what was there."""
+        partial = self.path(record.key).with_suffix(f".partial-{os.getpid()}")
+        try:
+            with partial.open("w") as file:
+                file.write(record.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path(record.key))
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> Record:
+    """The record in the file `path`; RecordError naming the file where it is not one."""
+    try:
+        return Record.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not a record ({error}); delete it to run its arm again") from error
+
+
+def read_records(folder: str | Path) -> Iterator[Record]:
+    """All records in a folder of record files, in the order of their names."""
+    for path in sorted(Path(folder).glob("*.json")):
+        yield read_record(path)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def environment() -> dict:
+    """Where and with what a record was made: versions, commit, dirty flag, hardware."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "hardware": {
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "cores": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }

@@ -1,0 +1,158 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from studylib.layers import QuantizedLinear, decoder_linears, freeze_weights, quantize_model
+from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
+from studylib.quantizers import Grid, fake_quantize, quantize
+
+SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128)
+FAMILIES = {"llama": LlamaConfig(**SHAPE, tie_word_embeddings=True), "mistral": MistralConfig(**SHAPE, sliding_window=16),
+            "qwen2": Qwen2Config(**SHAPE)}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(FAMILIES[request.param]).eval()
+
+
+tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def numpy_linear(x, weight, bias, bits):
+    """x and weight rounded to max|row| / (2^(b-1) - 1) in float64."""
+    def rounded(rows, b):
+        step = rows.abs().amax(-1, keepdim=True) / (2 ** (b - 1) - 1)
+        return torch.round(rows / step) * step
+    y = rounded(x.double(), bits[1]) @ rounded(weight.double(), bits[0]).T
+    return rounded(y + (0 if bias is None else bias.double()), bits[2])
+
+
+def test_quantized_linear_agrees_with_float64():
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 32)
+    x = torch.randn(2, 5, 48)
+    ours = QuantizedLinear(linear, Grid(4), Grid(8), Grid(6))(x)
+    exact = numpy_linear(x, linear.weight, linear.bias, (4, 8, 6))
+    step = exact.abs().amax(-1, keepdim=True) / 31
+    assert ((ours - exact).abs() <= 1.001 * step).all()  # a tie may fall on the neighbouring level
+    assert ((ours - exact).abs() > 1e-3 * step).float().mean() < 0.02
+
+
+def test_every_decoder_linear_is_replaced_and_the_rest_stays(model):
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    linears = set(decoder_linears(model))
+    quantize_model(model, "4-8-4")
+    assert {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == linears
+    assert len(linears) == 7 * 2
+    assert not isinstance(model.lm_head, QuantizedLinear)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    grids = {name.rsplit(".")[-1]: module.output_grid for name, module in model.named_modules()
+             if isinstance(module, QuantizedLinear)}
+    assert {name for name, grid in grids.items() if grid} == {"k_proj", "v_proj"}
+
+
+def test_sixteen_bits_leave_the_model_untouched(model):
+    modules = list(model.modules())
+    quantize_model(model, "16-16-16")
+    assert list(model.modules()) == modules
+    quantize_model(model, "16-16-4")
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 4  # k and v of two layers
+
+
+@torch.no_grad()
+def test_quantized_cache_gives_the_same_logits_step_by_step_as_in_one_pass(model):
+    quantize_model(model, "4-8-4")
+    whole = model(tokens).logits
+    cache = DynamicCache(config=model.config)
+    steps = [model(tokens[:, t:t + 1], past_key_values=cache, use_cache=True).logits for t in range(tokens.shape[1])]
+    # Sums run in another order, so a value on the edge of two levels may fall on the other one: compare all but those.
+    apart = (torch.cat(steps, 1) - whole).abs().amax(-1)
+    assert (apart < 1e-4).float().mean() > 0.9
+    assert apart.max() < 0.1 * whole.abs().max()
+
+
+@torch.no_grad()
+def test_quantization_does_not_look_into_the_future(model):
+    quantize_model(model, "4-8-4")
+    other = tokens.clone()
+    other[:, 12:] = 5
+    torch.testing.assert_close(model(other).logits[:, :12], model(tokens).logits[:, :12])
+
+
+@torch.no_grad()
+def test_keys_are_quantized_per_token_over_all_heads_before_rotary(model):
+    seen = {}
+    layer = model.model.layers[0].self_attn.k_proj
+    reference = copy.deepcopy(layer)
+    quantize_model(model, "16-16-4")
+    new = model.model.layers[0].self_attn.k_proj
+    new.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out))
+    model(tokens)
+    assert torch.equal(seen["y"], quantize(reference(seen["x"]), Grid(4)).dequantize())
+    assert quantize(seen["y"], Grid(4)).scale.shape == (*tokens.shape, 1)
+
+
+def test_gradients_are_those_of_the_plain_layer_at_the_quantized_point():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(16, 8), torch.randn(4, 16, requires_grad=True)
+    layer = QuantizedLinear(linear, Grid(4), Grid(4), None)
+    upstream = torch.randn(4, 8)
+    layer(x).backward(upstream)
+    w_q, x_q = fake_quantize(linear.weight, Grid(4)).detach(), fake_quantize(x, Grid(4)).detach()
+    torch.testing.assert_close(linear.weight.grad, upstream.T @ x_q)
+    torch.testing.assert_close(x.grad, upstream @ w_q)
+    torch.testing.assert_close(linear.bias.grad, upstream.sum(0))
+
+
+@torch.no_grad()
+def test_frozen_weights_give_the_same_outputs(model):
+    quantize_model(model, "3-8-4")
+    before = model(tokens).logits
+    torch.testing.assert_close(freeze_weights(model)(tokens).logits, before, rtol=0, atol=0)
+    assert len(model.model.layers[0].mlp.up_proj.weight[0].unique()) <= 7
+
+
+def test_what_cannot_be_quantized_is_refused_and_left_as_it_was(model):
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match="48 does not divide the row length 64"):
+        quantize_model(model, "4-8-4", weight_group=48)
+    assert list(model.modules()) == modules
+    quantize_model(model, "4-8-4", weight_group=32)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_model(model, "8-8-8")
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
+    with pytest.raises(ValueError, match=r"no nn\.Linear"):
+        quantize_model(gpt2, "4-8-4")
+
+
+def test_bytes_by_plan_equal_bytes_of_the_codes(model):
+    linears = decoder_linears(model)
+    packed = sum(quantize(l.weight.detach(), Grid(4)).codes.numel() // 2 + quantize(l.weight.detach(), Grid(4)).scale.nbytes
+                 for l in linears.values())
+    rest = sum(p.numel() * 2 for p in model.parameters()) - sum(l.weight.numel() * 2 for l in linears.values())
+    assert weight_bytes(model, "4-8-4") == packed + rest
+    assert weight_bytes(model, "16-8-4") == sum(p.numel() * 2 for p in model.parameters())
+    assert cache_bytes_per_token(model, "4-8-4") == 2 * 2 * (32 // 2 + 4)  # layers x (k, v) x (codes + fp32 scale)
+    assert cache_bytes_per_token(model, "4-8-16") == 2 * 2 * 32 * 2
+
+
+def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
+    with peak_memory() as small:
+        pass
+    with peak_memory() as large:
+        block = torch.ones(2**28, dtype=torch.uint8)
+        del block
+    assert large["bytes"] - small["bytes"] > 0.8 * 2**28 or torch.cuda.is_available()
