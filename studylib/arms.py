@@ -62,12 +62,16 @@ class Arm:
             raise ValueError(f"method: {self.method!r} is not known; use one of {', '.join(METHODS)}")
         bits = BitWidths.parse(self.bits)
         if (str(bits) == "16-16-16") != (self.method == FULL_PRECISION):
-            raise ValueError(f"bits: {self.bits} does not go with {self.method!r}; full precision is 16-16-16, "
-                             "every other method quantizes something")
+            raise ValueError(
+                f"bits: {self.bits} does not go with {self.method!r}; full precision is 16-16-16, "
+                "every other method quantizes something"
+            )
         for name in ("sampling", "training"):
             if (getattr(self, name) is None) == (self.method == LLM_QAT):
-                raise ValueError(f"{name}: {'is missing' if self.method == LLM_QAT else 'is given'}; "
-                                 f"{LLM_QAT!r} needs it and no other method takes it")
+                raise ValueError(
+                    f"{name}: {'is missing' if self.method == LLM_QAT else 'is given'}; "
+                    f"{LLM_QAT!r} needs it and no other method takes it"
+                )
 
     @property
     def seed(self) -> int:
@@ -94,8 +98,9 @@ def _build(cls, fields: dict, where: str):
     unknown = sorted(set(fields) - set(types))
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; allowed are {', '.join(types)}")
-    missing = sorted(f.name for f in dataclasses.fields(cls)
-                     if f.default is dataclasses.MISSING and f.name not in fields)
+    missing = sorted(
+        f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in fields
+    )
     if missing:
         raise ValueError(f"{where}: the field {missing[0]!r} is missing")
     return cls(**{name: _convert(types[name], value, f"{where}.{name}") for name, value in fields.items()})
@@ -134,20 +139,29 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(
-        Sampling(count=8, length=32, batch=4), Training(steps=4, batch=2, learning_rate=1e-3),
-        Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4), seeds=(0,)),
+        Sampling(count=8, length=32, batch=4),
+        Training(steps=4, batch=2, learning_rate=1e-3),
+        Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4),
+        seeds=(0,),
+    ),
     "quick": Profile(
-        Sampling(count=256, length=256, batch=128), Training(steps=64, batch=4, learning_rate=1e-4),
-        Evaluation(("wikipedia", "c4"), windows=32, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40),
-        seeds=(0,)),
+        Sampling(count=64, length=256),
+        Training(steps=64, batch=1, learning_rate=3e-4),
+        Evaluation(("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40),
+        seeds=(0,),
+    ),
     "full": Profile(
-        Sampling(count=4096, length=512, batch=128), Training(steps=512, batch=8, learning_rate=1e-4),
+        Sampling(count=4096, length=512, batch=128),
+        Training(steps=512, batch=8, learning_rate=1e-4),
         Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=(*ZERO_SHOT, "mmlu"), items=None),
-        seeds=(0, 1, 2)),
+        seeds=(0, 1, 2),
+    ),
     "paper": Profile(
-        Sampling(count=96_000, length=2048, batch=256), Training(steps=12_000, batch=8, learning_rate=2e-5),
+        Sampling(count=96_000, length=2048, batch=256),
+        Training(steps=12_000, batch=8, learning_rate=2e-5),
         Evaluation(("wikipedia", "c4"), windows=64, length=2048, tasks=(*ZERO_SHOT, "mmlu", "triviaqa"), items=None),
-        seeds=(0, 1, 2)),
+        seeds=(0, 1, 2),
+    ),
 }
 
 

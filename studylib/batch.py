@@ -50,13 +50,17 @@ def check_parameters(notebook: Path, parameters: dict) -> None:
             raise ValueError(f"parameter: {name!r} is not one of {notebook.name}'s; allowed are {', '.join(defaults)}")
         kind = type(defaults[name])
         if type(value) is not kind:
-            raise ValueError(f"parameter {name}: {value!r} is of type {type(value).__name__}; {notebook.name} "
-                             f"takes {kind.__name__}, for example {defaults[name]!r}")
+            raise ValueError(
+                f"parameter {name}: {value!r} is of type {type(value).__name__}; {notebook.name} "
+                f"takes {kind.__name__}, for example {defaults[name]!r}"
+            )
         items = {type(item) for item in defaults[name]} if kind is list else set()
         wrong = [item for item in value if type(item) not in items] if items else []
         if wrong:
-            raise ValueError(f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
-                             f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it")
+            raise ValueError(
+                f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
+                f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it"
+            )
 
 
 def execute(notebook: Path, output: Path, parameters: dict) -> Path:
@@ -67,15 +71,23 @@ def execute(notebook: Path, output: Path, parameters: dict) -> Path:
     """
     output.mkdir(parents=True, exist_ok=True)
     copy = output / notebook.name
-    papermill.execute_notebook(notebook, copy, parameters, cwd=notebook.parent, progress_bar=False,
-                               stdout_file=sys.stdout, stderr_file=sys.stderr)
+    papermill.execute_notebook(
+        notebook,
+        copy,
+        parameters,
+        cwd=notebook.parent,
+        progress_bar=False,
+        stdout_file=sys.stdout,
+        stderr_file=sys.stderr,
+    )
     html, _ = HTMLExporter().from_notebook_node(nbformat.read(copy, as_version=4))
     copy.with_suffix(".html").write_text(html)
     return copy
 
 
-def publish(output: str | Path, notebook: str, records: list[Record], figures: dict[str, Figure],
-            table: DataFrame) -> None:
+def publish(
+    output: str | Path, notebook: str, records: list[Record], figures: dict[str, Figure], table: DataFrame
+) -> None:
     """Write a notebook's figures (PNG, SVG), its table (CSV) and the keys of its records to the folder output/notebook."""
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
-    run.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
-                     help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
+    )
     _results(run)
     listing = commands.add_parser("list", help="list the records of a results folder")
     _results(listing)
@@ -35,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used."""
     options = _parser().parse_args(arguments)
     from studylib.records import RecordError
+
     try:
         return {"run": _run, "list": _list, "show": _show}[options.command](options)
     except (ValueError, RecordError, SourceError) as error:
@@ -64,9 +70,13 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError(f"--set: the value of {text!r} is not YAML") from error
     store = Store(options.results.resolve())
     output = store.folder / f"{options.profile}-{Path(options.model).name}"
-    parameters = {"model": models.absolute_name(options.model), "profile": options.profile,
-                  "seeds": options.seeds or list(arms.profile(options.profile).seeds),
-                  "results": str(store.folder), "output": str(output)} | further
+    parameters = {
+        "model": models.absolute_name(options.model),
+        "profile": options.profile,
+        "seeds": options.seeds or list(arms.profile(options.profile).seeds),
+        "results": str(store.folder),
+        "output": str(output),
+    } | further
     for notebook in notebooks:
         batch.check_parameters(notebook, parameters)
     models.load_config(options.model)
@@ -77,8 +87,11 @@ def _run(options: argparse.Namespace) -> int:
         try:
             executed.append(batch.execute(notebook, output, parameters))
         except PapermillExecutionError as error:
-            print(f"study: {notebook.name} failed: {error.ename}: {error.evalue}\n"
-                  f"study: everything up to there is in {output / notebook.name}", file=sys.stderr)
+            print(
+                f"study: {notebook.name} failed: {error.ename}: {error.evalue}\n"
+                f"study: everything up to there is in {output / notebook.name}",
+                file=sys.stderr,
+            )
             return 1
     records = batch.published_records(output, notebooks, store)
     command = f"study {' '.join(sys.argv[1:])}"
@@ -92,10 +105,15 @@ def _list(options: argparse.Namespace) -> int:
     from studylib.records import read_records
 
     for record in read_records(options.results / "records"):
-        perplexities = "  ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in record.metrics.items()
-                                 if name.startswith("perplexity/") and value is not None)
-        print(f"{record.key}  {record.arm.model}  {record.arm.title}  seed {record.arm.seed}  {record.status}  "
-              f"{perplexities}")
+        perplexities = "  ".join(
+            f"{name.split('/')[1]} {value:.4g}"
+            for name, value in record.metrics.items()
+            if name.startswith("perplexity/") and value is not None
+        )
+        print(
+            f"{record.key}  {record.arm.model}  {record.arm.title}  seed {record.arm.seed}  {record.status}  "
+            f"{perplexities}"
+        )
     return 0
 
 
@@ -106,8 +124,9 @@ def _show(options: argparse.Namespace) -> int:
     found = [path for path in paths if path.stem.startswith(options.record)]
     if len(found) != 1:
         which = "no record" if not found else f"{len(found)} records"
-        raise ValueError(f"record: {which} in {options.results} begins with {options.record!r}; "
-                         "`study list` shows them all")
+        raise ValueError(
+            f"record: {which} in {options.results} begins with {options.record!r}; `study list` shows them all"
+        )
     record = json.loads(read_record(found[0]).to_json())
     record["scores"] = {name: f"{len(values)} items" for name, values in record["scores"].items()}
     record["training"] = f"{len(record['training'])} steps"

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from studylib.models import compute_dtype
+from studylib.models import autocast, compute_dtype
 from studylib.sampling import Windows, check_length
 
 CHUNK = 256  # tokens whose logits are held at once: 256 x 49,152 x 4 bytes = 50 MB a model
@@ -32,7 +32,6 @@ class Training:
     steps: int
     batch: int
     learning_rate: float
-    warmup: float = 0.0
     max_grad_norm: float = 1.0
     mask: float | None = None
 
@@ -42,8 +41,6 @@ class Training:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use 1 or more")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: {self.learning_rate!r} is not allowed; use a number above 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: {self.warmup!r} is not allowed; use a share of the steps, 0 to below 1")
 
 
 class _SoftLogitLoss(torch.autograd.Function):
@@ -61,14 +58,14 @@ class _SoftLogitLoss(torch.autograd.Function):
         w, teacher_w = head.to(dtype), teacher_head.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         for at in range(0, tokens, CHUNK):
-            h = hidden[at:at + CHUNK].to(dtype)
+            h = hidden[at : at + CHUNK].to(dtype)
             log_q = (h @ w.T).float().log_softmax(-1)  # (C, V)
-            log_p = (teacher_hidden[at:at + CHUNK].to(dtype) @ teacher_w.T).float().log_softmax(-1)
+            log_p = (teacher_hidden[at : at + CHUNK].to(dtype) @ teacher_w.T).float().log_softmax(-1)
             p = log_p.exp()
             total += (p * log_p.sub_(log_q)).sum()
             d_logits = log_q.exp_().sub_(p).div_(tokens).to(dtype)
             if d_hidden is not None:
-                d_hidden[at:at + CHUNK] = d_logits @ w
+                d_hidden[at : at + CHUNK] = d_logits @ w
             if d_head is not None:
                 d_head += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_head)
@@ -94,8 +91,10 @@ def soft_logit_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teache
     Raises ValueError for no tokens, or shapes that do not belong together.
     """
     if hidden.ndim != 2 or len(hidden) == 0 or len(hidden) != len(teacher_hidden) or len(head) != len(teacher_head):
-        raise ValueError(f"soft_logit_loss: hidden {tuple(hidden.shape)} and {tuple(teacher_hidden.shape)} must be [N, D] "
-                         f"with the same N > 0, heads {tuple(head.shape)} and {tuple(teacher_head.shape)} of one vocabulary")
+        raise ValueError(
+            f"soft_logit_loss: hidden {tuple(hidden.shape)} and {tuple(teacher_hidden.shape)} must be [N, D] "
+            f"with the same N > 0, heads {tuple(head.shape)} and {tuple(teacher_head.shape)} of one vocabulary"
+        )
     return _SoftLogitLoss.apply(hidden, head, teacher_hidden.detach(), teacher_head.detach())
 
 
@@ -111,14 +110,21 @@ def check_head(model: PreTrainedModel) -> Tensor:
     tokens = torch.arange(4, device=model.device)[None]
     logits = model(input_ids=tokens, use_cache=False).logits
     if not torch.allclose(F.linear(last_hidden(model, tokens), head.weight), logits, rtol=1e-3, atol=1e-3):
-        raise ValueError(f"{type(model).__name__}: its logits are not its last hidden states times lm_head (a bias, a scale "
-                         "or soft-capping?); distillation needs a model where they are")
+        raise ValueError(
+            f"{type(model).__name__}: its logits are not its last hidden states times lm_head (a bias, a scale "
+            "or soft-capping?); distillation needs a model where they are"
+        )
     return head.weight
 
 
 @torch.no_grad()
-def keep_teacher_states(teacher: PreTrainedModel, windows: Windows, path: str | Path, batch: int = 8,
-                        progress: Callable[[int], None] = lambda tokens: None) -> np.ndarray:
+def keep_teacher_states(
+    teacher: PreTrainedModel,
+    windows: Windows,
+    path: str | Path,
+    batch: int = 8,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> np.ndarray:
     """The teacher's last hidden states [N, T, D] (fp32) of every window, computed once and kept in the .npy file `path`.
 
     Written whole or not at all; an existing file is opened as it is. Returns a read-only memory map.
@@ -129,18 +135,13 @@ def keep_teacher_states(teacher: PreTrainedModel, windows: Windows, path: str | 
         shape = (*windows.tokens.shape, teacher.get_output_embeddings().weight.shape[1])
         states = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
         for at in range(0, len(windows.tokens), batch):
-            tokens = windows.tokens[at:at + batch].to(teacher.device)
+            tokens = windows.tokens[at : at + batch].to(teacher.device)
             with autocast(teacher.device):
-                states[at:at + batch] = last_hidden(teacher, tokens).float().cpu().numpy()
+                states[at : at + batch] = last_hidden(teacher, tokens).float().cpu().numpy()
             progress(tokens.numel())
         states.flush()
         os.replace(partial, path)
     return np.load(path, mmap_mode="r")
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 autocast where the hardware computes in bf16, nothing elsewhere."""
-    return torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() == torch.bfloat16)
 
 
 class _Examples(Dataset):
@@ -181,9 +182,16 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
 
-def train_llm_qat(student: PreTrainedModel, teacher: PreTrainedModel | np.ndarray, teacher_head: Tensor,
-                  windows: Windows, settings: Training, folder: str | Path, seed: int = 0,
-                  progress: Callable[[int], None] = lambda tokens: None) -> list[dict[str, float]]:
+def train_llm_qat(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | np.ndarray,
+    teacher_head: Tensor,
+    windows: Windows,
+    settings: Training,
+    folder: str | Path,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[dict[str, float]]:
     """Train a quantized student (see layers.quantize_model) in place towards the teacher's logits.
 
     windows [N, T] are consumed in order, from the start again where steps x batch exceeds N. teacher: its last hidden
@@ -198,20 +206,38 @@ def train_llm_qat(student: PreTrainedModel, teacher: PreTrainedModel | np.ndarra
     check_head(student)
     wrong = {str(p.dtype) for p in student.parameters() if p.dtype != torch.float32}
     if wrong:
-        raise ValueError(f"the student's parameters are {', '.join(sorted(wrong))}; load it in float32: updates at small "
-                         "learning rates round away in lower precision")
+        raise ValueError(
+            f"the student's parameters are {', '.join(sorted(wrong))}; load it in float32: updates at small "
+            "learning rates round away in lower precision"
+        )
     bf16 = compute_dtype() == torch.bfloat16
-    if bf16 and (student.device.type == "cuda" or shutil.which("g++")):
-        # Fuses the fake quantizers, which cost as much as the products where those run in bf16.
-        for layer in student.base_model.layers:
-            layer.compile()
+    # Compiled layers fuse the fake quantizers, which cost as much as the products where those run in bf16.
+    compiled = (
+        list(student.base_model.layers) if bf16 and (student.device.type == "cuda" or shutil.which("g++")) else []
+    )
+    for layer in compiled:
+        layer.compile()
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=settings.steps, per_device_train_batch_size=settings.batch,
-        learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=settings.warmup,
-        weight_decay=0.0, max_grad_norm=settings.max_grad_norm, optim="adamw_torch_fused", bf16=bf16,
-        use_cpu=student.device.type == "cpu", seed=seed, data_seed=seed, remove_unused_columns=False,
-        logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, report_to="none",
-        save_steps=max(1, settings.steps // 4), save_total_limit=1)
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=bf16,
+        use_cpu=student.device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_steps=max(1, settings.steps // 4),
+        save_total_limit=1,
+    )
 
     states = teacher if isinstance(teacher, np.ndarray) else None
 
@@ -220,18 +246,30 @@ def train_llm_qat(student: PreTrainedModel, teacher: PreTrainedModel | np.ndarra
             with torch.no_grad():
                 teacher_hidden = last_hidden(teacher, tokens)
         hidden = last_hidden(student, tokens)
-        return {"loss": soft_logit_loss(hidden[mask], student.get_output_embeddings().weight,
-                                        teacher_hidden[mask], teacher_head)}
+        return {
+            "loss": soft_logit_loss(
+                hidden[mask], student.get_output_embeddings().weight, teacher_hidden[mask], teacher_head
+            )
+        }
 
     # The loss is the student's own forward pass while it trains, so that a wrapper (FSDP, autocast) sees all of it.
     student.forward = forward
     try:
-        trainer = _InOrder(model=student, args=arguments, train_dataset=_Examples(windows, states),
-                           callbacks=[_Watch(progress, settings.batch * windows.tokens.shape[1])])
+        trainer = _InOrder(
+            model=student,
+            args=arguments,
+            train_dataset=_Examples(windows, states),
+            callbacks=[_Watch(progress, settings.batch * windows.tokens.shape[1])],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if Path(folder).is_dir() else None)
     finally:
         del student.forward
+        for layer in compiled:
+            layer._compiled_call_impl = None  # evaluation has other shapes, each of which would be compiled anew
         student.eval()
-    return [{name: entry[name] for name in ("step", "loss", "learning_rate", "grad_norm")}
-            for entry in trainer.state.log_history if "loss" in entry]
+    return [
+        {name: entry[name] for name in ("step", "loss", "learning_rate", "grad_norm")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -17,13 +18,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from studylib import corpora, models
-from studylib.arms import LLM_QAT, RTN, Arm
+from studylib.arms import LLM_QAT, RTN, Arm, Evaluation
 from studylib.distill import keep_teacher_states, train_llm_qat
 from studylib.evaluation import TASKS, task_scores, window_losses
 from studylib.layers import freeze_weights, quantize_model
 from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
 from studylib.ptq import round_to_nearest
-from studylib.quantizers import BitWidths
 from studylib.records import (
     DIVERGED,
     FINISHED,
@@ -37,9 +37,10 @@ from studylib.records import (
     environment,
 )
 from studylib.sampling import Windows, check_length, generate_windows
+from studylib.sources import fetch
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
-ITEM_WORK = 300  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
+ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
 KEPT_STATES_BYTES = 8 * 2**30  # up to here the teacher's states on the training data are computed once and kept
 
 Progress = Callable[[int], None]
@@ -47,12 +48,21 @@ Progress = Callable[[int], None]
 
 def check(arm: Arm) -> None:
     """Everything that can be wrong with an arm beyond its fields, found before any long work starts: ValueError."""
-    config = models.load_config(arm.model)
     with torch.device("meta"):
-        skeleton = models.skeleton(config)
+        skeleton = models.skeleton(models.load_config(arm.model))
     quantize_model(skeleton, arm.bits)
     for length in (arm.evaluation.length, *([arm.sampling.length] if arm.sampling else [])):
         check_length(skeleton, length)
+    _check_evaluation(arm.model, arm.evaluation)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_evaluation(model: str, wanted: Evaluation) -> None:
+    tokenizer = models.load_tokenizer(model)
+    for corpus in wanted.corpora:
+        corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+    if wanted.tasks and wanted.source == "archive":
+        fetch("benchmarks")
 
 
 def run(arms: Sequence[Arm], results: str | Path) -> list[Record]:
@@ -68,8 +78,14 @@ def run(arms: Sequence[Arm], results: str | Path) -> list[Record]:
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     for arm in missing:
         check(arm)
-    with tqdm(total=sum(map(_work, missing)), unit="tok", unit_scale=True, disable=not missing, mininterval=2,
-              dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(map(_work, missing)),
+        unit="tok",
+        unit_scale=True,
+        disable=not missing,
+        mininterval=2,
+        dynamic_ncols=True,
+    ) as bar:
         done = 0
         for arm in missing:
             bar.set_description(arm.title)
@@ -98,8 +114,10 @@ def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) 
             model = models.load_model(arm.model)
             tokenizer = models.load_tokenizer(arm.model)
         identity = models.identity(arm.model)
-        sizes = {"bytes/weights": weight_bytes(model, arm.bits),
-                 "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits)}
+        sizes = {
+            "bytes/weights": weight_bytes(model, arm.bits),
+            "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits),
+        }
         if arm.method == RTN:
             with phase("quantize"):
                 round_to_nearest(model, arm.bits)
@@ -109,8 +127,16 @@ def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) 
             tokens["generated"] = int(windows.lengths.sum())
             with phase("train"):
                 quantize_model(model, arm.bits, mask=arm.training.mask)
-                log = train_llm_qat(model, teacher, head, windows, arm.training, store.checkpoint_folder(arm_key(arm)),
-                                    seed=arm.seed, progress=lambda n: progress(n * TRAINING_WORK))
+                log = train_llm_qat(
+                    model,
+                    teacher,
+                    head,
+                    windows,
+                    arm.training,
+                    store.checkpoint_folder(arm_key(arm)),
+                    seed=arm.seed,
+                    progress=lambda n: progress(n * TRAINING_WORK),
+                )
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.sampling.length
             del teacher, head
             freeze_weights(model)
@@ -123,19 +149,26 @@ def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) 
     numbers = metrics | sizes
     finite = all(map(math.isfinite, numbers.values())) and not diverged
     return Record(
-        key=arm_key(arm), arm=arm, status=FINISHED if finite else DIVERGED,
+        key=arm_key(arm),
+        arm=arm,
+        status=FINISHED if finite else DIVERGED,
         metrics={name: value if math.isfinite(value) else None for name, value in numbers.items()},
         scores={name: _json_numbers(values) for name, values in scores.items()},
         training=[{name: value if math.isfinite(value) else None for name, value in entry.items()} for entry in log],
         cost={"seconds": seconds, "tokens": tokens, "peak_bytes": peak["bytes"]},
-        provenance=environment() | {
-            "compute_dtype": str(models.compute_dtype()).removeprefix("torch."), "code": arm_code(arm), "model": identity,
+        provenance=environment()
+        | {
+            "compute_dtype": str(models.compute_dtype()).removeprefix("torch."),
+            "code": arm_code(arm),
+            "model": identity,
             "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
 
 
 def _json_numbers(values: np.ndarray) -> list[float | None]:
-    return [round(float(value), 6) if math.isfinite(value) else None for value in values]
+    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def score(arm: Arm, model: PreTrainedModel, tokenizer) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -152,11 +185,13 @@ def score(arm: Arm, model: PreTrainedModel, tokenizer) -> tuple[dict[str, float]
             scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
             scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
             metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
+        metrics["accuracy/mean"] = float(np.mean([metrics[f"accuracy/{task}"] for task in wanted.tasks]))
     return metrics, scores
 
 
-def _training_data(arm: Arm, teacher: PreTrainedModel, identity: dict, store: Store,
-                   progress: Progress) -> tuple[Windows, np.ndarray | PreTrainedModel, torch.Tensor]:
+def _training_data(
+    arm: Arm, teacher: PreTrainedModel, identity: dict, store: Store, progress: Progress
+) -> tuple[Windows, np.ndarray | PreTrainedModel, torch.Tensor]:
     """Generated windows, made once for all arms that share them, the teacher for them and its output matrix.
 
     The teacher is its kept hidden states, or a second copy of the model where those would pass KEPT_STATES_BYTES.
@@ -194,7 +229,7 @@ def _work(arm: Arm) -> int:
     """Planned work in tokens of a forward pass."""
     wanted = arm.evaluation
     work = len(wanted.corpora) * wanted.windows * wanted.length
-    work += sum(ITEM_WORK * (wanted.items or TASKS[task].items) for task in wanted.tasks)
+    work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
     if arm.method == LLM_QAT:
         work += 2 * arm.sampling.count * arm.sampling.length
         work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.sampling.length

@@ -17,13 +17,22 @@ class QuantizedLinear(nn.Linear):
     rotary embedding). A grid of None means not quantized. The parameters are those of the layer it replaces.
     """
 
-    def __init__(self, linear: nn.Linear, weight: Grid | None, activation: Grid | None, output: Grid | None,
-                 mask: float | None = None):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight: Grid | None,
+        activation: Grid | None,
+        output: Grid | None,
+        mask: float | None = None,
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        for grid, width in ((weight, linear.in_features), (activation, linear.in_features),
-                            (output, linear.out_features)):
+        for grid, width in (
+            (weight, linear.in_features),
+            (activation, linear.in_features),
+            (output, linear.out_features),
+        ):
             if grid is not None:
                 grid.check_width(width)
         self.weight_grid, self.activation_grid, self.output_grid, self.mask = weight, activation, output, mask
@@ -38,24 +47,35 @@ class QuantizedLinear(nn.Linear):
         return y if self.output_grid is None else fake_quantize(y, self.output_grid, self.mask)
 
     def extra_repr(self) -> str:
-        return (f"{super().extra_repr()}, weight={self.weight_grid}, activation={self.activation_grid}, "
-                f"output={self.output_grid}")
+        return (
+            f"{super().extra_repr()}, weight={self.weight_grid}, activation={self.activation_grid}, "
+            f"output={self.output_grid}"
+        )
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that the papers quantize, by name: all but the output head. ValueError where there are none."""
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and module is not head}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
     if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear layers; use a decoder made of them "
-                         "(Llama, Mistral, Qwen2, ...)")
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear layers; use a decoder made of them (Llama, Mistral, Qwen2, ...)"
+        )
     return linears
 
 
-def quantize_model(model: nn.Module, bits: str | BitWidths, *, weight_group: int | None = None,
-                   weight_symmetric: bool = True, activation_symmetric: bool = True, cache_symmetric: bool = True,
-                   mask: float | None = None) -> nn.Module:
+def quantize_model(
+    model: nn.Module,
+    bits: str | BitWidths,
+    *,
+    weight_group: int | None = None,
+    weight_symmetric: bool = True,
+    activation_symmetric: bool = True,
+    cache_symmetric: bool = True,
+    mask: float | None = None,
+) -> nn.Module:
     """Replace the decoder's linear layers in place by QuantizedLinear; embeddings and lm_head stay.
 
     bits: "W-A-KV", e.g. "4-8-4". Defaults are LLM-QAT's: symmetric MinMax, weights per output channel, activations
@@ -76,8 +96,10 @@ def quantize_model(model: nn.Module, bits: str | BitWidths, *, weight_group: int
     activation = grid(bits.activations, activation_symmetric)
     cache = grid(bits.cache, cache_symmetric)
     if cache is not None and not any(name.endswith(CACHE_PROJECTIONS) for name in linears):
-        raise ValueError(f"{type(model).__name__} has no layers named {' and '.join(CACHE_PROJECTIONS)}, whose outputs "
-                         f"are the keys and values; cache bits must be {OFF} for it")
+        raise ValueError(
+            f"{type(model).__name__} has no layers named {' and '.join(CACHE_PROJECTIONS)}, whose outputs "
+            f"are the keys and values; cache bits must be {OFF} for it"
+        )
     replaced = {}
     for name, linear in linears.items():
         output = cache if name.endswith(CACHE_PROJECTIONS) else None

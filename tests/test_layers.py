@@ -16,10 +16,20 @@ from studylib.layers import QuantizedLinear, decoder_linears, freeze_weights, qu
 from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
 from studylib.quantizers import Grid, fake_quantize, quantize
 
-SHAPE = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128)
-FAMILIES = {"llama": LlamaConfig(**SHAPE, tie_word_embeddings=True), "mistral": MistralConfig(**SHAPE, sliding_window=16),
-            "qwen2": Qwen2Config(**SHAPE)}
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=16),
+    "qwen2": Qwen2Config(**SHAPE),
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -33,9 +43,11 @@ tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1
 
 def numpy_linear(x, weight, bias, bits):
     """x and weight rounded to max|row| / (2^(b-1) - 1) in float64."""
+
     def rounded(rows, b):
         step = rows.abs().amax(-1, keepdim=True) / (2 ** (b - 1) - 1)
         return torch.round(rows / step) * step
+
     y = rounded(x.double(), bits[1]) @ rounded(weight.double(), bits[0]).T
     return rounded(y + (0 if bias is None else bias.double()), bits[2])
 
@@ -59,8 +71,11 @@ def test_every_decoder_linear_is_replaced_and_the_rest_stays(model):
     assert len(linears) == 7 * 2
     assert not isinstance(model.lm_head, QuantizedLinear)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
-    grids = {name.rsplit(".")[-1]: module.output_grid for name, module in model.named_modules()
-             if isinstance(module, QuantizedLinear)}
+    grids = {
+        name.rsplit(".")[-1]: module.output_grid
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
     assert {name for name, grid in grids.items() if grid} == {"k_proj", "v_proj"}
 
 
@@ -77,7 +92,7 @@ def test_quantized_cache_gives_the_same_logits_step_by_step_as_in_one_pass(model
     quantize_model(model, "4-8-4")
     whole = model(tokens).logits
     cache = DynamicCache(config=model.config)
-    steps = [model(tokens[:, t:t + 1], past_key_values=cache, use_cache=True).logits for t in range(tokens.shape[1])]
+    steps = [model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(tokens.shape[1])]
     # Sums run in another order, so a value on the edge of two levels may fall on the other one: compare all but those.
     apart = (torch.cat(steps, 1) - whole).abs().amax(-1)
     assert (apart < 1e-4).float().mean() > 0.9
@@ -140,8 +155,10 @@ def test_what_cannot_be_quantized_is_refused_and_left_as_it_was(model):
 
 def test_bytes_by_plan_equal_bytes_of_the_codes(model):
     linears = decoder_linears(model)
-    packed = sum(quantize(l.weight.detach(), Grid(4)).codes.numel() // 2 + quantize(l.weight.detach(), Grid(4)).scale.nbytes
-                 for l in linears.values())
+    packed = sum(
+        quantize(l.weight.detach(), Grid(4)).codes.numel() // 2 + quantize(l.weight.detach(), Grid(4)).scale.nbytes
+        for l in linears.values()
+    )
     rest = sum(p.numel() * 2 for p in model.parameters()) - sum(l.weight.numel() * 2 for l in linears.values())
     assert weight_bytes(model, "4-8-4") == packed + rest
     assert weight_bytes(model, "16-8-4") == sum(p.numel() * 2 for p in model.parameters())

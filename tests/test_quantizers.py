@@ -11,8 +11,11 @@ from torchao.quantization import MappingType, choose_qparams_affine, dequantize_
 from studylib.quantizers import BitWidths, Grid, fake_quantize, quantize
 
 BITS = range(2, 9)
-rows = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 24])),
-                  elements=st.floats(-(2.0**99), 2.0**99, width=32))
+rows = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 24])),
+    elements=st.floats(-(2.0**99), 2.0**99, width=32),
+)
 grids = st.builds(Grid, bits=st.integers(2, 8), symmetric=st.booleans(), group=st.sampled_from([None, 2, 4]))
 
 
@@ -55,8 +58,16 @@ def test_agrees_with_torchao(bits, symmetric, group):
     x = torch.randn(32, 128, generator=torch.Generator().manual_seed(7))
     grid, block = Grid(bits, symmetric, group), (1, group or 128)
     mapping = MappingType.SYMMETRIC_NO_CLIPPING_ERR if symmetric else MappingType.ASYMMETRIC
-    scale, zero = choose_qparams_affine(x, mapping, block, torch.int8 if symmetric else torch.uint8, grid.low, grid.high,
-                                        scale_dtype=torch.float32, zero_point_dtype=torch.int32)
+    scale, zero = choose_qparams_affine(
+        x,
+        mapping,
+        block,
+        torch.int8 if symmetric else torch.uint8,
+        grid.low,
+        grid.high,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
     codes = quantize_affine(x, block, scale, zero, torch.int8 if symmetric else torch.uint8, grid.low, grid.high)
     values = dequantize_affine(codes, block, scale, zero, codes.dtype, grid.low, grid.high)
     ours = quantize(x, grid)
@@ -149,8 +160,10 @@ def test_bit_widths_round_trip(bits):
     assert str(BitWidths.parse("-".join(map(str, bits)))) == "-".join(map(str, bits))
 
 
-@pytest.mark.parametrize("arguments", [{"bits": 1}, {"bits": 9}, {"bits": 16}, {"bits": True}, {"bits": 4, "group": 0},
-                                       {"bits": 4, "group": 2.5}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"bits": 1}, {"bits": 9}, {"bits": 16}, {"bits": True}, {"bits": 4, "group": 0}, {"bits": 4, "group": 2.5}],
+)
 def test_bad_grids_are_refused(arguments):
     with pytest.raises(ValueError, match="use|needs"):
         Grid(**arguments)
