@@ -165,7 +165,7 @@ def test_bit_widths_round_trip(bits):
     [{"bits": 1}, {"bits": 9}, {"bits": 16}, {"bits": True}, {"bits": 4, "group": 0}, {"bits": 4, "group": 2.5}],
 )
 def test_bad_grids_are_refused(arguments):
-    with pytest.raises(ValueError, match="use|needs"):
+    with pytest.raises(ValueError, match=r"use|needs"):
         Grid(**arguments)
 
 

@@ -1,0 +1,190 @@
+"""Arms side by side: the seeds of each gathered, and paired contrasts of what was measured on the same items."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from studylib.arms import METHODS, TITLES
+from studylib.evaluation import ZERO_SHOT
+from studylib.quantizers import BitWidths
+from studylib.records import FINISHED, Record
+from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
+
+CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
+TASK_TITLES = {"boolq": "BoolQ", "piqa": "PIQA", "siqa": "SIQA", "hellaswag": "HellaSwag", "winogrande": "WinoGrande",
+               "arc_easy": "ARC-easy", "arc_challenge": "ARC-challenge", "openbookqa": "OpenBookQA", "mmlu": "MMLU",
+               "triviaqa": "TriviaQA"}
+RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 1,000
+
+Contrast = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one setting: its finished records and those that diverged, one a seed."""
+
+    method: str
+    bits: str
+    records: tuple[Record, ...]
+    diverged: tuple[Record, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.method] + (f" at {self.bits}" if self.method != METHODS[0] else "")
+
+    @property
+    def seeds(self) -> list[int]:
+        return [record.arm.seed for record in self.records]
+
+    def scores(self, name: str, seed: int | None = None) -> np.ndarray:
+        """Scores of the items [n], averaged over the finished seeds; of one seed where given and the cell has it."""
+        chosen = [record for record in self.records if record.arm.seed == seed] or self.records
+        return np.mean([record.scores[name] for record in chosen], axis=0)
+
+
+Cells = dict[tuple[str, str], Cell]
+
+
+def gather(records: Sequence[Record]) -> Cells:
+    """Cells by (method, bits): full precision first, then from many bits to few, RTN before LLM-QAT at equal bits.
+
+    A record that is given twice counts once. Raises ValueError where records cannot be compared: different models or
+    evaluations, or two arms that differ in more than the seed at one method and setting.
+    """
+    records = list({record.key: record for record in records}.values())
+    for what in ("model", "evaluation"):
+        values = list(dict.fromkeys(getattr(record.arm, what) for record in records))
+        if len(values) > 1:
+            raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
+    grouped: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(records, key=_order):
+        grouped.setdefault((record.arm.method, record.arm.bits), []).append(record)
+    for (method, bits), group in grouped.items():
+        if len({_seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
+            raise ValueError(f"records: there are different arms of {TITLES[method]} at {bits}; only seeds may differ")
+    return {pair: Cell(*pair, tuple(record for record in group if record.status == FINISHED),
+                       tuple(record for record in group if record.status != FINISHED))
+            for pair, group in grouped.items()}
+
+
+def _order(record: Record) -> tuple:
+    bits = BitWidths.parse(record.arm.bits)
+    method = METHODS.index(record.arm.method)
+    return method > 0, -bits.weights, -bits.activations, -bits.cache, method, record.arm.seed
+
+
+def _seedless(record: Record) -> str:
+    fields = asdict(record.arm)
+    return str(fields | {"sampling": fields["sampling"] and {**fields["sampling"], "seed": None}})
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that arms are compared by.
+
+    name: "perplexity/<corpus>", "accuracy/mean" (zero-shot tasks, each weighing the same) or "accuracy/<task>", in %.
+    parts: the scores behind it. sizes: items of each part.
+    """
+
+    name: str
+    title: str
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def is_perplexity(self) -> bool:
+        return self.name.startswith("perplexity/")
+
+    @property
+    def items(self) -> int:
+        return sum(self.sizes)
+
+    def loss(self, reference: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """How much worse `value` is than `reference`, in perplexity or in points of accuracy; negative if better."""
+        return value - reference if self.is_perplexity else reference - value
+
+    def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
+        """95% interval of contrast(value of each cell), resampling the items that all of them were scored on."""
+        strata, statistic = self._statistic()
+        draws = int(np.clip(RESAMPLED // self.items, 1_000, 10_000))
+        return paired_bootstrap(lambda *scores: contrast(*map(statistic, scores)), *map(self._scores, cells),
+                                strata=strata, draws=draws)
+
+    def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
+        """contrast(value of each cell), without an interval; of one seed where given."""
+        _, statistic = self._statistic()
+        return float(contrast(*(statistic(self._scores(cell, seed)) for cell in cells)))
+
+    def over_seeds(self, contrast: Contrast, *cells: Cell) -> tuple[float, float] | None:
+        """Lowest and highest value over the seeds that all cells with several have; None with fewer than two."""
+        several = [set(cell.seeds) for cell in cells if len(cell.seeds) > 1]
+        seeds = set.intersection(*several) if several else set()
+        values = [self.value(contrast, *cells, seed=seed) for seed in seeds]
+        return (min(values), max(values)) if len(values) > 1 else None
+
+    def _scores(self, cell: Cell, seed: int | None = None) -> np.ndarray:
+        return np.concatenate([cell.scores(part, seed) for part in self.parts])
+
+    def _statistic(self) -> tuple[np.ndarray | None, Callable[[np.ndarray], np.ndarray]]:
+        if self.is_perplexity:
+            return None, perplexity
+        strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        mean = stratified_mean(strata)
+        return strata, lambda scores: 100 * mean(scores)
+
+
+def corpus_title(corpus: str) -> str:
+    """A corpus's name for people; the file's name where it is a path."""
+    return CORPUS_TITLES.get(corpus, Path(corpus).stem)
+
+
+def measures(records: Sequence[Record]) -> list[Measure]:
+    """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
+    record = next((record for record in records if record.status == FINISHED), None)
+    if record is None:
+        return []
+    evaluation = record.arm.evaluation
+    found = [Measure(f"perplexity/{corpus}", f"perplexity on {corpus_title(corpus)}", (f"loss/{corpus}",),
+                     (len(record.scores[f"loss/{corpus}"]),)) for corpus in evaluation.corpora]
+    tasks = [task for task in evaluation.tasks if task in ZERO_SHOT]
+    if tasks:
+        title = (f"mean accuracy on {len(tasks)} zero-shot tasks" if len(tasks) > 1
+                 else f"accuracy on {TASK_TITLES[tasks[0]]}")
+        found.append(_accuracy("mean", title, tasks, record))
+    return found
+
+
+def task_measures(records: Sequence[Record]) -> list[Measure]:
+    """The accuracy on each task alone."""
+    record = next((record for record in records if record.status == FINISHED), None)
+    return [] if record is None else [_accuracy(task, TASK_TITLES[task], [task], record)
+                                      for task in record.arm.evaluation.tasks]
+
+
+def _accuracy(name: str, title: str, tasks: Sequence[str], record: Record) -> Measure:
+    parts = tuple(f"accuracy/{task}" for task in tasks)
+    return Measure(f"accuracy/{name}", title, parts, tuple(len(record.scores[part]) for part in parts))
+
+
+def identity(value: np.ndarray) -> np.ndarray:
+    """The contrast of a single cell: its value."""
+    return value
+
+
+def won_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> tuple[Interval, Interval | None]:
+    """What RTN loses against full precision, and the share of it that LLM-QAT wins back.
+
+    The share is None where the loss is not clearly above zero: a ratio to nearly nothing says nothing.
+    """
+    loss = measure.interval(measure.loss, full, rtn)
+    if loss.low <= 0:
+        return loss, None
+    return loss, measure.interval(won_back_share, full, rtn, qat)
+
+
+def won_back_share(full: np.ndarray, rtn: np.ndarray, qat: np.ndarray) -> np.ndarray:
+    """1 where LLM-QAT is as good as full precision, 0 where it is as bad as RTN. Worked: 26, 82, 47: 35/56."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (rtn - qat) / (rtn - full)

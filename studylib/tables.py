@@ -1,0 +1,124 @@
+"""The scoreboard: one row for each method and setting, as numbers (CSV) and as text (terminal, Markdown, HTML)."""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import pandas as pd
+
+from studylib.arms import TITLES
+from studylib.comparison import (
+    TASK_TITLES,
+    Cell,
+    Measure,
+    corpus_title,
+    gather,
+    identity,
+    measures,
+    task_measures,
+)
+from studylib.records import Record
+
+EMPTY = "–"
+
+
+def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
+    """One row for each (method, bits), ordered as comparison.gather does; plain numbers, NaN where there is none.
+
+    Columns: method, bits, seeds (finished), diverged (seeds), bytes/weights, bytes/cache_per_token; for each corpus and
+    for "accuracy/mean" (%, over the zero-shot tasks) the estimate, .../low and .../high (95%, items resampled, scores
+    averaged over seeds) and, with several seeds, .../lowest_seed and .../highest_seed; accuracy/<task> (%);
+    training_minutes (mean over seeds). A cell without a finished seed has no measures.
+    """
+    cells = gather(records).values()
+    several = any(len(cell.records) + len(cell.diverged) > 1 for cell in cells)
+    return pd.DataFrame([_row(cell, measures(records), task_measures(records), several) for cell in cells])
+
+
+def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -> dict:
+    sizes = (*cell.records, *cell.diverged)[0].metrics
+    row = {"method": TITLES[cell.method], "bits": cell.bits, "seeds": len(cell.records), "diverged": len(cell.diverged),
+           "bytes/weights": sizes["bytes/weights"], "bytes/cache_per_token": sizes["bytes/cache_per_token"]}
+    for measure in main:
+        names = [measure.name, f"{measure.name}/low", f"{measure.name}/high"]
+        found = measure.interval(identity, cell) if cell.records else None
+        row |= dict(zip(names, (found.estimate, found.low, found.high) if found else (np.nan,) * 3, strict=True))
+        if several:
+            names = [f"{measure.name}/lowest_seed", f"{measure.name}/highest_seed"]
+            row |= dict(zip(names, measure.over_seeds(identity, cell) or (np.nan, np.nan), strict=True))
+    for task in tasks:
+        row[task.name] = task.value(identity, cell) if cell.records else np.nan
+    minutes = [record.cost["seconds"]["train"] / 60 for record in cell.records if "train" in record.cost["seconds"]]
+    return row | {"training_minutes": np.mean(minutes) if minutes else np.nan}
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands apart, a true minus: 26.7, 11,900, −0.31, 2.5e+07."""
+    if not np.isfinite(value):
+        return "∞" if value > 0 else EMPTY
+    if value and not 1e-3 <= abs(value) < 1e7:
+        text = f"{value:.1e}"
+    else:
+        rounded = float(f"{value:.3g}")
+        digits = 0 if rounded == 0 else max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
+        text = f"{rounded:,.{digits}f}"
+    return text.replace("-", "−") if value < 0 else text
+
+
+def points(value: float) -> str:
+    """One decimal, a true minus: percent and points of accuracy."""
+    return f"{value + 0.0:.1f}".replace("-", "−")
+
+
+def readable(board: pd.DataFrame, tasks: bool = True) -> pd.DataFrame:
+    """The scoreboard as text, "26.7 [24.9, 28.6]" for estimate and 95% interval; single tasks if `tasks`."""
+    shown = pd.DataFrame({"Method": board["method"], "W-A-KV": board["bits"]})
+    if (board["seeds"] + board["diverged"]).max() > 1:
+        shown["Seeds"] = [f"{row.seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
+                          for row in board.itertuples()]
+    shown["Weights, MB"] = [f"{value / 1e6:.0f}" if value >= 1e7 else number(value / 1e6)
+                            for value in board["bytes/weights"]]
+    shown["Cache, kB/token"] = [number(value / 1e3) for value in board["bytes/cache_per_token"]]
+    count = sum(name.startswith("accuracy/") and name.count("/") == 1 and name != "accuracy/mean" for name in board)
+    for name in board:
+        kind, _, part = name.partition("/")
+        if f"{name}/low" in board:
+            title = f"Perplexity, {corpus_title(part)}" if kind == "perplexity" else "Mean accuracy, %"
+            shown[title] = [_cell(row, name, number if kind == "perplexity" else points) for _, row in board.iterrows()]
+        elif kind == "accuracy" and part in TASK_TITLES and tasks and count > 1:
+            shown[f"{TASK_TITLES[part]}, %"] = [points(value) if np.isfinite(value) else EMPTY for value in board[name]]
+    shown["Training, min"] = [number(value) if np.isfinite(value) else EMPTY for value in board["training_minutes"]]
+    return shown
+
+
+def _cell(row: pd.Series, name: str, form) -> str:
+    if not row["seeds"]:
+        return "diverged"
+    text = f"{form(row[name])} [{form(row[f'{name}/low'])}, {form(row[f'{name}/high'])}]"
+    lowest = row.get(f"{name}/lowest_seed", np.nan)
+    return text if np.isnan(lowest) else f"{text}, seeds {form(lowest)} to {form(row[f'{name}/highest_seed'])}"
+
+
+def as_markdown(board: pd.DataFrame) -> str:
+    """A Markdown table; numbers to the right."""
+    shown = readable(board)
+    lines = [list(shown), ["---", "---", *["---:"] * (shown.shape[1] - 2)], *shown.values.tolist()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def as_text(board: pd.DataFrame) -> str:
+    """Columns in plain text for a terminal, without single tasks."""
+    shown = readable(board, tasks=False)
+    lines = [list(shown), *shown.values.tolist()]
+    widths = [max(len(line[column]) for line in lines) for column in range(shown.shape[1])]
+    return "\n".join("  ".join(cell.ljust(width) if at < 2 else cell.rjust(width)
+                               for at, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)
+
+
+def as_html(shown: pd.DataFrame) -> str:
+    """An HTML table of text (readable's result), every cell escaped; columns after the second to the right."""
+    def cells(line, tag):
+        return "".join(f'<{tag}{" class=number" if at > 1 else ""}>{escape(str(cell))}</{tag}>'
+                       for at, cell in enumerate(line))
+    body = "".join(f"<tr>{cells(line, 'td')}</tr>\n" for line in shown.values.tolist())
+    return f"<table>\n<thead><tr>{cells(shown, 'th')}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"

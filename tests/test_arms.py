@@ -1,0 +1,92 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from studylib.arms import LLM_QAT, PROFILES, RTN, Arm, Evaluation, profile
+from studylib.records import arm_key
+
+SMOKE = profile("smoke")
+bit_widths = st.tuples(*[st.integers(2, 8)] * 3).map(lambda bits: "-".join(map(str, bits)))
+
+
+@given(bit_widths, st.sampled_from([RTN, LLM_QAT]), st.integers(0, 5), st.sampled_from(sorted(PROFILES)))
+@settings(deadline=None, max_examples=50)
+def test_an_arm_survives_json_and_keeps_its_key(bits, method, seed, name):
+    arm = PROFILES[name].arm("tiny-random", method, bits, seed)
+    again = Arm.from_dict(json.loads(arm.canonical()))
+    assert again == arm and arm_key(again) == arm_key(arm)
+
+
+def test_seeds_share_the_record_of_a_method_that_draws_nothing():
+    assert SMOKE.arm("m", RTN, "4-8-4", 0) == SMOKE.arm("m", RTN, "4-8-4", 7)
+    assert SMOKE.arm("m", LLM_QAT, "4-8-4", 0) != SMOKE.arm("m", LLM_QAT, "4-8-4", 7)
+
+
+def test_everything_in_an_arm_changes_its_key():
+    arm = SMOKE.arm("m", LLM_QAT, "4-8-4")
+    changed = [
+        dataclasses.replace(arm, model="other"),
+        dataclasses.replace(arm, bits="4-8-8"),
+        dataclasses.replace(arm, evaluation=dataclasses.replace(arm.evaluation, windows=5)),
+        dataclasses.replace(arm, evaluation=dataclasses.replace(arm.evaluation, items=None)),
+        dataclasses.replace(arm, sampling=dataclasses.replace(arm.sampling, strategy="greedy")),
+        dataclasses.replace(arm, training=dataclasses.replace(arm.training, mask=2.0)),
+        SMOKE.arm("m", RTN, "4-8-4"),
+    ]
+    assert len({arm_key(a) for a in [arm, *changed]}) == len(changed) + 1
+
+
+def fields(**changes):
+    return json.loads(SMOKE.arm("m", LLM_QAT, "4-8-4").canonical()) | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "gptq"}, ["'gptq'", "llm-qat"]),
+        ({"bits": "4-9-4"}, ["9", "2 to 8"]),
+        ({"bits": "16-16-16"}, ["16-16-16"]),
+        ({"learning_rate": 1}, ["learning_rate", "training"]),
+        ({"training": {"steps": 4, "batch": 2, "learning_rate": 0.1, "epochs": 3}}, ["epochs", "steps"]),
+        ({"training": {"steps": "4", "batch": 2, "learning_rate": 0.1}}, ["'4'", "int"]),
+        ({"training": {"steps": True, "batch": 2, "learning_rate": 0.1}}, ["True", "int"]),
+        ({"training": {"batch": 2, "learning_rate": 0.1}}, ["steps", "missing"]),
+        ({"training": None}, ["training", "missing"]),
+        ({"sampling": None}, ["sampling", "missing"]),
+        ({"method": "rtn"}, ["sampling", "given"]),
+        ({"sampling": {"count": 4, "length": 8, "strategy": "beam"}}, ["'beam'", "hybrid"]),
+        ({"evaluation": {"corpora": ["pile"], "windows": 1, "length": 8}}, ["'pile'", "wikipedia"]),
+        ({"evaluation": {"corpora": ["c4"], "windows": 0, "length": 8}}, ["windows", "0"]),
+        ({"evaluation": {"corpora": ["c4"], "windows": 1, "length": 8, "tasks": ["squad"]}}, ["'squad'", "piqa"]),
+        ({"evaluation": {"corpora": ["c4"], "windows": 1, "length": 8, "source": "web"}}, ["'web'", "archive"]),
+        ({"evaluation": 3}, ["3"]),
+    ],
+)
+def test_bad_fields_give_one_line_that_names_the_value_and_what_is_allowed(changes, named):
+    with pytest.raises(ValueError) as caught:
+        Arm.from_dict(fields(**changes))
+    assert all(part in str(caught.value) for part in named) and "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_accepted_where_a_float_is_meant():
+    arm = Arm.from_dict(fields(training={"steps": 4, "batch": 2, "learning_rate": 1}))
+    assert arm.training.learning_rate == 1.0
+
+
+def test_unknown_profile_names_the_ones_there_are():
+    with pytest.raises(ValueError, match="'huge' is not known; use one of smoke, quick, full, paper"):
+        profile("huge")
+
+
+def test_the_paper_profile_has_the_papers_hyper_parameters():
+    paper = profile("paper")
+    assert (paper.sampling.count, paper.sampling.length, paper.sampling.strategy) == (96_000, 2048, "hybrid")
+    assert paper.training.learning_rate == 2e-5 and paper.training.steps * paper.training.batch == 96_000
+    assert len([t for t in paper.evaluation.tasks if t not in ("mmlu", "triviaqa")]) == 8
+
+
+def test_evaluation_needs_no_tasks():
+    assert Evaluation(("c4",), 1, 8).tasks == ()

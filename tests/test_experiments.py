@@ -1,0 +1,183 @@
+"""Real arms of a tiny model, and what goes wrong in long runs: kills, corrupt files, full disks, two processes."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from studylib import experiments, models, records
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, Evaluation, profile
+from studylib.corpora import windows
+from studylib.evaluation import window_losses
+from studylib.ptq import round_to_nearest
+from studylib.records import RecordError, Store, arm_key
+
+EVALUATION = Evaluation(("wikipedia",), windows=4, length=32)
+BUDGET = dataclasses.replace(profile("smoke"), evaluation=EVALUATION)
+FP, ROUNDED, TRAINED = (
+    BUDGET.arm("tiny-random", method, bits)
+    for method, bits in ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4"), (LLM_QAT, "4-8-4"))
+)
+
+
+def without_cost(record):
+    return dataclasses.replace(record, cost={}, provenance={})
+
+
+def test_arms_become_records_that_are_loaded_the_second_time(tmp_path, monkeypatch, tiny_tokenizer):
+    made = experiments.run([FP, ROUNDED, TRAINED, ROUNDED], tmp_path)
+    assert [record.arm for record in made] == [FP, ROUNDED, TRAINED, ROUNDED] and made[1] == made[3]
+    assert len(list((tmp_path / "records").glob("*.json"))) == 3
+    losses = window_losses(
+        round_to_nearest(models.load_model("tiny-random"), "4-8-4"),
+        windows("wikipedia", tiny_tokenizer, 32, 4, "evaluation"),
+    )
+    assert made[1].scores["loss/wikipedia"] == losses.tolist()
+    assert made[1].metrics["perplexity/wikipedia"] == pytest.approx(np.exp(losses.mean()))
+    assert len(made[2].training) == 4 and made[2].cost["tokens"]["generated"] > 0
+    assert made[2].cost["peak_bytes"] > 2**20 and {"data", "train", "evaluate"} <= set(made[2].cost["seconds"])
+    assert made[0].provenance["model"]["sha256"] and made[0].provenance["code"]["torch"] == torch.__version__
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+    monkeypatch.setattr(experiments, "carry_out", lambda *args: pytest.fail("computed again"))
+    assert experiments.run([TRAINED, FP], tmp_path) == [made[2], made[0]]
+
+
+def test_the_same_arm_gives_the_same_record(tmp_path):
+    first, second = (experiments.run([TRAINED], tmp_path / name)[0] for name in "ab")
+    assert without_cost(first) == without_cost(second)
+
+
+def test_changed_code_makes_a_new_record(monkeypatch):
+    key = arm_key(TRAINED)
+    monkeypatch.setattr(records, "code_hash", lambda module: "0" * 64 if module == "distill" else "1" * 64)
+    changed = arm_key(TRAINED)
+    monkeypatch.setattr(records, "code_hash", lambda module: "2" * 64 if module == "distill" else "1" * 64)
+    assert len({key, changed, arm_key(TRAINED)}) == 3
+    rounded = arm_key(ROUNDED)
+    monkeypatch.setattr(records, "code_hash", lambda module: "3" * 64 if module == "distill" else "1" * 64)
+    assert arm_key(ROUNDED) == rounded  # RTN does not run through distill.py
+
+
+def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
+    def hash_of(text):
+        (tmp_path / "m.py").write_text(text)
+        monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+        return records.code_hash.__wrapped__("m")
+
+    plain = hash_of("def f(x):\n    return x + 1\n")
+    assert hash_of('"""What."""\n\n\ndef f(x):  # why\n    """Doc."""\n    return (x + 1)\n') == plain
+    assert hash_of("def f(x):\n    return x + 2\n") != plain
+
+
+SCRIPT = """
+import dataclasses, sys
+from studylib import experiments
+from studylib.arms import Arm
+import json
+experiments.run([Arm.from_dict(json.loads(t)) for t in json.loads(sys.argv[1])], sys.argv[2])
+"""
+
+
+def start(arms, folder):
+    arguments = [sys.executable, "-c", SCRIPT, json.dumps([arm.canonical() for arm in arms]), str(folder)]
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
+    long = dataclasses.replace(TRAINED, training=dataclasses.replace(TRAINED.training, steps=40))
+    whole = experiments.run([long], tmp_path / "whole")[0]
+
+    process = start([FP, long], tmp_path / "killed")
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while not list(checkpoints.glob("*/checkpoint-10/trainer_state.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.stem for path in (tmp_path / "killed" / "records").glob("*.json")] == [arm_key(FP)]
+    stamp = Store(tmp_path / "killed").path(arm_key(FP)).stat().st_mtime_ns
+
+    resumed_from = []
+    original = experiments.train_llm_qat
+
+    def watched(*args, progress, **kwargs):
+        return original(*args, progress=lambda n: (resumed_from.append(n), progress(n)), **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "train_llm_qat", watched)
+        resumed = experiments.run([FP, long], tmp_path / "killed")[1]
+    assert resumed_from[0] >= 10 * 2 * 32
+    assert without_cost(resumed) == without_cost(whole)
+    assert Store(tmp_path / "killed").path(arm_key(FP)).stat().st_mtime_ns == stamp
+
+
+def test_two_processes_share_a_folder_and_compute_each_arm_once(tmp_path):
+    first, second = start([FP, TRAINED], tmp_path), start([TRAINED, FP], tmp_path)
+    assert (first.wait(120), second.wait(120)) == (0, 0), first.stderr.read() + second.stderr.read()
+    assert {path.name for path in (tmp_path / "records").iterdir()} == {f"{arm_key(arm)}.json" for arm in (FP, TRAINED)}
+
+
+def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            experiments.run([FP], tmp_path)
+    assert not list((tmp_path / "records").iterdir())
+    assert experiments.run([FP], tmp_path)[0].status == "finished"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "x"}'])
+def test_a_corrupt_record_is_named_and_nothing_is_overwritten(tmp_path, damage):
+    store = Store(tmp_path)
+    store.path(arm_key(FP)).write_text(damage)
+    with pytest.raises(RecordError, match=f"{arm_key(FP)}.json is not a record"):
+        experiments.run([FP], tmp_path)
+    assert store.path(arm_key(FP)).read_text() == damage
+
+
+def test_divergence_is_recorded_as_such(tmp_path):
+    wild = dataclasses.replace(TRAINED, training=dataclasses.replace(TRAINED.training, learning_rate=1e30))
+    record = experiments.run([wild], tmp_path)[0]
+    assert record.status == "diverged"
+    assert record.metrics.get("perplexity/wikipedia") is None
+    assert experiments.run([wild], tmp_path)[0] == record
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="not writable"):
+        experiments.run([FP], tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "no-such-model"}, "'no-such-model' is not known"),
+        ({"evaluation": dataclasses.replace(EVALUATION, length=513)}, "513 tokens is longer than the model's context"),
+        ({"evaluation": dataclasses.replace(EVALUATION, windows=10**6)}, "windows: 1000000"),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path, monkeypatch, changes, named):
+    monkeypatch.setattr(experiments, "carry_out", lambda *args: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=named):
+        experiments.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
+
+
+def test_a_live_teacher_gives_the_same_record_as_kept_states(tmp_path, monkeypatch):
+    kept = experiments.run([TRAINED], tmp_path / "kept")[0]
+    monkeypatch.setattr(experiments, "KEPT_STATES_BYTES", 0)
+    live = experiments.run([TRAINED], tmp_path / "live")[0]
+    assert not list((tmp_path / "live").rglob("*.npy"))
+    assert live.metrics["perplexity/wikipedia"] == pytest.approx(kept.metrics["perplexity/wikipedia"], rel=1e-3)
