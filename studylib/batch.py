@@ -11,8 +11,9 @@ import papermill
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
 from pandas import DataFrame
+from traitlets.config import Config
 
-from studylib.records import Record, Store
+from studylib.records import Record
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -77,6 +78,7 @@ def execute(notebook: Path, output: Path, parameters: dict) -> Path:
         parameters,
         cwd=notebook.parent,
         progress_bar=False,
+        config=Config(KernelManager={"transport": "ipc"}),  # no port that other users of the machine could reach
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
     )
@@ -88,17 +90,18 @@ def execute(notebook: Path, output: Path, parameters: dict) -> Path:
 def publish(
     output: str | Path, notebook: str, records: list[Record], figures: dict[str, Figure], table: DataFrame
 ) -> None:
-    """Write a notebook's figures (PNG, SVG), its table (CSV) and the keys of its records to the folder output/notebook."""
+    """What a notebook leaves in the folder output/notebook: figures (PNG, SVG), table.csv, and published.json."""
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=200)
         figure.savefig(folder / f"{name}.svg")
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "records.json").write_text(json.dumps([record.key for record in records]))
+    titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
+    published = {"records": [record.key for record in records], "figures": titles}
+    (folder / "published.json").write_text(json.dumps(published, indent=1))
 
 
-def published_records(output: Path, notebooks: list[Path], store: Store) -> list[Record]:
-    """The records that these notebooks used, each once, in the order of use."""
-    keys = [key for notebook in notebooks for key in json.loads((output / notebook.stem / "records.json").read_text())]
-    return [store.load(key) for key in dict.fromkeys(keys)]
+def read_published(output: Path, notebook: str) -> dict:
+    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}."""
+    return json.loads((output / notebook / "published.json").read_text())

@@ -4,13 +4,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
-from studylib.comparison import Cell, Measure, gather, identity, measures, won_back, won_back_share
+from studylib.comparison import (
+    Cell,
+    Measure,
+    gather,
+    identity,
+    measures,
+    number,
+    percent,
+    points,
+    won_back,
+    won_back_share,
+)
 from studylib.records import Record
 from studylib.statistics import Interval
-from studylib.tables import number, points
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
-    "reproduced", "not reproduced", "inconclusive", "not tested here")
+    "reproduced",
+    "not reproduced",
+    "inconclusive",
+    "not tested here",
+)
 POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
 SHARE = 0.05  # tolerance in perplexity: five percent
 MOST = 0.5  # "most of the loss": more than this share
@@ -52,13 +66,22 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     cells = gather(records)
     missing = [pair for pair in claim.needs if pair not in cells]
     if missing:
-        return [Finding(claim.id, "", NOT_TESTED, None,
-                        f"Not tested here: {_list(Cell(*pair, ()).title for pair in missing)} not run.")]
+        return [
+            Finding(
+                claim.id,
+                "",
+                NOT_TESTED,
+                None,
+                f"Not tested here: {_list(Cell(*pair, ()).title for pair in missing)} not run.",
+            )
+        ]
     used = [cells.get(pair) for pair in (*claim.needs, *claim.optional)]
     diverged = [cell for cell in used if cell and cell.diverged]
     if diverged:
-        counts = "; ".join(f"{len(cell.diverged)} of {len(cell.diverged) + len(cell.records)} runs of {cell.title} "
-                           "diverged" for cell in diverged)
+        counts = "; ".join(
+            f"{len(cell.diverged)} of {len(cell.diverged) + len(cell.records)} runs of {cell.title} diverged"
+            for cell in diverged
+        )
         return [Finding(claim.id, "", INCONCLUSIVE, None, f"{counts}. Inconclusive.")]
     wanted = [measure for measure in measures(records) if measure.is_perplexity or not claim.perplexity_only]
     if not wanted:
@@ -66,8 +89,9 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     findings = []
     for measure in wanted:
         effect, verdict, text = claim.test(measure, *used)
-        findings.append(Finding(claim.id, measure.title, verdict, effect,
-                                f"{_capital(measure.title)}: {text} {_capital(verdict)}."))
+        findings.append(
+            Finding(claim.id, measure.title, verdict, effect, f"{_capital(measure.title)}: {text} {_capital(verdict)}.")
+        )
     return findings
 
 
@@ -81,13 +105,25 @@ def _above(interval: Interval, bound: float) -> str:
 def _wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
     loss, share = won_back(measure, full, rtn, qat)
     if share is None:
-        return loss, INCONCLUSIVE, (f"RTN at {rtn.bits} loses {_interval(measure, loss)}, which is not clearly above "
-                                    "zero: there is nothing to win back.")
+        return (
+            loss,
+            INCONCLUSIVE,
+            (
+                f"RTN at {rtn.bits} loses {_interval(measure, loss)}, which is not clearly above "
+                "zero: there is nothing to win back."
+            ),
+        )
     # The share's interval is only shown: the rule is linear, so that no division can blow it up.
     rule = measure.interval(lambda f, r, q: measure.loss(q, r) - MOST * measure.loss(f, r), full, rtn, qat)
-    values = ", ".join(f"{cell.title} {_form(measure)(measure.value(identity, cell))}" for cell in (full, rtn, qat))
-    return share, _above(rule, 0), (f"{values}: LLM-QAT wins back {_percent(share)} of what RTN loses"
-                                    f"{_seeds(measure, won_back_share, percent, full, rtn, qat)}.")
+    values = ", ".join(f"{cell.title} {measure.text(measure.value(identity, cell))}" for cell in (full, rtn, qat))
+    return (
+        share,
+        _above(rule, 0),
+        (
+            f"{values}: LLM-QAT wins back {share.text(percent)} of what RTN loses"
+            f"{_seeds(measure, won_back_share, percent, full, rtn, qat)}."
+        ),
+    )
 
 
 def _cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) -> Outcome:
@@ -98,8 +134,9 @@ def _cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) -
 
     def gained(r, q):
         return measure.loss(q, r)
+
     gain = measure.interval(gained, four, qat)
-    text += f" LLM-QAT wins back {_interval(measure, gain)}{_seeds(measure, gained, _form(measure), four, qat)}."
+    text += f" LLM-QAT wins back {_interval(measure, gain)}{_seeds(measure, gained, measure.text, four, qat)}."
     halves = (verdict, _above(gain, 0))
     return effect, next((v for v in (NOT_REPRODUCED, INCONCLUSIVE) if v in halves), REPRODUCED), text
 
@@ -107,12 +144,15 @@ def _cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) -
 def _smaller_gain(measure: Measure, rtn_8: Cell, qat_8: Cell, rtn_4: Cell, qat_4: Cell) -> Outcome:
     def difference(r8, q8, r4, q4):
         return measure.loss(q4, r4) - measure.loss(q8, r8)
+
     cells = (rtn_8, qat_8, rtn_4, qat_4)
     at_8, at_4 = (measure.interval(lambda r, q: measure.loss(q, r), *pair) for pair in (cells[:2], cells[2:]))
     effect = measure.interval(difference, *cells)
-    text = (f"LLM-QAT gains {_interval(measure, at_8)} over RTN at {rtn_8.bits} and {_interval(measure, at_4)} at "
-            f"{rtn_4.bits}; the second is larger by {_interval(measure, effect)}"
-            f"{_seeds(measure, difference, _form(measure), *cells)}.")
+    text = (
+        f"LLM-QAT gains {_interval(measure, at_8)} over RTN at {rtn_8.bits} and {_interval(measure, at_4)} at "
+        f"{rtn_4.bits}; the second is larger by {_interval(measure, effect)}"
+        f"{_seeds(measure, difference, measure.text, *cells)}."
+    )
     if at_4.low <= 0:
         return effect, INCONCLUSIVE, f"{text} The gain at {rtn_4.bits} is not clearly above zero."
     return effect, _above(effect, 0), text
@@ -129,36 +169,24 @@ def _no_loss(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
 
 def _explodes(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
     effect = measure.interval(lambda f, r: r / f, full, rtn)
-    return effect, _above(effect, EXPLODES), (f"RTN at {rtn.bits} has {number(effect.estimate)} [{number(effect.low)}, "
-                                              f"{number(effect.high)}] times full precision's.")
+    return (
+        effect,
+        _above(effect, EXPLODES),
+        (f"RTN at {rtn.bits} has {effect.text(number)} times full precision's."),
+    )
 
 
 def _cost(measure: Measure, a: Cell, b: Cell) -> tuple[Interval, float, str]:
     """How much worse b is than a, as a share of the perplexity or in points; the tolerance; the cost as text."""
     if measure.is_perplexity:
         effect = measure.interval(lambda x, y: y / x - 1, a, b)
-        return effect, SHARE, f"{_percent(effect)} (tolerance {percent(SHARE)})"
+        return effect, SHARE, f"{effect.text(percent)} (tolerance {percent(SHARE)})"
     effect = measure.interval(measure.loss, a, b)
     return effect, POINTS, f"{_interval(measure, effect)} (tolerance {points(POINTS)})"
 
 
-def percent(share: float) -> str:
-    """A share as text: 0.0375 is 3.8%, 0.628 is 63%, 2.06 is 206%."""
-    return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"
-
-
-def _percent(interval: Interval) -> str:
-    return f"{percent(interval.estimate)} [{percent(interval.low)}, {percent(interval.high)}]"
-
-
-def _form(measure: Measure) -> Callable[[float], str]:
-    return number if measure.is_perplexity else points
-
-
 def _interval(measure: Measure, interval: Interval) -> str:
-    form = _form(measure)
-    return (f"{form(interval.estimate)} [{form(interval.low)}, {form(interval.high)}]"
-            f"{'' if measure.is_perplexity else ' points'}")
+    return interval.text(measure.text) + ("" if measure.is_perplexity else " points")
 
 
 def _seeds(measure: Measure, contrast, form: Callable[[float], str], *cells: Cell) -> str:
@@ -177,26 +205,51 @@ def _list(names) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]} were"
 
 
-CLAIMS = {claim.id: claim for claim in (
-    Claim("A1", "LLM-QAT recovers most of what 4-8-4 loses",
-          "LLaMA-7B, mean of 8 zero-shot tasks: full precision 66.2, RTN 41.2, LLM-QAT 60.7",
-          "LLM-QAT wins back more than half of what RTN loses at 4-8-4; undecided unless that loss is clearly above 0",
-          ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4"), (LLM_QAT, "4-8-4")), _wins_back),
-    Claim("A2", "The 4-bit key/value cache is where post-training quantization breaks",
-          "LLaMA-30B at 8-8-4, zero-shot: SmoothQuant 50.7, LLM-QAT 69.7 (RTN stands in for SmoothQuant here)",
-          "From 8-8-8 to 8-8-4 RTN loses more than 5% perplexity, or 2 points; LLM-QAT at 8-8-4, where run, is better",
-          ((RTN, "8-8-8"), (RTN, "8-8-4")), _cache_breaks, optional=((LLM_QAT, "8-8-4"),)),
-    Claim("A3", "With an 8-bit cache the gain of training is small",
-          "LLaMA-30B at 4-8-8, zero-shot: RTN 69.1, LLM-QAT 70.5",
-          "LLM-QAT gains less over RTN at 4-8-8 than at 4-8-4; undecided unless the gain at 4-8-4 is clearly above 0",
-          ((RTN, "4-8-8"), (LLM_QAT, "4-8-8"), (RTN, "4-8-4"), (LLM_QAT, "4-8-4")), _smaller_gain),
-    Claim("A4", "At 8 bits post-training quantization is enough",
-          "LLaMA-7B at 8-8-8, zero-shot: RTN 65.6, SmoothQuant 66.3, LLM-QAT 66.0 (recalled); full precision 66.2",
-          "RTN at 8-8-8 stays within 5% of full precision's perplexity, or 2 points: the whole interval inside is "
-          "reproduced, the whole interval outside is not",
-          ((FULL_PRECISION, "16-16-16"), (RTN, "8-8-8")), _no_loss),
-    Claim("A6", "Post-training quantization's perplexity explodes at 4-8-4",
-          "LLaMA-7B, WikiText-2: full precision 10.4, RTN 151.4",
-          "RTN's perplexity at 4-8-4 is at least twice full precision's",
-          ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4")), _explodes, perplexity_only=True),
-)}
+CLAIMS = {
+    claim.id: claim
+    for claim in (
+        Claim(
+            "A1",
+            "LLM-QAT recovers most of what 4-8-4 loses",
+            "LLaMA-7B, mean of 8 zero-shot tasks: full precision 66.2, RTN 41.2, LLM-QAT 60.7",
+            "LLM-QAT wins back more than half of what RTN loses at 4-8-4; undecided unless that loss is above 0",
+            ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4"), (LLM_QAT, "4-8-4")),
+            _wins_back,
+        ),
+        Claim(
+            "A2",
+            "The 4-bit key/value cache is where post-training quantization breaks",
+            "LLaMA-30B at 8-8-4, zero-shot: SmoothQuant 50.7, LLM-QAT 69.7 (RTN stands in for SmoothQuant here)",
+            "From 8-8-8 to 8-8-4 RTN loses more than 5% perplexity, or 2 points; LLM-QAT there, where run, is better",
+            ((RTN, "8-8-8"), (RTN, "8-8-4")),
+            _cache_breaks,
+            optional=((LLM_QAT, "8-8-4"),),
+        ),
+        Claim(
+            "A3",
+            "With an 8-bit cache the gain of training is small",
+            "LLaMA-30B at 4-8-8, zero-shot: RTN 69.1, LLM-QAT 70.5",
+            "LLM-QAT gains less over RTN at 4-8-8 than at 4-8-4; undecided unless the gain at 4-8-4 is clearly above 0",
+            ((RTN, "4-8-8"), (LLM_QAT, "4-8-8"), (RTN, "4-8-4"), (LLM_QAT, "4-8-4")),
+            _smaller_gain,
+        ),
+        Claim(
+            "A4",
+            "At 8 bits post-training quantization is enough",
+            "LLaMA-7B at 8-8-8, zero-shot: RTN 65.6, SmoothQuant 66.3, LLM-QAT 66.0 (recalled); full precision 66.2",
+            "RTN at 8-8-8 stays within 5% of full precision's perplexity, or 2 points: the whole interval inside is "
+            "reproduced, the whole interval outside is not",
+            ((FULL_PRECISION, "16-16-16"), (RTN, "8-8-8")),
+            _no_loss,
+        ),
+        Claim(
+            "A6",
+            "Post-training quantization's perplexity explodes at 4-8-4",
+            "LLaMA-7B, WikiText-2: full precision 10.4, RTN 151.4",
+            "RTN's perplexity at 4-8-4 is at least twice full precision's",
+            ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4")),
+            _explodes,
+            perplexity_only=True,
+        ),
+    )
+}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def _results(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     from studylib.records import RecordError
 
     try:
-        return {"run": _run, "list": _list, "show": _show}[options.command](options)
+        return {"run": _run, "list": _list, "show": _show}[options.command](options, arguments)
     except (ValueError, RecordError, SourceError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     import yaml
     from papermill import PapermillExecutionError
 
@@ -93,15 +95,15 @@ def _run(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 1
-    records = batch.published_records(output, notebooks, store)
-    command = f"study {' '.join(sys.argv[1:])}"
-    page = report.write_report(output, records, executed, command)
+    keys = [key for path in executed for key in batch.read_published(output, path.stem)["records"]]
+    records = [store.load(key) for key in dict.fromkeys(keys)]
+    page = report.write_report(output, records, executed, shlex.join(["study", *arguments]))
     print(tables.as_text(tables.scoreboard(records)))
     print(f"\nReport: {page}")
     return 0
 
 
-def _list(options: argparse.Namespace) -> int:
+def _list(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.records import read_records
 
     for record in read_records(options.results / "records"):
@@ -117,7 +119,7 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(options: argparse.Namespace) -> int:
+def _show(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.records import read_record
 
     paths = sorted((options.results / "records").glob("*.json"))

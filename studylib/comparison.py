@@ -13,9 +13,19 @@ from studylib.records import FINISHED, Record
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
 
 CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
-TASK_TITLES = {"boolq": "BoolQ", "piqa": "PIQA", "siqa": "SIQA", "hellaswag": "HellaSwag", "winogrande": "WinoGrande",
-               "arc_easy": "ARC-easy", "arc_challenge": "ARC-challenge", "openbookqa": "OpenBookQA", "mmlu": "MMLU",
-               "triviaqa": "TriviaQA"}
+TASK_TITLES = {
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "siqa": "SIQA",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "arc_easy": "ARC-easy",
+    "arc_challenge": "ARC-challenge",
+    "openbookqa": "OpenBookQA",
+    "mmlu": "MMLU",
+    "triviaqa": "TriviaQA",
+}
+EMPTY = "–"
 RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 1,000
 
 Contrast = Callable[..., np.ndarray]
@@ -64,9 +74,14 @@ def gather(records: Sequence[Record]) -> Cells:
     for (method, bits), group in grouped.items():
         if len({_seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
             raise ValueError(f"records: there are different arms of {TITLES[method]} at {bits}; only seeds may differ")
-    return {pair: Cell(*pair, tuple(record for record in group if record.status == FINISHED),
-                       tuple(record for record in group if record.status != FINISHED))
-            for pair, group in grouped.items()}
+    return {
+        pair: Cell(
+            *pair,
+            tuple(record for record in group if record.status == FINISHED),
+            tuple(record for record in group if record.status != FINISHED),
+        )
+        for pair, group in grouped.items()
+    }
 
 
 def _order(record: Record) -> tuple:
@@ -105,12 +120,17 @@ class Measure:
         """How much worse `value` is than `reference`, in perplexity or in points of accuracy; negative if better."""
         return value - reference if self.is_perplexity else reference - value
 
+    def text(self, value: float) -> str:
+        """The value as people read it: three digits of a perplexity, one decimal of a percentage."""
+        return number(value) if self.is_perplexity else points(value)
+
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
         """95% interval of contrast(value of each cell), resampling the items that all of them were scored on."""
         strata, statistic = self._statistic()
         draws = int(np.clip(RESAMPLED // self.items, 1_000, 10_000))
-        return paired_bootstrap(lambda *scores: contrast(*map(statistic, scores)), *map(self._scores, cells),
-                                strata=strata, draws=draws)
+        return paired_bootstrap(
+            lambda *scores: contrast(*map(statistic, scores)), *map(self._scores, cells), strata=strata, draws=draws
+        )
 
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
         """contrast(value of each cell), without an interval; of one seed where given."""
@@ -135,6 +155,29 @@ class Measure:
         return strata, lambda scores: 100 * mean(scores)
 
 
+def number(value: float) -> str:
+    """Three significant digits, thousands apart, a true minus: 26.7, 11,900, −0.31, 2.5e+07."""
+    if not np.isfinite(value):
+        return "∞" if value > 0 else EMPTY
+    if value and not 1e-3 <= abs(value) < 1e7:
+        text = f"{value:.1e}"
+    else:
+        rounded = float(f"{value:.3g}")
+        digits = 0 if rounded == 0 else max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
+        text = f"{rounded:,.{digits}f}"
+    return text.replace("-", "−") if value < 0 else text
+
+
+def points(value: float) -> str:
+    """One decimal, a true minus: percent and points of accuracy."""
+    return f"{value + 0.0:.1f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share as text: 0.0375 is 3.8%, 0.628 is 63%, 2.06 is 206%."""
+    return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"
+
+
 def corpus_title(corpus: str) -> str:
     """A corpus's name for people; the file's name where it is a path."""
     return CORPUS_TITLES.get(corpus, Path(corpus).stem)
@@ -146,12 +189,22 @@ def measures(records: Sequence[Record]) -> list[Measure]:
     if record is None:
         return []
     evaluation = record.arm.evaluation
-    found = [Measure(f"perplexity/{corpus}", f"perplexity on {corpus_title(corpus)}", (f"loss/{corpus}",),
-                     (len(record.scores[f"loss/{corpus}"]),)) for corpus in evaluation.corpora]
+    found = [
+        Measure(
+            f"perplexity/{corpus}",
+            f"perplexity on {corpus_title(corpus)}",
+            (f"loss/{corpus}",),
+            (len(record.scores[f"loss/{corpus}"]),),
+        )
+        for corpus in evaluation.corpora
+    ]
     tasks = [task for task in evaluation.tasks if task in ZERO_SHOT]
     if tasks:
-        title = (f"mean accuracy on {len(tasks)} zero-shot tasks" if len(tasks) > 1
-                 else f"accuracy on {TASK_TITLES[tasks[0]]}")
+        title = (
+            f"mean accuracy on {len(tasks)} zero-shot tasks"
+            if len(tasks) > 1
+            else f"accuracy on {TASK_TITLES[tasks[0]]}"
+        )
         found.append(_accuracy("mean", title, tasks, record))
     return found
 
@@ -159,8 +212,11 @@ def measures(records: Sequence[Record]) -> list[Measure]:
 def task_measures(records: Sequence[Record]) -> list[Measure]:
     """The accuracy on each task alone."""
     record = next((record for record in records if record.status == FINISHED), None)
-    return [] if record is None else [_accuracy(task, TASK_TITLES[task], [task], record)
-                                      for task in record.arm.evaluation.tasks]
+    return (
+        []
+        if record is None
+        else [_accuracy(task, TASK_TITLES[task], [task], record) for task in record.arm.evaluation.tasks]
+    )
 
 
 def _accuracy(name: str, title: str, tasks: Sequence[str], record: Record) -> Measure:

@@ -85,9 +85,9 @@ def soft_logit_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teache
     """Distillation on soft logits: the mean over tokens of KL(teacher || student), in nats (LLM-QAT, Eq. 3).
 
     hidden [N, D] and head [V, D]: the student's last hidden states and output matrix; teacher_hidden [N, D'] and
-    teacher_head [V, D'] likewise. Full [N, V] logits are never held: CHUNK tokens at a time. Softmax in fp32, products in
-    the autocast type. The official code's `batchmean` over [B, T, V] divides by B only, T times this value; under AdamW
-    the two differ only through gradient clipping.
+    teacher_head [V, D'] likewise. Full [N, V] logits are never held: CHUNK tokens at a time. Softmax in fp32, products
+    in the autocast type. The official code's `batchmean` over [B, T, V] divides by B only, T times this value; under
+    AdamW the two differ only through gradient clipping.
     Raises ValueError for no tokens, or shapes that do not belong together.
     """
     if hidden.ndim != 2 or len(hidden) == 0 or len(hidden) != len(teacher_hidden) or len(head) != len(teacher_head):
@@ -99,7 +99,7 @@ def soft_logit_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teache
 
 
 def last_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """The decoder's normalised last hidden states [B, T, D] for token ids [B, T]; times the head, they are the logits."""
+    """The decoder's normalised last hidden states [B, T, D] for token ids [B, T]; times the head: the logits."""
     return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
 
@@ -125,7 +125,7 @@ def keep_teacher_states(
     batch: int = 8,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """The teacher's last hidden states [N, T, D] (fp32) of every window, computed once and kept in the .npy file `path`.
+    """The teacher's last hidden states [N, T, D] (fp32) of every window, computed once, kept in the .npy file `path`.
 
     Written whole or not at all; an existing file is opened as it is. Returns a read-only memory map.
     """
@@ -195,7 +195,8 @@ def train_llm_qat(
     """Train a quantized student (see layers.quantize_model) in place towards the teacher's logits.
 
     windows [N, T] are consumed in order, from the start again where steps x batch exceeds N. teacher: its last hidden
-    states [N, T, D] of them (see keep_teacher_states), or the model itself, run at every step. The student's parameters are fp32 masters; products run in bf16 where the hardware has it.
+    states [N, T, D] of them (see keep_teacher_states), or the model itself, run at
+    every step. The student's parameters are fp32 masters; products run in bf16 where the hardware has it.
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights.
     Returns one {"step", "loss", "learning_rate", "grad_norm"} a step (loss in nats a token); a last loss that is not
     finite means that the training diverged and was stopped there.

@@ -30,8 +30,8 @@ CHUNK = 512  # tokens whose fp32 logits are held at once
 class TaskSpec:
     """A benchmark: lm-eval's file and name for it, where its items lie in the archive, how it is scored.
 
-    metric is the one reported: acc_norm (choices compared per byte) where lm-eval computes it, else acc, else exact_match.
-    items: how many the archive holds, over all subjects. changes: what differs in lm-eval's file, beside the data source.
+    metric is the one reported: acc_norm (choices compared per byte) where lm-eval has it, else acc, else exact_match.
+    items: how many the archive holds, over all subjects. changes: what differs in lm-eval's file beside the source.
     """
 
     file: str

@@ -89,13 +89,19 @@ def run(arms: Sequence[Arm], results: str | Path) -> list[Record]:
         done = 0
         for arm in missing:
             bar.set_description(arm.title)
+            end = done + _work(arm)
             with store.lock(arm_key(arm)):
                 if store.load(arm_key(arm)) is None:
-                    store.save(carry_out(arm, store, bar.update))
+                    store.save(carry_out(arm, store, functools.partial(_advance, bar, end)))
                     shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
-            done += _work(arm)
-            bar.update(done - bar.n)
+            _advance(bar, end, end)
+            done = end
     return [store.load(arm_key(arm)) for arm in arms]
+
+
+def _advance(bar: tqdm, end: int, tokens: int) -> None:
+    """Move the bar by `tokens`, at most to `end`: an arm that takes more than planned stays in its own part."""
+    bar.update(min(tokens, end - bar.n))
 
 
 def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) -> Record:
@@ -185,7 +191,6 @@ def score(arm: Arm, model: PreTrainedModel, tokenizer) -> tuple[dict[str, float]
             scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
             scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
             metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
-        metrics["accuracy/mean"] = float(np.mean([metrics[f"accuracy/{task}"] for task in wanted.tasks]))
     return metrics, scores
 
 

@@ -5,63 +5,56 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from studylib.arms import FULL_PRECISION, LLM_QAT, METHODS, RTN, TITLES
-from studylib.claims import percent
-from studylib.comparison import Cell, Cells, Measure, gather, identity, measures, won_back
-from studylib.labels import place_labels
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, TITLES
+from studylib.comparison import Cell, Cells, Measure, gather, identity, measures, number, percent, won_back
 from studylib.records import Record
 from studylib.statistics import Interval
-from studylib.tables import number, points
 
 # Okabe and Ito's colours for all kinds of colour vision; marker and filling tell the methods apart in grey.
 COLOURS = {FULL_PRECISION: "#000000", RTN: "#D55E00", LLM_QAT: "#0072B2"}
 MARKERS = {FULL_PRECISION: "D", RTN: "s", LLM_QAT: "o"}
-FILLS = {FULL_PRECISION: "#000000", RTN: "#FFFFFF", LLM_QAT: "#0072B2"}
-GREY = "#767676"
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.edgecolor": "#444444",
-         "axes.labelsize": 9, "xtick.color": "#444444", "ytick.color": "#444444", "xtick.labelcolor": "black",
-         "ytick.labelcolor": "black", "legend.frameon": False, "svg.hashsalt": "studylib", "figure.dpi": 110}
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid.axis": "x",
+    "legend.frameon": False,
+    "svg.hashsalt": "studylib",
+}
 CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
-OFF_SCALE = 8  # size_accuracy shows up to this many times full precision's perplexity
+OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
 
 
 def bit_allocation(records: Sequence[Record]) -> Figure:
-    """Dot plot: a row for each setting, perplexity (log) with its 95% interval in a panel for each corpus."""
-    cells, panels = gather(records), [m for m in measures(records) if m.is_perplexity]
+    """A row for each setting, perplexity (log) with its 95% interval, a panel for each corpus; the worst comes last."""
+    cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
     if not panels:
         return _empty("No arm finished with a perplexity")
     settings = _by_damage(cells, panels[0])
     with mpl.rc_context(STYLE):
-        figure, axes = _panels(len(panels), width=10, height=1.9 + 0.32 * len(settings), sharey=True)
+        figure, axes = _panels(len(panels), width=10, height=1.6 + 0.34 * len(settings), sharey=True)
         for ax, measure in zip(axes, panels, strict=True):
-            full = _reference(ax, cells, measure, vertical=True)
-            highest = full.high if full else 0.0
+            _reference(ax, cells, measure)
+            limit = _off_scale(cells, measure)
             for row, bits in enumerate(settings):
-                ax.axhline(row, color="#EEEEEE", lw=0.8, zorder=0)
-                pair = [cells[m, bits] for m in (RTN, LLM_QAT) if (m, bits) in cells]
-                for cell, at in zip(pair, (row - 0.14, row + 0.14) if len(pair) > 1 else (row,), strict=True):
-                    if not cell.records:
-                        ax.text(0.99, at, f"{TITLES[cell.method]} diverged", transform=ax.get_yaxis_transform(),
-                                ha="right", va="center", fontsize=7.5, color=COLOURS[cell.method])
-                        continue
-                    found = measure.interval(identity, cell)
-                    highest = max(highest, found.high)
-                    _point(ax, found.estimate, at, cell.method, x=found)
-                    ax.annotate(number(found.estimate), (found.high, at), xytext=(5, 0), textcoords="offset points",
-                                va="center", fontsize=7.5, color=COLOURS[cell.method])
-            _log_axis(ax, "x")
-            ax.set_xlim(right=highest * (highest / ax.get_xlim()[0]) ** 0.22)
-            _log_axis(ax, "x")
-            ax.set_xlabel(f"{_capital(measure.title)} (log scale)")
-        axes[0].set_yticks(range(len(settings)), settings)
-        axes[0].set_ylim(len(settings) - 0.4, -0.6)
-        axes[0].set_ylabel("Bits: weights-activations-cache")
+                shown = [cells[method, bits] for method in (RTN, LLM_QAT) if (method, bits) in cells]
+                for cell, shift in zip(shown, (-0.16, 0.16) if len(shown) > 1 else (0,), strict=True):
+                    _row_point(ax, cell, measure, row + shift, limit)
+            ax.set_xscale("log")
+            ax.set_xlim(right=limit * 1.45)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.set_xlabel(f"{_capital(measure.title)} (log scale, lower is better)")
+        _setting_rows(axes[0], settings)
         _finish(figure, _allocation_title(cells, panels[0]), cells)
     return figure
 
@@ -69,63 +62,266 @@ def bit_allocation(records: Sequence[Record]) -> Figure:
 def _allocation_title(cells: Cells, measure: Measure) -> str:
     full = cells.get((FULL_PRECISION, "16-16-16"))
     found = []
-    for bits, words in (("8-8-8", "at 8-8-8"), ("8-8-4", "with a 4-bit cache (8-8-4)"),
-                        ("4-16-16", "with 4-bit weights (4-16-16)"), ("4-8-4", "at 4-8-4"),
-                        ("8-4-8", "with 4-bit activations (8-4-8)")):
+    for bits, words in (
+        ("8-8-8", "at 8-8-8"),
+        ("8-8-4", "with a 4-bit cache (8-8-4)"),
+        ("4-16-16", "with 4-bit weights (4-16-16)"),
+        ("4-8-4", "at 4-8-4"),
+        ("8-4-8", "with 4-bit activations (8-4-8)"),
+    ):
         cell = cells.get((RTN, bits))
         if full and full.records and cell and cell.records:
             found.append(f"{number(measure.value(lambda f, r: r / f, full, cell))} {words}")
     return f"RTN multiplies {measure.title} by {_and(found)}" if found else f"{_capital(measure.title)} by bit setting"
 
 
-def size_accuracy(records: Sequence[Record]) -> Figure:
-    """Memory of weights and a cache of CONTEXT tokens against perplexity (log) and mean accuracy, with Pareto fronts.
-
-    Perplexities above OFF_SCALE times full precision's stand at the upper edge with an arrow and their value.
-    """
+def recovery(records: Sequence[Record]) -> Figure:
+    """A row for each setting: what RTN loses, and an arrow to where LLM-QAT gets; a panel for each measure."""
     cells, panels = gather(records), measures(records)
+    settings = [bits for method, bits in cells if method == LLM_QAT and (RTN, bits) in cells]
+    if not panels or not settings:
+        return _empty("No setting was both rounded and trained")
+    with mpl.rc_context(STYLE):
+        figure, axes = _panels(len(panels), width=12, height=1.9 + 0.55 * len(settings), sharey=True)
+        for ax, measure in zip(axes, panels, strict=True):
+            _reference(ax, cells, measure)
+            limit = _off_scale(cells, measure)
+            for row, bits in enumerate(settings):
+                rtn, qat = cells[RTN, bits], cells[LLM_QAT, bits]
+                for cell, shift in ((rtn, -0.2), (qat, 0.2)):
+                    _row_point(ax, cell, measure, row + shift, limit)
+                if rtn.records and qat.records:
+                    ends = [min(measure.value(identity, cell), limit) for cell in (rtn, qat)]
+                    arrow = {"arrowstyle": "->", "color": "#888888", "shrinkA": 5, "shrinkB": 5}
+                    ax.annotate("", (ends[1], row + 0.2), (ends[0], row - 0.2), arrowprops=arrow)
+            ax.margins(x=0.16)
+            ax.set_xlabel(f"{_capital(_short(measure))} ({'lower' if measure.is_perplexity else 'higher'} is better)")
+        _setting_rows(axes[0], settings)
+        _finish(figure, _recovery_title(cells, panels, settings[-1]), cells)
+    return figure
+
+
+def _recovery_title(cells: Cells, panels: list[Measure], bits: str) -> str:
+    trio = [cells.get(pair) for pair in ((FULL_PRECISION, "16-16-16"), (RTN, bits), (LLM_QAT, bits))]
+    if not all(cell and cell.records for cell in trio):
+        return f"RTN and LLM-QAT down to {bits}"
+    found = []
+    for measure in panels:
+        loss, share = won_back(measure, *trio)
+        found.append(
+            f"nothing measurable of the {_short(measure)} ({loss.text(measure.text)} lost)"
+            if share is None
+            else f"{share.text(percent)} of the {_short(measure)}"
+        )
+    return f"At {bits}, LLM-QAT wins back, of what RTN loses: {_and(found)}"
+
+
+def size_accuracy(records: Sequence[Record]) -> Figure:
+    """Memory of weights and a cache of CONTEXT tokens against each measure, with 95% intervals and Pareto fronts."""
+    cells, panels = gather(records), measures(records)
+    shown = [cell for cell in cells.values() if cell.records]
     if not panels:
         return _empty("No arm finished")
-    shown = [cell for cell in cells.values() if cell.records]
-    with mpl.rc_context(STYLE):
-        figure, axes = _panels(len(panels), width=12.4, height=5.4)
-        title = "Memory against quality"
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
+        figure, axes = _panels(len(panels), width=13, height=5.4)
+        sizes = np.array([_megabytes(cell) for cell in shown])
         for ax, measure in zip(axes, panels, strict=True):
-            values = [measure.interval(identity, cell) for cell in shown]
-            sizes = np.array([_megabytes(cell) for cell in shown])
-            estimates = np.array([found.estimate for found in values])
-            limit = np.inf
-            if measure.is_perplexity:
-                limit = min(estimates) * OFF_SCALE
-            inside = estimates <= limit
-            names = []
-            for cell, size, found, kept in zip(shown, sizes, values, inside, strict=True):
-                if kept:
-                    _point(ax, size, found.estimate, cell.method, y=found)
-                else:
-                    ax.plot(size, limit, marker="^", ms=6, color=COLOURS[cell.method], mfc=FILLS[cell.method], ls="")
-                names.append(_bits(cell) if kept else f"{_bits(cell)}: {number(found.estimate)}")
-            front = _front(sizes, -estimates if measure.is_perplexity else estimates)
-            ax.plot(sizes[front], np.minimum(estimates, limit)[front], color=GREY, lw=1, ls=(0, (4, 2)), zorder=1)
-            ax.set_xscale("log")
-            ax.set_xlim(sizes.min() / 1.16, sizes.max() * 1.22)
-            _log_axis(ax, "x")
-            ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB (log scale)")
-            low, high = min(f.low for f in values), max(f.high for f, kept in zip(values, inside, strict=True) if kept)
+            limit = _off_scale(cells, measure)
+            found = [measure.interval(identity, cell) for cell in shown]
+            heights = np.array([min(interval.estimate, limit) for interval in found])
+            for cell, size, interval in zip(shown, sizes, found, strict=True):
+                _point(ax, size, min(interval.estimate, limit), cell.method, interval, "y", limit)
+            front = _front(measure, shown, sizes)
+            ax.plot(sizes[front], heights[front], color="#888888", lw=1, ls="--", zorder=1)
+            ax.set_xlim(sizes.min() / 1.1, sizes.max() * 1.06)
             if measure.is_perplexity:
                 ax.set_yscale("log")
-                top = max(high, limit if not inside.all() else 0)
-                ax.set_ylim(low * 0.9, top * 1.18)
-                _log_axis(ax, "y")
-            else:
-                ax.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
-            ax.set_ylabel(_axis_title(measure))
-            ax.set_title(f"{_capital(measure.title)}\n({'lower' if measure.is_perplexity else 'higher'} is better)")
-            if measure is panels[0]:
-                best = [shown[i] for i in front if shown[i].method != FULL_PRECISION]
-                title = (f"By {measure.title}, no other setting is both smaller and better than "
-                         f"{_and([cell.title for cell in best])}" if best else title)
-        _finish(figure, title, cells, extra=Line2D([], [], color=GREY, lw=1, ls=(0, (4, 2)), label="Pareto front"))
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_minor_locator(NullLocator())
+                ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                ax.set_ylim(top=limit * 1.15)
+            ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
+            ax.set_ylabel(f"{_capital(_short(measure))}{' (log scale)' if measure.is_perplexity else ''}")
+        best = _and([shown[i].title for i in _front(panels[0], shown, sizes)])
+        title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
+        _finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
         for ax, measure in zip(axes, panels, strict=True):
-            _label_points(ax, measure, shown)
+            _label_points(ax, measure, shown, sizes, _off_scale(cells, measure))
     return figure
+
+
+def _front(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int]:
+    """Indices of the cells that are better than everything as small as they are, in the order of size."""
+    losses = [measure.loss(0, measure.value(identity, cell)) for cell in shown]
+    found, least = [], np.inf
+    for index in sorted(range(len(shown)), key=lambda i: (sizes[i], losses[i])):
+        if losses[index] < least:
+            found.append(index)
+            least = losses[index]
+    return found
+
+
+def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarray, limit: float) -> None:
+    texts, heights = [], []
+    for cell, size in zip(shown, sizes, strict=True):
+        value = measure.value(identity, cell)
+        label = TITLES[FULL_PRECISION] if cell.method == FULL_PRECISION else cell.bits
+        label += f": {measure.text(value)}" if value > limit else ""
+        heights.append(min(value, limit))
+        texts.append(ax.text(size, heights[-1], label, fontsize=7.5, color=COLOURS[cell.method]))
+    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
+    adjust_text(texts, x=list(sizes), y=heights, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.3, 1.8))
+
+
+def training_curve(records: Sequence[Record]) -> Figure:
+    """KL from the full-precision model at each training step (log), and its mean over a tenth of the steps around."""
+    trained = [record for record in records if record.training]
+    if not trained:
+        return _empty("No arm was trained")
+    settings = list(dict.fromkeys(record.arm.bits for record in trained))
+    # One hue, from dark to light; dashes tell the settings apart without colour.
+    colours = ["#08306B", "#2171B5", "#6BAED6", "#9ECAE1"]
+    dashes = ["-", "--", "-.", ":"]
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
+        figure, (ax,) = _panels(1, width=8, height=4.4)
+        ends = {}
+        for record in trained:
+            at = settings.index(record.arm.bits)
+            steps = np.array([entry["step"] for entry in record.training])
+            losses = np.array([np.nan if entry["loss"] is None else entry["loss"] for entry in record.training])
+            width = max(1, len(losses) // 10)
+            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+            ax.plot(steps, losses, color=colours[at % 4], lw=0.6, alpha=0.35)
+            ax.plot(steps[width - 1 :], smooth, color=colours[at % 4], ls=dashes[at // 4 % 4] if at > 3 else dashes[at])
+            ends.setdefault(record.arm.bits, []).append((smooth[0], smooth[-1]))
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.set_xlabel("Training step")
+        ax.set_ylabel("KL from full precision, nats a token (log scale)")
+        handles = [
+            Line2D([], [], color=colours[at % 4], ls=dashes[at % 4], label=f"LLM-QAT at {bits}")
+            for at, bits in enumerate(settings)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        means = {bits: np.mean(pairs, axis=0) for bits, pairs in ends.items()}
+        falls = [f"{number(first)} to {number(last)} at {bits}" for bits, (first, last) in means.items()]
+        _title(figure, f"Distance from full precision on fresh generated text, over training: {_and(falls)}")
+    return figure
+
+
+def _panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    for ax in axes:
+        ax.grid(color="#E8E8E8", lw=0.7)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _empty(why: str) -> Figure:
+    figure, (ax,) = _panels(1, width=6, height=2)
+    ax.set_axis_off()
+    _title(figure, why)
+    return figure
+
+
+def _title(figure: Figure, text: str) -> None:
+    width = int(figure.get_figwidth() * 11.5)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+
+
+def _finish(figure: Figure, title: str, cells: Cells, *further: Line2D) -> None:
+    present = [method for method in TITLES if any(cell.method == method for cell in cells.values())]
+    handles = [
+        Line2D([], [], color=COLOURS[method], marker=MARKERS[method], mfc=_fill(method), ls="", label=TITLES[method])
+        for method in present
+    ]
+    figure.legend(handles=[*handles, *further], loc="outside lower center", ncols=5, title="Bars: 95% intervals")
+    _title(figure, title)
+
+
+def _fill(method: str) -> str:
+    return "#FFFFFF" if method == RTN else COLOURS[method]
+
+
+def _point(ax: Axes, x: float, y: float, method: str, found: Interval, axis: str, limit: float) -> None:
+    """A marker with its interval along `axis`, cut at `limit`; an arrow head where the value itself lies beyond it."""
+    beyond = found.estimate > limit
+    if not beyond:
+        low, high = max(0, found.estimate - found.low), max(0, min(found.high, limit) - found.estimate)
+        ax.errorbar(x, y, **{f"{axis}err": [[low], [high]]}, color=COLOURS[method], lw=1.2, capsize=2, zorder=2)
+    marker = {"x": ">", "y": "^"}[axis] if beyond else MARKERS[method]
+    ax.plot(x, y, marker=marker, ms=5.5, color=COLOURS[method], mfc=_fill(method), ls="", zorder=3)
+
+
+def _row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: float) -> None:
+    colour = COLOURS[cell.method]
+    if not cell.records:
+        ax.text(0.99, row, f"{TITLES[cell.method]} diverged", transform=ax.get_yaxis_transform(), ha="right",
+                va="center", fontsize=7.5, color=colour)  # fmt: skip
+        return
+    found = measure.interval(identity, cell)
+    x = min(found.estimate, limit)
+    _point(ax, x, row, cell.method, found, "x", limit)
+    ax.annotate(
+        measure.text(found.estimate),
+        (x if found.estimate > limit else min(found.high, limit), row),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        color=colour,
+    )
+
+
+def _reference(ax: Axes, cells: Cells, measure: Measure) -> None:
+    """Full precision as a line with its interval as a band."""
+    full = cells.get((FULL_PRECISION, "16-16-16"))
+    if full and full.records:
+        found = measure.interval(identity, full)
+        ax.axvspan(found.low, found.high, color="#000000", alpha=0.06, lw=0, zorder=0)
+        ax.axvline(found.estimate, color="#000000", lw=1, zorder=1)
+        ax.plot(found.estimate, 1, marker="D", ms=5, color="#000000", transform=ax.get_xaxis_transform(), clip_on=False)
+
+
+def _setting_rows(ax: Axes, settings: list[str]) -> None:
+    ax.set_yticks(range(len(settings)), settings)
+    ax.set_ylim(len(settings) - 0.5, -0.5)
+    ax.set_ylabel("Bits: weights-activations-cache")
+
+
+def _by_damage(cells: Cells, measure: Measure) -> list[str]:
+    """The settings, from the smallest loss of any method's best to the greatest."""
+    values: dict[str, float] = {}
+    for (method, bits), cell in cells.items():
+        if method != FULL_PRECISION:
+            value = measure.value(identity, cell) if cell.records else np.inf
+            values[bits] = max(values.get(bits, 0.0), value)
+    return sorted(values, key=values.get)
+
+
+def _off_scale(cells: Cells, measure: Measure) -> float:
+    """Where the scale ends: OFF_SCALE times the best perplexity, if any is above that; accuracies have no end."""
+    if not measure.is_perplexity:
+        return np.inf
+    found = [measure.interval(identity, cell) for cell in cells.values() if cell.records]
+    return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
+
+
+def _megabytes(cell: Cell) -> float:
+    sizes = cell.records[0].metrics
+    return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6
+
+
+def _short(measure: Measure) -> str:
+    return measure.title if measure.is_perplexity else "mean accuracy, %"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _and(texts: Sequence[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

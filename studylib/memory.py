@@ -32,7 +32,7 @@ def weight_bytes(model: nn.Module, bits: str | BitWidths) -> int:
 
 
 def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths) -> int:
-    """Bytes of keys and values that one token leaves in the cache, over all layers: KV bits, one fp32 scale for each."""
+    """Bytes of keys and values that one token leaves in the cache, in all layers: KV bits, an fp32 scale for each."""
     width = BitWidths.parse(bits).cache
     outputs = [
         linear.out_features for name, linear in decoder_linears(model).items() if name.endswith(CACHE_PROJECTIONS)

@@ -121,7 +121,7 @@ def load_tokenizer(name: str):
 
 
 def identity(name: str) -> dict[str, str]:
-    """Which weights these are: name, a note, and the SHA-256 over the weight files (over the tensors of tiny-random)."""
+    """Which weights these are: name, note, and the SHA-256 of the weight files (of the tensors of tiny-random)."""
     digest = hashlib.sha256()
     if name == TINY:
         for tensor in load_model(name).cpu().state_dict().values():

@@ -18,8 +18,9 @@ class Interval:
     high: float
     level: float = 0.95
 
-    def __str__(self) -> str:
-        return f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}]"
+    def text(self, form: Callable[[float], str]) -> str:
+        """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"."""
+        return f"{form(self.estimate)} [{form(self.low)}, {form(self.high)}]"
 
 
 def perplexity(losses: np.ndarray) -> np.ndarray:

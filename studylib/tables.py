@@ -8,6 +8,7 @@ import pandas as pd
 
 from studylib.arms import TITLES
 from studylib.comparison import (
+    EMPTY,
     TASK_TITLES,
     Cell,
     Measure,
@@ -15,11 +16,11 @@ from studylib.comparison import (
     gather,
     identity,
     measures,
+    number,
+    points,
     task_measures,
 )
 from studylib.records import Record
-
-EMPTY = "–"
 
 
 def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
@@ -37,8 +38,14 @@ def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
 
 def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -> dict:
     sizes = (*cell.records, *cell.diverged)[0].metrics
-    row = {"method": TITLES[cell.method], "bits": cell.bits, "seeds": len(cell.records), "diverged": len(cell.diverged),
-           "bytes/weights": sizes["bytes/weights"], "bytes/cache_per_token": sizes["bytes/cache_per_token"]}
+    row = {
+        "method": TITLES[cell.method],
+        "bits": cell.bits,
+        "seeds": len(cell.records),
+        "diverged": len(cell.diverged),
+        "bytes/weights": sizes["bytes/weights"],
+        "bytes/cache_per_token": sizes["bytes/cache_per_token"],
+    }
     for measure in main:
         names = [measure.name, f"{measure.name}/low", f"{measure.name}/high"]
         found = measure.interval(identity, cell) if cell.records else None
@@ -52,32 +59,16 @@ def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -
     return row | {"training_minutes": np.mean(minutes) if minutes else np.nan}
 
 
-def number(value: float) -> str:
-    """Three significant digits, thousands apart, a true minus: 26.7, 11,900, −0.31, 2.5e+07."""
-    if not np.isfinite(value):
-        return "∞" if value > 0 else EMPTY
-    if value and not 1e-3 <= abs(value) < 1e7:
-        text = f"{value:.1e}"
-    else:
-        rounded = float(f"{value:.3g}")
-        digits = 0 if rounded == 0 else max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
-        text = f"{rounded:,.{digits}f}"
-    return text.replace("-", "−") if value < 0 else text
-
-
-def points(value: float) -> str:
-    """One decimal, a true minus: percent and points of accuracy."""
-    return f"{value + 0.0:.1f}".replace("-", "−")
-
-
 def readable(board: pd.DataFrame, tasks: bool = True) -> pd.DataFrame:
     """The scoreboard as text, "26.7 [24.9, 28.6]" for estimate and 95% interval; single tasks if `tasks`."""
     shown = pd.DataFrame({"Method": board["method"], "W-A-KV": board["bits"]})
     if (board["seeds"] + board["diverged"]).max() > 1:
-        shown["Seeds"] = [f"{row.seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-                          for row in board.itertuples()]
-    shown["Weights, MB"] = [f"{value / 1e6:.0f}" if value >= 1e7 else number(value / 1e6)
-                            for value in board["bytes/weights"]]
+        shown["Seeds"] = [
+            f"{row.seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "") for row in board.itertuples()
+        ]
+    shown["Weights, MB"] = [
+        f"{value / 1e6:.0f}" if value >= 1e7 else number(value / 1e6) for value in board["bytes/weights"]
+    ]
     shown["Cache, kB/token"] = [number(value / 1e3) for value in board["bytes/cache_per_token"]]
     count = sum(name.startswith("accuracy/") and name.count("/") == 1 and name != "accuracy/mean" for name in board)
     for name in board:
@@ -111,14 +102,22 @@ def as_text(board: pd.DataFrame) -> str:
     shown = readable(board, tasks=False)
     lines = [list(shown), *shown.values.tolist()]
     widths = [max(len(line[column]) for line in lines) for column in range(shown.shape[1])]
-    return "\n".join("  ".join(cell.ljust(width) if at < 2 else cell.rjust(width)
-                               for at, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at < 2 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def as_html(shown: pd.DataFrame) -> str:
     """An HTML table of text (readable's result), every cell escaped; columns after the second to the right."""
+
     def cells(line, tag):
-        return "".join(f'<{tag}{" class=number" if at > 1 else ""}>{escape(str(cell))}</{tag}>'
-                       for at, cell in enumerate(line))
+        return "".join(
+            f"<{tag}{' class=number' if at > 1 else ''}>{escape(str(cell))}</{tag}>" for at, cell in enumerate(line)
+        )
+
     body = "".join(f"<tr>{cells(line, 'td')}</tr>\n" for line in shown.values.tolist())
     return f"<table>\n<thead><tr>{cells(shown, 'th')}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
