@@ -145,8 +145,8 @@ PROFILES = {
         seeds=(0,),
     ),
     "quick": Profile(
-        Sampling(count=64, length=256),
-        Training(steps=64, batch=1, learning_rate=3e-4),
+        Sampling(count=96, length=256, batch=96),
+        Training(steps=96, batch=1, learning_rate=3e-4),
         Evaluation(("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40),
         seeds=(0,),
     ),

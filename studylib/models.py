@@ -112,6 +112,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+@functools.lru_cache(maxsize=8)
 def load_tokenizer(name: str):
     """The model's tokenizer. ValueError for a name that leads to none."""
     if name == TINY:

@@ -20,7 +20,7 @@ from filelock import FileLock
 from studylib.arms import LLM_QAT, Arm
 
 COMMON_CODE = ("quantizers", "layers", "ptq", "models", "corpora", "evaluation", "memory", "experiments")
-TRAINING_CODE = ("sampling", "distill")
+TRAINING_CODE = ("decoding", "sampling", "distill")
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
 
 FINISHED, DIVERGED = "finished", "diverged"

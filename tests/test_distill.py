@@ -72,7 +72,7 @@ def data(tiny_model, tmp_path):
 
 
 @torch.no_grad()
-def test_kept_states_are_the_teachers(tiny_model, data, tmp_path):
+def test_kept_states_are_the_teachers(fp32, tiny_model, data, tmp_path):
     windows, states = data
     logits = torch.from_numpy(states.copy()) @ tiny_model.lm_head.weight.T
     torch.testing.assert_close(logits, tiny_model(windows.tokens).logits, rtol=1e-4, atol=1e-5)
@@ -107,7 +107,7 @@ SETTINGS = Training(steps=6, batch=2, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_training_equals_a_hand_written_loop(tiny_model, data, tmp_path, kept):
+def test_training_equals_a_hand_written_loop(fp32, tiny_model, data, tmp_path, kept):
     windows, states = data
     ours, theirs = (quantize_model(copy.deepcopy(tiny_model), "8-8-8") for _ in range(2))
     log = train_llm_qat(

@@ -175,7 +175,7 @@ def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path
         experiments.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
 
 
-def test_a_live_teacher_gives_the_same_record_as_kept_states(tmp_path, monkeypatch):
+def test_a_live_teacher_gives_the_same_record_as_kept_states(fp32, tmp_path, monkeypatch):
     kept = experiments.run([TRAINED], tmp_path / "kept")[0]
     monkeypatch.setattr(experiments, "KEPT_STATES_BYTES", 0)
     live = experiments.run([TRAINED], tmp_path / "live")[0]

@@ -12,7 +12,7 @@ import torch
 from studylib.sampling import Sampling, Windows, check_length, generate_windows
 
 
-def test_greedy_text_is_what_transformers_generates(tiny_model, tmp_path):
+def test_greedy_text_is_what_transformers_generates(fp32, tiny_model, tmp_path):
     made = generate_windows(tiny_model, Sampling(count=5, length=20, strategy="greedy", batch=2), tmp_path)
     for row, length in zip(made.tokens, made.lengths, strict=True):
         theirs = tiny_model.generate(row[None, :1], do_sample=False, max_new_tokens=19, pad_token_id=0)[0]
@@ -32,7 +32,7 @@ def test_hybrid_begins_greedily_for_three_to_five_tokens_then_varies(tiny_model,
     assert (greedy == sampled).float().mean(0)[1] < 0.2
 
 
-def test_samples_follow_the_models_distribution(tiny_model, tmp_path):
+def test_samples_follow_the_models_distribution(fp32, tiny_model, tmp_path):
     made = generate_windows(
         tiny_model, Sampling(count=320 * 40, length=2, strategy="sampled", top_k=0, batch=2560), tmp_path
     )
@@ -46,7 +46,7 @@ def test_samples_follow_the_models_distribution(tiny_model, tmp_path):
     assert chi2 < 319 + 5 * np.sqrt(2 * 319)
 
 
-def test_top_k_keeps_to_the_best(tiny_model, tmp_path):
+def test_top_k_keeps_to_the_best(fp32, tiny_model, tmp_path):
     made = generate_windows(tiny_model, Sampling(count=320, length=2, strategy="sampled", top_k=3, batch=320), tmp_path)
     with torch.no_grad():
         best = tiny_model(made.tokens[:, :1]).logits[:, 0].topk(3).indices

@@ -1,0 +1,85 @@
+"""Seconds of one optimizer step: LLM-QAT at 4-8-4 beside plain fine-tuning on labels, 4 x 256 tokens, in one run."""
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from studylib import corpora, models
+from studylib.distill import Training, keep_teacher_states, train_llm_qat
+from studylib.layers import quantize_model
+from studylib.records import environment
+from studylib.sampling import Windows
+
+MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 12, 3
+
+
+def label_steps(windows: Windows, compiled: bool) -> list[float]:
+    """Fine-tuning as transformers documents it: the model's own loss on labels, AdamW, clipping, the same precision."""
+    model = models.load_model(MODEL).train()
+    if compiled:
+        for layer in model.base_model.layers:
+            layer.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    seconds = []
+    for tokens in windows.tokens.split(BATCH):
+        begun = time.perf_counter()
+        tokens = tokens.to(model.device)
+        with models.autocast(model.device):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def distillation_steps(windows: Windows, kept: bool) -> list[float]:
+    """The study's own training, the teacher's states kept from before or its forward pass run at every step."""
+    teacher = models.load_model(MODEL)
+    head = teacher.get_output_embeddings().weight.detach().clone()
+    student = quantize_model(models.load_model(MODEL), "4-8-4")
+    at = []
+    with tempfile.TemporaryDirectory() as folder:
+        states = keep_teacher_states(teacher, windows, Path(folder) / "states.npy") if kept else teacher
+        settings = Training(STEPS, BATCH, learning_rate=1e-5)
+        train_llm_qat(
+            student, states, head, windows, settings, folder, progress=lambda n: at.append(time.perf_counter())
+        )
+    seconds = [after - before for before, after in itertools.pairwise(at)]
+    # A checkpoint is written after every fourth part of a training: the steps that include it are left out.
+    return [second for step, second in enumerate(seconds, 1) if (step - 1) % (STEPS // 4) or step == 1]
+
+
+def main():
+    tokens = corpora.windows("c4", models.load_tokenizer(MODEL), LENGTH, BATCH * STEPS, "training")
+    windows = Windows(tokens, torch.full((len(tokens),), LENGTH))
+    runs = {
+        "labels, eager": label_steps(windows, compiled=False),
+        "labels, compiled layers": label_steps(windows, compiled=True),
+        "LLM-QAT 4-8-4, kept teacher states": distillation_steps(windows, kept=True),
+        "LLM-QAT 4-8-4, teacher at every step": distillation_steps(windows, kept=False),
+        "labels, eager, again": label_steps(windows, compiled=False),
+    }
+    medians = {name: statistics.median(seconds[WARM:]) for name, seconds in runs.items()}
+    plain = statistics.mean([medians["labels, eager"], medians["labels, eager, again"]])
+    result = {
+        "what": __doc__,
+        "seconds": {name: round(value, 3) for name, value in medians.items()},
+        "times_plain": {name: round(value / plain, 2) for name, value in medians.items()},
+        "first_step": {name: round(seconds[0], 1) for name, seconds in runs.items()},
+        "environment": environment() | {"compute_dtype": str(models.compute_dtype())},
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, value in medians.items():
+        print(f"{name:38} {value:7.2f} s a step   {value / plain:5.2f} times plain")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from studylib import corpora
+from studylib.corpora import check_corpus, documents, windows
+
+
+@pytest.mark.parametrize("corpus", ["wikipedia", "c4"])
+def test_training_and_evaluation_share_no_document(corpus):
+    evaluation, training = (documents(corpus, split) for split in ("evaluation", "training"))
+    assert len(evaluation) > 10 and len(training) > 10
+    assert not set(evaluation) & set(training)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(2, 400), st.integers(1, 60))
+def test_windows_are_pieces_of_the_text_and_never_overlap(tiny_tokenizer, length, count):
+    found = windows("wikipedia", tiny_tokenizer, length, count, "evaluation")
+    assert found.shape == (count, length)
+    stream = corpora._stream("wikipedia", tiny_tokenizer, "evaluation").numpy()
+    view = np.lib.stride_tricks.sliding_window_view(stream, length)[::length]
+    at = [int(np.flatnonzero((view == row).all(1))[0]) for row in found.numpy()]
+    assert at == sorted(set(at)) or length < 20  # short windows can be equal by chance
+
+
+def test_windows_decode_to_the_documents(tiny_tokenizer):
+    text = tiny_tokenizer.decode(windows("c4", tiny_tokenizer, 100, 1, "evaluation")[0])
+    assert documents("c4", "evaluation")[0].startswith(text)
+
+
+def test_own_files(tmp_path, tiny_tokenizer):
+    (tmp_path / "own.txt").write_text("one\n\ntwo\nthree\n")
+    assert documents(str(tmp_path / "own.txt"), "evaluation") == ["one", "three"]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("a b", "c d")))
+    assert documents(str(tmp_path / "own.jsonl"), "training") == ["c d"]
+    # one token a byte, and end-of-text after each document
+    assert windows(str(tmp_path / "own.txt"), tiny_tokenizer, 5, 2, "evaluation").shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "is empty"),
+        ("a.txt", "only one\n", "is empty"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', "line 2 is not a JSON object"),
+        ("a.jsonl", '{"text": "x"}\nnot json\n', "line 2 is not a JSON object"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        documents(str(tmp_path / name), "training")
+
+
+def test_bad_names_and_numbers(tiny_tokenizer):
+    for corpus in ("pile", "missing.txt", "/tmp"):
+        with pytest.raises(ValueError, match=f"corpus: '{corpus}' is not known; use one of wikipedia, c4"):
+            check_corpus(corpus)
+    with pytest.raises(ValueError, match="split: 'test' is not known"):
+        documents("c4", "test")
+    with pytest.raises(ValueError, match=r"windows: 100000 of 512 tokens are more than the \d+"):
+        windows("c4", tiny_tokenizer, 512, 100000, "evaluation")

