@@ -10,6 +10,7 @@ import nbformat
 import papermill
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pandas import DataFrame
 from traitlets.config import Config
 
@@ -82,7 +83,9 @@ def execute(notebook: Path, output: Path, parameters: dict) -> Path:
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
     )
-    html, _ = HTMLExporter().from_notebook_node(nbformat.read(copy, as_version=4))
+    executed, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(copy, as_version=4), {})
+    nbformat.write(executed, copy)  # of a progress bar, only its last state is worth keeping
+    html, _ = HTMLExporter().from_notebook_node(executed)
     copy.with_suffix(".html").write_text(html)
     return copy
 

@@ -106,7 +106,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.records import read_records
 
-    for record in read_records(options.results / "records"):
+    records = list(read_records(options.results / "records"))
+    if not records:
+        raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
+    for record in records:
         perplexities = "  ".join(
             f"{name.split('/')[1]} {value:.4g}"
             for name, value in record.metrics.items()

@@ -169,8 +169,8 @@ def number(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """One decimal, a true minus: percent and points of accuracy."""
-    return f"{value + 0.0:.1f}".replace("-", "−")
+    """One decimal, a true minus, no minus before zero: percent and points of accuracy."""
+    return f"{round(value, 1) + 0.0:,.1f}".replace("-", "−")
 
 
 def percent(share: float) -> str:

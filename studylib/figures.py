@@ -1,5 +1,6 @@
 """The figures: one function each, drawn from records alone; titles are computed from the numbers."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -31,6 +32,15 @@ STYLE = {
 }
 CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
 OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows when a cell ends with it, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
 
 
 def bit_allocation(records: Sequence[Record]) -> Figure:
@@ -212,7 +222,7 @@ def training_curve(records: Sequence[Record]) -> Figure:
 
 
 def _panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure = NotebookFigure(figsize=(width, height), layout="constrained", dpi=110)
     axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
     for ax in axes:
         ax.grid(color="#E8E8E8", lw=0.7)

@@ -1,11 +1,20 @@
+import dataclasses
+import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no hub, and must not ask it
 
 from studylib import models
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, Evaluation, profile
+from studylib.records import FINISHED, Record, arm_key
+
+BUDGET = dataclasses.replace(
+    profile("smoke"), evaluation=Evaluation(("wikipedia", "c4"), 32, 64, ("piqa", "arc_easy"), 100)
+)
 
 
 @pytest.fixture
@@ -45,3 +54,66 @@ def shape():
         "bos_token_id": None,
         "pad_token_id": 0,
     }
+
+
+@pytest.fixture
+def make_record():
+    """A record with chosen scores: mean losses (nats) by corpus, a share of right answers, noise shared by all arms."""
+
+    def make(method, bits="16-16-16", loss=3.0, accuracy=0.5, seed=0, status=FINISHED, spread=0.1, **fields):
+        arm = BUDGET.arm("tiny-random", method, bits, seed)
+        scores, metrics = {}, {"bytes/weights": 1e6 * int(bits.split("-")[0]), "bytes/cache_per_token": 100.0}
+        for at, corpus in enumerate(arm.evaluation.corpora):
+            noise = np.random.default_rng(at).normal(size=32)
+            scores[f"loss/{corpus}"] = (loss + at + spread * (noise - noise.mean())).tolist()
+            metrics[f"perplexity/{corpus}"] = math.exp(np.mean(scores[f"loss/{corpus}"]))
+        for task in arm.evaluation.tasks:
+            scores[f"accuracy/{task}"] = [float(item < accuracy * 100) for item in range(100)]
+            metrics[f"accuracy/{task}"] = accuracy
+        trained = arm.training is not None
+        record = Record(
+            key=f"{arm_key(arm)[:12]}{seed:04d}",
+            arm=arm,
+            status=status,
+            metrics=metrics,
+            scores={} if status != FINISHED else scores,
+            training=[
+                {"step": step, "loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(1, 21)
+            ]
+            * trained,
+            cost={
+                "seconds": {"load": 1.0, "evaluate": 2.0} | ({"train": 60.0} if trained else {}),
+                "tokens": {"evaluated": 1000},
+                "peak_bytes": 2**30,
+            },
+            provenance={
+                "commit": "c0ffee",
+                "dirty": False,
+                "python": "3.11.7",
+                "hardware": {"processor": "AVX2", "cores": 2, "memory_bytes": 2**34, "accelerator": None},
+                "compute_dtype": "float32",
+                "code": {"torch": "2.13.0", "transformers": "5.17.0", "lm-eval": "0.4.13"},
+                "model": {"name": "tiny <random>", "note": "a note", "sha256": "ab" * 32},
+                "corpora": dict.fromkeys(arm.evaluation.corpora, "cd" * 32),
+                "finished": "2026-01-01T00:00:00Z",
+            },
+        )
+        return dataclasses.replace(record, **fields)
+
+    return make
+
+
+@pytest.fixture
+def picture(make_record):
+    """Records of the papers' picture: 8 bits cost nothing, 4-8-4 breaks, training wins most of it back."""
+    return [
+        make_record(FULL_PRECISION, loss=3.0, accuracy=0.60),
+        make_record(RTN, "8-8-8", loss=3.01, accuracy=0.60),
+        make_record(RTN, "8-8-4", loss=3.3, accuracy=0.50),
+        make_record(RTN, "4-8-8", loss=3.2, accuracy=0.55),
+        make_record(RTN, "4-8-4", loss=4.2, accuracy=0.30),
+        make_record(RTN, "8-4-8", loss=9.0, accuracy=0.25),
+        make_record(LLM_QAT, "8-8-8", loss=3.02, accuracy=0.60),
+        make_record(LLM_QAT, "4-8-8", loss=3.1, accuracy=0.56),
+        make_record(LLM_QAT, "4-8-4", loss=3.3, accuracy=0.52),
+    ]

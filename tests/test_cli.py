@@ -1,0 +1,137 @@
+"""The command as a user calls it: both notebooks at smoke size, then what is left of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from studylib import batch
+from studylib.cli import main
+
+STUDY = str(Path(sys.executable).with_name("study"))
+SMOKE = ("--profile", "smoke", "--model", "tiny-random")
+
+
+def study(*arguments):
+    return subprocess.run([STUDY, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A results folder, and what the command printed while it filled it."""
+    results = tmp_path_factory.mktemp("results")
+    done = study("run", *SMOKE, "--results", results)
+    assert done.returncode == 0, done.stderr
+    return results, done
+
+
+@pytest.fixture
+def output(finished):
+    return finished[0] / "smoke-tiny-random"
+
+
+def test_the_run_ends_with_the_table_and_the_reports_path(finished, output):
+    *table, blank, last = finished[1].stdout.rstrip().splitlines()
+    assert last == f"Report: {output / 'report.html'}" and blank == ""
+    assert any(line.startswith("LLM-QAT") and "4-8-4" in line for line in table)
+    assert (output / "report.html").stat().st_size > 100_000
+    assert "study run --profile smoke --model tiny-random" in (output / "report.html").read_text()
+
+
+def test_progress_was_shown_with_the_time_left(finished):
+    assert "RTN 4-8-4" in finished[1].stderr and "100%" in finished[1].stderr and "tok/s" in finished[1].stderr
+    assert "Warning" not in finished[1].stderr and "WARNING" not in finished[1].stderr
+
+
+def test_executed_notebooks_hold_their_results(output):
+    for notebook in batch.find_notebooks([]):
+        cells = nbformat.read(output / notebook.name, as_version=4).cells
+        outputs = [out for cell in cells if cell.cell_type == "code" for out in cell.outputs]
+        assert not [out for out in outputs if out.output_type == "error"]
+        assert sum("image/png" in out.get("data", {}) for out in outputs) == 2
+        assert any("**A" in out.get("data", {}).get("text/markdown", "") for out in outputs)
+        assert len([out for out in outputs if out.output_type == "stream"]) <= 3  # not one for each state of the bar
+        assert (output / notebook.stem / "table.csv").exists()
+        assert "<html" in (output / notebook.with_suffix(".html").name).read_text()
+
+
+def test_records_are_shared_between_notebooks(finished, output):
+    keys = [batch.read_published(output, path.stem)["records"] for path in batch.find_notebooks([])]
+    records = {path.stem for path in (finished[0] / "records").glob("*.json")}
+    assert set(keys[0]) | set(keys[1]) == records and set(keys[1]) < set(keys[0])
+
+
+def test_list_and_show(finished, capsys):
+    assert main(["list", "--results", str(finished[0])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list((finished[0] / "records").glob("*.json")))
+    (line,) = [line for line in lines if "LLM-QAT 4-8-4" in line]
+    assert "seed 0  finished" in line and "wikipedia" in line
+    assert main(["show", line.split()[0][:8], "--results", str(finished[0])]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["arm"]["bits"] == "4-8-4" and record["metrics"]["perplexity/c4"] > 1
+    assert record["provenance"]["code"]["torch"] and record["cost"]["seconds"]["train"] > 0
+
+
+def test_a_second_run_computes_nothing(finished):
+    stamps = {path: path.stat().st_mtime_ns for path in (finished[0] / "records").iterdir()}
+    done = study(
+        "run",
+        "--notebooks",
+        "04",
+        "--profile",
+        "smoke",
+        "--model",
+        "tiny-random",
+        "--results",
+        finished[0],
+        "--seeds",
+        0,
+    )
+    assert done.returncode == 0 and "tok/s" not in done.stderr, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (finished[0] / "records").iterdir()} == stamps
+
+
+def test_a_notebook_that_fails_says_why(tmp_path):
+    done = study("run", "--notebooks", "04", *SMOKE, "--results", tmp_path, "--set", "settings=[4-9-4]")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "04_ptq_vs_qat.ipynb failed: ValueError: bits of the activations: 9 is not allowed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt9"], "model: 'gpt9' is not known; use smollm2-135m, tiny-random, a local folder"),
+        (["--profile", "huge"], "profile: 'huge' is not known; use one of smoke, quick, full, paper"),
+        (["--notebooks", "77"], "notebook: '77' is not known; use one of 03_bit_allocation"),
+        (["--set", "sedes=[1]"], "parameter: 'sedes' is not one of 03_bit_allocation.ipynb's; allowed are model"),
+        (["--set", "settings=4-8-4"], "settings: '4-8-4' is of type str"),
+        (["--set", "settings"], "--set: 'settings' is not NAME=VALUE"),
+        (["--set", "settings=[4-8-4"], "--set: the value of 'settings=[4-8-4' is not YAML"),
+        (["--results", "/proc/nowhere"], "results folder /proc/nowhere is not writable"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_any_work(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("started"))
+    if "--results" not in arguments:
+        arguments = [*arguments, "--results", str(tmp_path)]
+    assert main(["run", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("study: ") and message in told and told.count("\n") == 1
+
+
+def test_records_that_are_not_there(tmp_path, finished, capsys):
+    assert main(["show", "zzz", "--results", str(finished[0])]) == 2
+    assert "no record in" in capsys.readouterr().err
+    assert main(["show", "", "--results", str(finished[0])]) == 2
+    assert "records in" in capsys.readouterr().err
+    assert main(["list", "--results", str(tmp_path / "none")]) == 2
+    assert "none holds no records" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_complete():
+    done = study("--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("run", "list", "show"))

@@ -1,0 +1,100 @@
+import math
+
+import numpy as np
+import pytest
+
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
+from studylib.comparison import gather, identity, measures, number, percent, points, won_back
+from studylib.records import DIVERGED
+
+
+def measure(records, name):
+    (found,) = [each for each in measures(records) if each.name == name]
+    return found
+
+
+def test_cells_are_ordered_and_repeated_records_count_once(picture):
+    cells = gather([*reversed(picture), picture[0]])
+    assert list(cells)[:4] == [(FULL_PRECISION, "16-16-16"), (RTN, "8-8-8"), (LLM_QAT, "8-8-8"), (RTN, "8-8-4")]
+    assert all(len(cell.records) == 1 for cell in cells.values())
+
+
+def test_seeds_are_averaged_item_by_item(make_record):
+    records = [make_record(LLM_QAT, "4-8-4", loss=loss, seed=seed) for seed, loss in enumerate((3.0, 3.4))]
+    (cell,) = gather(records).values()
+    found = measure(records, "perplexity/wikipedia")
+    assert cell.seeds == [0, 1]
+    assert found.value(identity, cell) == pytest.approx(math.exp(3.2))
+    assert found.over_seeds(identity, cell) == pytest.approx((math.exp(3.0), math.exp(3.4)))
+
+
+def test_measures_are_the_papers(picture):
+    assert [(each.name, each.items) for each in measures(picture)] == [
+        ("perplexity/wikipedia", 32),
+        ("perplexity/c4", 32),
+        ("accuracy/mean", 200),
+    ]
+    cells = gather(picture)
+    assert measure(picture, "accuracy/mean").value(identity, cells[RTN, "4-8-4"]) == pytest.approx(30.0)
+
+
+def test_differences_are_paired(picture):
+    # All arms share their windows' noise, so that a ratio of perplexities has no spread at all.
+    cells = gather(picture)
+    found = measure(picture, "perplexity/wikipedia").interval(
+        lambda f, r: r / f, cells[FULL_PRECISION, "16-16-16"], cells[RTN, "4-8-4"]
+    )
+    assert (found.low, found.estimate, found.high) == pytest.approx((math.exp(1.2),) * 3)
+
+
+def test_the_share_won_back(picture):
+    cells = gather(picture)
+    trio = cells[FULL_PRECISION, "16-16-16"], cells[RTN, "4-8-4"], cells[LLM_QAT, "4-8-4"]
+    loss, share = won_back(measure(picture, "perplexity/c4"), *trio)
+    f, r, q = np.exp([4.0, 5.2, 4.3])
+    assert loss.estimate == pytest.approx(r - f) and share.estimate == pytest.approx((r - q) / (r - f))
+    # At 8 bits nothing is lost in accuracy: there is nothing to win back.
+    assert won_back(measure(picture, "accuracy/mean"), trio[0], cells[RTN, "8-8-8"], trio[2])[1] is None
+
+
+def test_records_that_cannot_be_compared(make_record):
+    import dataclasses
+
+    first = make_record(RTN, "4-8-4")
+    other = dataclasses.replace(first, key="x", arm=dataclasses.replace(first.arm, model="other"))
+    with pytest.raises(ValueError, match="model 'tiny-random' and model 'other' cannot be compared"):
+        gather([first, other])
+    trained = make_record(LLM_QAT, "4-8-4")
+    longer = dataclasses.replace(trained.arm.training, steps=99)
+    with pytest.raises(ValueError, match="different arms of LLM-QAT at 4-8-4; only seeds may differ"):
+        gather([trained, dataclasses.replace(trained, key="x", arm=dataclasses.replace(trained.arm, training=longer))])
+
+
+def test_diverged_runs_are_kept_apart(make_record):
+    records = [make_record(LLM_QAT, "4-8-4", seed=0), make_record(LLM_QAT, "4-8-4", seed=1, status=DIVERGED)]
+    (cell,) = gather(records).values()
+    assert len(cell.records) == len(cell.diverged) == 1
+    assert measures(records[1:]) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (number, 26.716, "26.7"),
+        (number, 11_937.0, "11,900"),
+        (number, -0.3149, "−0.315"),
+        (number, 0.99951, "1.00"),
+        (number, 0.0, "0"),
+        (number, 2.5e7, "2.5e+07"),
+        (number, math.inf, "∞"),
+        (number, math.nan, "–"),
+        (points, -0.01, "0.0"),
+        (points, -1.25, "−1.2"),
+        (percent, 0.0375, "3.8%"),
+        (percent, -0.0001, "0.0%"),
+        (percent, 0.628, "63%"),
+        (percent, 12.43, "1,243%"),
+    ],
+)
+def test_numbers_for_people(form, value, text):
+    assert form(value) == text

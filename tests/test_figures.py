@@ -1,0 +1,76 @@
+"""What a figure must have whatever the numbers; how it looks is for eyes."""
+
+import itertools
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from studylib import figures
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
+from studylib.records import DIVERGED
+
+ALL = [figures.bit_allocation, figures.recovery, figures.size_accuracy, figures.training_curve]
+
+
+def texts(figure):
+    return [text.get_text() for ax in figure.axes for text in (*ax.texts, *ax.get_yticklabels())]
+
+
+@pytest.mark.parametrize("draw", ALL, ids=lambda draw: draw.__name__)
+def test_title_axes_and_legend(picture, draw, tmp_path):
+    figure = draw(picture)
+    figure.savefig(tmp_path / "x.png", dpi=50)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert len(figure.get_suptitle()) > 30 and figure.legends
+    assert all(ax.get_xlabel() for ax in figure.axes) and figure.axes[0].get_ylabel()
+
+
+def test_titles_say_the_finding(picture):
+    assert "RTN multiplies perplexity on Wikipedia by 1.01 at 8-8-8" in flat(figures.bit_allocation(picture))
+    assert "At 4-8-4, LLM-QAT wins back, of what RTN loses: 85% [85%, 85%]" in flat(figures.recovery(picture))
+    assert "1.50 to 0.103 at 4-8-4" in flat(figures.training_curve(picture))
+    assert "nothing is both smaller and better than" in flat(figures.size_accuracy(picture))
+
+
+def flat(figure):
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def test_every_setting_and_value_is_shown(picture):
+    shown = texts(figures.bit_allocation(picture))
+    assert {"8-8-8", "8-8-4", "4-8-8", "4-8-4", "8-4-8"} <= set(shown)
+    assert "66.7" in shown and "8,100" in shown  # the second is off the scale and keeps its number
+    assert "8-4-8: 8,100" in texts(figures.size_accuracy(picture))
+
+
+@pytest.mark.parametrize("draw", [figures.bit_allocation, figures.recovery, figures.size_accuracy])
+def test_labels_do_not_cover_each_other(picture, draw):
+    figure = draw(picture)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    for ax in figure.axes:
+        boxes = [text.get_window_extent(renderer) for text in ax.texts if text.get_text()]
+        for a, b in itertools.combinations(boxes, 2):
+            wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert wide <= 1 or high <= 0.25 * a.height
+
+
+def test_what_beats_what_at_its_size(make_record):
+    best = make_record(RTN, "4-8-8", loss=3.0, accuracy=0.6)
+    records = [make_record(FULL_PRECISION, loss=2.9), make_record(RTN, "8-8-8", loss=3.1), best]
+    assert flat(figures.size_accuracy(records)).endswith("than RTN at 4-8-8 and full precision")
+
+
+@pytest.mark.parametrize("draw", ALL, ids=lambda draw: draw.__name__)
+def test_nothing_to_draw_is_said(make_record, draw):
+    figure = draw([make_record(RTN, "4-8-4", status=DIVERGED)])
+    assert figure.get_suptitle().startswith(("No arm", "No setting"))
+
+
+@pytest.mark.parametrize("draw", ALL, ids=lambda draw: draw.__name__)
+def test_a_diverged_run_is_drawn_around(picture, make_record, draw):
+    figure = draw([*picture[:-1], make_record(LLM_QAT, "4-8-4", status=DIVERGED)])
+    figure.savefig("/dev/null", format="png")
+    if draw in (figures.bit_allocation, figures.recovery):
+        assert "LLM-QAT diverged" in texts(figure)

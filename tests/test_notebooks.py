@@ -1,0 +1,66 @@
+"""The committed notebooks: without outputs, parameters on top, free of logic."""
+
+import ast
+
+import nbformat
+import pytest
+
+from studylib.batch import NOTEBOOKS, check_parameters, default_parameters, find_notebooks
+
+ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.fixture(params=ALL, ids=lambda path: path.stem)
+def notebook(request):
+    return request.param
+
+
+def test_there_are_notebooks():
+    assert {path.stem for path in ALL} >= {"03_bit_allocation", "04_ptq_vs_qat"}
+
+
+def test_committed_without_outputs_and_short(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert cells[0].cell_type == "markdown" and "arXiv" in cells[0].source
+    assert len(code) <= 12 and all(len(cell.source.splitlines()) <= 10 for cell in code)
+    trees = [ast.parse(cell.source) for cell in code]
+    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.While) for t in trees for node in ast.walk(t))
+
+
+def test_parameters_are_plain_values(notebook):
+    defaults = default_parameters(notebook)
+    assert list(defaults)[:5] == ["model", "profile", "seeds", "results", "output"]
+    check_parameters(notebook, defaults)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"modell": "x"}, "'modell' is not one of 03_bit_allocation.ipynb's; allowed are model, profile, seeds"),
+        ({"model": 3}, "model: 3 is of type int; 03_bit_allocation.ipynb takes str"),
+        ({"seeds": 0}, "seeds: 0 is of type int; 03_bit_allocation.ipynb takes list"),
+        ({"seeds": [0, "1"]}, "seeds: '1' is of type str; 03_bit_allocation.ipynb takes int inside it"),
+        ({"settings": "4-8-4"}, "settings: '4-8-4' is of type str; 03_bit_allocation.ipynb takes list"),
+    ],
+)
+def test_wrong_parameters_are_named(parameters, message):
+    (notebook,) = find_notebooks(["03"])
+    with pytest.raises(ValueError, match=message):
+        check_parameters(notebook, parameters)
+
+
+def test_notebooks_are_found_by_number_or_name(tmp_path):
+    assert [path.stem for path in find_notebooks(["04", "03_bit_allocation", "04"])] == [
+        "04_ptq_vs_qat",
+        "03_bit_allocation",
+    ]
+    assert find_notebooks([]) == ALL
+    with pytest.raises(ValueError, match="notebook: '99' is not known; use one of 03_bit_allocation"):
+        find_notebooks(["99"])
+    with pytest.raises(ValueError, match="there are none"):
+        find_notebooks([], tmp_path)
+    (tmp_path / "03_x.ipynb").write_text(nbformat.writes(nbformat.v4.new_notebook()))
+    with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
+        default_parameters(tmp_path / "03_x.ipynb")

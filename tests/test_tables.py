@@ -1,0 +1,58 @@
+import math
+
+import numpy as np
+import pytest
+
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
+from studylib.records import DIVERGED
+from studylib.tables import as_html, as_markdown, as_text, readable, scoreboard
+
+
+def test_one_row_an_arm_with_plain_numbers(picture):
+    board = scoreboard(picture)
+    assert board[["method", "bits"]].values.tolist()[:2] == [["full precision", "16-16-16"], ["RTN", "8-8-8"]]
+    row = board[(board["method"] == "LLM-QAT") & (board["bits"] == "4-8-4")].iloc[0]
+    assert row["perplexity/wikipedia"] == pytest.approx(math.exp(3.3))
+    assert row["perplexity/wikipedia/low"] < row["perplexity/wikipedia"] < row["perplexity/wikipedia/high"]
+    assert row["accuracy/mean"] == row["accuracy/piqa"] == pytest.approx(52.0)
+    assert row["training_minutes"] == pytest.approx(1.0)
+    assert "perplexity/wikipedia/lowest_seed" not in board
+
+
+def test_seeds_and_divergence(make_record):
+    board = scoreboard(
+        [
+            make_record(FULL_PRECISION),
+            make_record(LLM_QAT, "4-8-4", seed=0, loss=3.0),
+            make_record(LLM_QAT, "4-8-4", seed=1, loss=3.2),
+            make_record(LLM_QAT, "4-8-8", seed=0, status=DIVERGED),
+        ]
+    )
+    assert board["seeds"].tolist() == [1, 0, 2] and board["diverged"].tolist() == [0, 1, 0]
+    assert np.isnan(board["perplexity/c4"][1])
+    assert board["perplexity/wikipedia/lowest_seed"][2] == pytest.approx(math.exp(3.0))
+    shown = readable(board)
+    assert shown["Perplexity, C4"][1] == "diverged" and shown["Seeds"].tolist() == ["1", "0 (1 diverged)", "2"]
+    assert "seeds 20.1 to 24.5" in shown["Perplexity, Wikipedia"][2]
+
+
+def test_the_same_table_as_text_markdown_and_html(picture):
+    board = scoreboard(picture)
+    text, markdown, page = as_text(board), as_markdown(board), as_html(readable(board))
+    assert len(text.splitlines()) == 1 + len(picture) and len(markdown.splitlines()) == 2 + len(picture)
+    assert len({len(line) for line in text.splitlines()}) == 1
+    assert page.count("<tr>") == 1 + len(picture)
+    for shown in (text, markdown, page):
+        assert "66.7 [64." in shown
+    assert "PIQA" in markdown and "PIQA" not in text
+
+
+def test_html_is_escaped(picture):
+    board = scoreboard(picture)
+    board["method"] = "<b>&"
+    assert "<b>" not in as_html(readable(board)) and "&lt;b&gt;&amp;" in as_html(readable(board))
+
+
+def test_nothing_finished(make_record):
+    board = scoreboard([make_record(RTN, "4-8-4", status=DIVERGED)])
+    assert as_text(board).splitlines()[1].startswith("RTN")
