@@ -133,7 +133,7 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     if not panels:
         return _empty("No arm finished")
     with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
-        figure, axes = _panels(len(panels), width=13, height=5.4)
+        figure, axes = _panels(len(panels), width=12, height=5.2)
         sizes = np.array([_megabytes(cell) for cell in shown])
         for ax, measure in zip(axes, panels, strict=True):
             limit = _off_scale(cells, measure)

@@ -10,10 +10,10 @@ import jinja2
 
 from studylib.arms import TITLES
 from studylib.batch import read_published
-from studylib.claims import CLAIMS, VERDICTS, Claim, Finding, judge
+from studylib.claims import CLAIMS, VERDICTS, Finding, judge
 from studylib.comparison import Cell, corpus_title, gather, measures, number
 from studylib.records import Record
-from studylib.tables import as_html, readable, scoreboard
+from studylib.tables import as_html, as_markdown, readable, scoreboard
 
 QUESTIONS = {
     "A4": "Does post-training quantization suffice at 8 bits?",
@@ -60,7 +60,16 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
     return path
 
 
-def overall(claim: Claim, findings: Sequence[Finding]) -> str:
+def summary(records: Sequence[Record]) -> str:
+    """The answers and the table in Markdown, for a repository page."""
+    lines = []
+    for name, question in QUESTIONS.items():
+        findings = judge(CLAIMS[name], records)
+        lines += [f"- **{question}** {name}: {overall(findings)}.", *(f"  - {f.sentence}" for f in findings)]
+    return "\n".join([*lines, "", as_markdown(scoreboard(records), tasks=False)])
+
+
+def overall(findings: Sequence[Finding]) -> str:
     """One line for a claim: its verdict where all measures agree, else how many say what."""
     counts = Counter(finding.verdict for finding in findings)
     if len(counts) == 1:
@@ -73,6 +82,7 @@ def _figures(output: Path, notebook: str) -> list[dict[str, str]]:
     return [
         {
             "title": title,
+            "notebook": notebook,
             "image": base64.b64encode((output / notebook / f"{name}.svg").read_bytes()).decode(),
             "png": f"{notebook}/{name}.png",
         }

@@ -90,9 +90,9 @@ def _cell(row: pd.Series, name: str, form) -> str:
     return text if np.isnan(lowest) else f"{text}, seeds {form(lowest)} to {form(row[f'{name}/highest_seed'])}"
 
 
-def as_markdown(board: pd.DataFrame) -> str:
-    """A Markdown table; numbers to the right."""
-    shown = readable(board)
+def as_markdown(board: pd.DataFrame, tasks: bool = True) -> str:
+    """A Markdown table; numbers to the right; single tasks if `tasks`."""
+    shown = readable(board, tasks)
     lines = [list(shown), ["---", "---", *["---:"] * (shown.shape[1] - 2)], *shown.values.tolist()]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from studylib import batch, figures, tables
+from studylib.batch import NOTEBOOKS
 from studylib.claims import CLAIMS, judge
-from studylib.report import overall, write_report
+from studylib.records import read_records
+from studylib.report import overall, summary, write_report
 
 
 @pytest.fixture
@@ -65,9 +67,21 @@ def test_the_page_says_what_was_found_and_on_what(page, picture):
 
 def test_the_verdict_of_several_measures_is_not_simplified(picture, make_record):
     findings = judge(CLAIMS["A1"], picture)
-    assert overall(CLAIMS["A1"], findings) == "reproduced"
+    assert overall(findings) == "reproduced"
     mixed = [*findings[:2], judge(CLAIMS["A1"], picture[:1])[0]]
-    assert overall(CLAIMS["A1"], mixed) == "reproduced by 2, not tested here by 1"
+    assert overall(mixed) == "reproduced by 2, not tested here by 1"
+
+
+def test_the_readme_shows_the_reference_results():
+    reference = NOTEBOOKS.parent / "results" / "reference"
+    found = summary(list(read_records(reference / "records")))
+    readme = (NOTEBOOKS.parent / "README.md").read_text()
+    assert found in readme, f"README.md is not up to date; it must hold:\n{found}"
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
+    assert shown and all((NOTEBOOKS.parent / path).is_file() for path in shown)
+    for published in reference.glob("*/*/published.json"):
+        keys = json.loads(published.read_text())["records"]
+        assert all((reference / "records" / f"{key}.json").is_file() for key in keys)
 
 
 def test_published_files(page, picture, tmp_path):
