@@ -1,4 +1,4 @@
-"""The papers' claims, the rule that tests each, fixed before any number was seen, and the verdicts."""
+"""The papers' claims, the rule that tests each, fixed before the runs it judges, and the verdicts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ def _wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
             INCONCLUSIVE,
             (
                 f"RTN at {rtn.bits} loses {_interval(measure, loss)}, which is not clearly above "
-                "zero: there is nothing to win back."
+                "zero: what share of it LLM-QAT wins back cannot be told."
             ),
         )
     # The share's interval is only shown: the rule is linear, so that no division can blow it up.

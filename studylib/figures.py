@@ -8,8 +8,10 @@ import matplotlib as mpl
 import numpy as np
 from adjustText import adjust_text
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, TITLES
@@ -30,6 +32,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "studylib",
 }
+HALO = withStroke(linewidth=2, foreground="white")
 CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
 OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
 
@@ -44,13 +47,13 @@ class NotebookFigure(Figure):
 
 
 def bit_allocation(records: Sequence[Record]) -> Figure:
-    """A row for each setting, perplexity (log) with its 95% interval, a panel for each corpus; the worst comes last."""
-    cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
+    """A row for each setting, the worst last; perplexities (log) and mean accuracy with their 95% intervals."""
+    cells, panels = gather(records), measures(records)
     if not panels:
-        return _empty("No arm finished with a perplexity")
+        return _empty("No arm finished")
     settings = _by_damage(cells, panels[0])
     with mpl.rc_context(STYLE):
-        figure, axes = _panels(len(panels), width=10, height=1.6 + 0.34 * len(settings), sharey=True)
+        figure, axes = _panels(len(panels), width=12, height=1.6 + 0.36 * len(settings), sharey=True)
         for ax, measure in zip(axes, panels, strict=True):
             _reference(ax, cells, measure)
             limit = _off_scale(cells, measure)
@@ -58,12 +61,13 @@ def bit_allocation(records: Sequence[Record]) -> Figure:
                 shown = [cells[method, bits] for method in (RTN, LLM_QAT) if (method, bits) in cells]
                 for cell, shift in zip(shown, (-0.16, 0.16) if len(shown) > 1 else (0,), strict=True):
                     _row_point(ax, cell, measure, row + shift, limit)
-            ax.set_xscale("log")
-            ax.set_xlim(right=limit * 1.45)
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            ax.set_xlabel(f"{_capital(measure.title)} (log scale, lower is better)")
+            if measure.is_perplexity:
+                ax.set_xscale("log")
+                ax.set_xlim(right=limit * 1.6)
+                _plain_ticks(ax.xaxis)
+            else:
+                ax.margins(x=0.16)
+            ax.set_xlabel(_axis_title(measure, "log scale, "))
         _setting_rows(axes[0], settings)
         _finish(figure, _allocation_title(cells, panels[0]), cells)
     return figure
@@ -105,7 +109,7 @@ def recovery(records: Sequence[Record]) -> Figure:
                     arrow = {"arrowstyle": "->", "color": "#888888", "shrinkA": 5, "shrinkB": 5}
                     ax.annotate("", (ends[1], row + 0.2), (ends[0], row - 0.2), arrowprops=arrow)
             ax.margins(x=0.16)
-            ax.set_xlabel(f"{_capital(_short(measure))} ({'lower' if measure.is_perplexity else 'higher'} is better)")
+            ax.set_xlabel(_axis_title(measure))
         _setting_rows(axes[0], settings)
         _finish(figure, _recovery_title(cells, panels, settings[-1]), cells)
     return figure
@@ -133,7 +137,7 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     if not panels:
         return _empty("No arm finished")
     with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
-        figure, axes = _panels(len(panels), width=12, height=5.2)
+        figure, axes = _panels(len(panels), width=12, height=6)
         sizes = np.array([_megabytes(cell) for cell in shown])
         for ax, measure in zip(axes, panels, strict=True):
             limit = _off_scale(cells, measure)
@@ -146,12 +150,10 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
             ax.set_xlim(sizes.min() / 1.1, sizes.max() * 1.06)
             if measure.is_perplexity:
                 ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_minor_locator(NullLocator())
-                ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                _plain_ticks(ax.yaxis)
                 ax.set_ylim(top=limit * 1.15)
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
-            ax.set_ylabel(f"{_capital(_short(measure))}{' (log scale)' if measure.is_perplexity else ''}")
+            ax.set_ylabel(_axis_title(measure, "log scale, "))
         best = _and([shown[i].title for i in _front(panels[0], shown, sizes)])
         title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
         _finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
@@ -178,7 +180,7 @@ def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarr
         label = TITLES[FULL_PRECISION] if cell.method == FULL_PRECISION else cell.bits
         label += f": {measure.text(value)}" if value > limit else ""
         heights.append(min(value, limit))
-        texts.append(ax.text(size, heights[-1], label, fontsize=7.5, color=COLOURS[cell.method]))
+        texts.append(ax.text(size, heights[-1], label, fontsize=7.5, color=COLOURS[cell.method], path_effects=[HALO]))
     arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
     adjust_text(texts, x=list(sizes), y=heights, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.3, 1.8))
 
@@ -205,9 +207,7 @@ def training_curve(records: Sequence[Record]) -> Figure:
             ax.plot(steps[width - 1 :], smooth, color=colours[at % 4], ls=dashes[at // 4 % 4] if at > 3 else dashes[at])
             ends.setdefault(record.arm.bits, []).append((smooth[0], smooth[-1]))
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        _plain_ticks(ax.yaxis)
         ax.set_xlabel("Training step")
         ax.set_ylabel("KL from full precision, nats a token (log scale)")
         handles = [
@@ -228,6 +228,19 @@ def _panels(count: int, width: float, height: float, sharey: bool = False) -> tu
         ax.grid(color="#E8E8E8", lw=0.7)
         ax.set_axisbelow(True)
     return figure, axes
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a log axis, without powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _axis_title(measure: Measure, scale: str = "") -> str:
+    if measure.is_perplexity:
+        return f"{_capital(measure.title)} ({scale}lower is better)"
+    return f"{_capital(_short(measure))} (higher is better)"
 
 
 def _empty(why: str) -> Figure:
@@ -261,7 +274,8 @@ def _point(ax: Axes, x: float, y: float, method: str, found: Interval, axis: str
     beyond = found.estimate > limit
     if not beyond:
         low, high = max(0, found.estimate - found.low), max(0, min(found.high, limit) - found.estimate)
-        ax.errorbar(x, y, **{f"{axis}err": [[low], [high]]}, color=COLOURS[method], lw=1.2, capsize=2, zorder=2)
+        bar = {f"{axis}err": [[low], [high]], "color": COLOURS[method], "lw": 1.2, "capsize": 2, "zorder": 2}
+        ax.errorbar(x, y, **bar, alpha=0.4 if axis == "y" else 1)  # points of equal size stand behind each other
     marker = {"x": ">", "y": "^"}[axis] if beyond else MARKERS[method]
     ax.plot(x, y, marker=marker, ms=5.5, color=COLOURS[method], mfc=_fill(method), ls="", zorder=3)
 
@@ -283,6 +297,7 @@ def _row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: float)
         va="center",
         fontsize=7.5,
         color=colour,
+        path_effects=[HALO],
     )
 
 

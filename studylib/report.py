@@ -42,7 +42,7 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
         questions=[(QUESTIONS[name], CLAIMS[name], judge(CLAIMS[name], records)) for name in QUESTIONS],
         overall=overall,
         verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
-        table=jinja2.utils.markupsafe.Markup(as_html(readable(scoreboard(records)))),
+        table=jinja2.utils.markupsafe.Markup(as_html(readable(scoreboard(records), tasks=False))),
         figures=[figure for notebook in notebooks for figure in _figures(output, notebook.stem)],
         cost=[_cost(cell) for cell in gather(records).values()],
         total_minutes=number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),

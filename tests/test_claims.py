@@ -50,7 +50,7 @@ def test_nothing_lost_means_nothing_to_win_back(picture, make_record):
     same = replaced(picture, make_record(RTN, "4-8-4", loss=3.0, accuracy=0.60))
     findings = judge(CLAIMS["A1"], same)
     assert {finding.verdict for finding in findings} == {INCONCLUSIVE}
-    assert "nothing to win back" in findings[0].sentence
+    assert "cannot be told" in findings[0].sentence
 
 
 def test_a_missing_arm_is_named(picture):
