@@ -20,7 +20,7 @@ QUESTIONS = {
     "A6": "Does it break at 4-8-4?",
     "A1": "How much does LLM-QAT win back there?",
     "A2": "Is it the 4-bit cache that breaks it?",
-    "A3": "With an 8-bit cache, is there little left to gain?",
+    "A3": "With an 8-bit cache, is there little to gain by training?",
 }
 
 

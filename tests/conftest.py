@@ -110,7 +110,7 @@ def picture(make_record):
         make_record(FULL_PRECISION, loss=3.0, accuracy=0.60),
         make_record(RTN, "8-8-8", loss=3.01, accuracy=0.60),
         make_record(RTN, "8-8-4", loss=3.3, accuracy=0.50),
-        make_record(RTN, "4-8-8", loss=3.2, accuracy=0.55),
+        make_record(RTN, "4-8-8", loss=3.12, accuracy=0.56),
         make_record(RTN, "4-8-4", loss=4.2, accuracy=0.30),
         make_record(RTN, "8-4-8", loss=9.0, accuracy=0.25),
         make_record(LLM_QAT, "8-8-8", loss=3.02, accuracy=0.60),
