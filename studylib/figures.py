@@ -122,10 +122,11 @@ def _recovery_title(cells: Cells, panels: list[Measure], bits: str) -> str:
     found = []
     for measure in panels:
         loss, share = won_back(measure, *trio)
+        what = measure.title if measure.is_perplexity else "mean accuracy"
         found.append(
-            f"nothing measurable of the {_short(measure)} ({loss.text(measure.text)} lost)"
+            f"an undecided share of the {what} ({loss.text(measure.text)} lost)"
             if share is None
-            else f"{share.text(percent)} of the {_short(measure)}"
+            else f"{share.text(percent)} of the {what}"
         )
     return f"At {bits}, LLM-QAT wins back, of what RTN loses: {_and(found)}"
 
@@ -240,7 +241,7 @@ def _plain_ticks(axis: Axis) -> None:
 def _axis_title(measure: Measure, scale: str = "") -> str:
     if measure.is_perplexity:
         return f"{_capital(measure.title)} ({scale}lower is better)"
-    return f"{_capital(_short(measure))} (higher is better)"
+    return "Mean accuracy, % (higher is better)"
 
 
 def _empty(why: str) -> Figure:
@@ -338,10 +339,6 @@ def _off_scale(cells: Cells, measure: Measure) -> float:
 def _megabytes(cell: Cell) -> float:
     sizes = cell.records[0].metrics
     return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6
-
-
-def _short(measure: Measure) -> str:
-    return measure.title if measure.is_perplexity else "mean accuracy, %"
 
 
 def _capital(text: str) -> str:

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no hub, and must not ask it
+os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this is for those that they start
 
 from studylib import models
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, Evaluation, profile
 from studylib.records import FINISHED, Record, arm_key
+
+torch.set_num_threads(1)
 
 BUDGET = dataclasses.replace(
     profile("smoke"), evaluation=Evaluation(("wikipedia", "c4"), 32, 64, ("piqa", "arc_easy"), 100)
