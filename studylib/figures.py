@@ -187,34 +187,34 @@ def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarr
 
 
 def training_curve(records: Sequence[Record]) -> Figure:
-    """KL from the full-precision model at each training step (log), and its mean over a tenth of the steps around."""
+    """KL from the full-precision model at each training step (log), and its mean over the last tenth of all steps."""
     trained = [record for record in records if record.training]
     if not trained:
         return _empty("No arm was trained")
     settings = list(dict.fromkeys(record.arm.bits for record in trained))
     # One hue, from dark to light; dashes tell the settings apart without colour.
     colours = ["#08306B", "#2171B5", "#6BAED6", "#9ECAE1"]
-    dashes = ["-", "--", "-.", ":"]
+    styles = {
+        bits: {"color": colours[at % 4], "ls": ["-", "--", "-.", ":"][(at + at // 4) % 4]}
+        for at, bits in enumerate(settings)
+    }
     with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
         figure, (ax,) = _panels(1, width=8, height=4.4)
         ends = {}
         for record in trained:
-            at = settings.index(record.arm.bits)
+            style = styles[record.arm.bits]
             steps = np.array([entry["step"] for entry in record.training])
             losses = np.array([np.nan if entry["loss"] is None else entry["loss"] for entry in record.training])
             width = max(1, len(losses) // 10)
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            ax.plot(steps, losses, color=colours[at % 4], lw=0.6, alpha=0.35)
-            ax.plot(steps[width - 1 :], smooth, color=colours[at % 4], ls=dashes[at // 4 % 4] if at > 3 else dashes[at])
+            ax.plot(steps, losses, color=style["color"], lw=0.6, alpha=0.35)
+            ax.plot(steps[width - 1 :], smooth, **style)
             ends.setdefault(record.arm.bits, []).append((smooth[0], smooth[-1]))
         ax.set_yscale("log")
         _plain_ticks(ax.yaxis)
         ax.set_xlabel("Training step")
         ax.set_ylabel("KL from full precision, nats a token (log scale)")
-        handles = [
-            Line2D([], [], color=colours[at % 4], ls=dashes[at % 4], label=f"LLM-QAT at {bits}")
-            for at, bits in enumerate(settings)
-        ]
+        handles = [Line2D([], [], label=f"LLM-QAT at {bits}", **style) for bits, style in styles.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         means = {bits: np.mean(pairs, axis=0) for bits, pairs in ends.items()}
         falls = [f"{number(first)} to {number(last)} at {bits}" for bits, (first, last) in means.items()]
