@@ -105,25 +105,14 @@ def _above(interval: Interval, bound: float) -> str:
 def _wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
     loss, share = won_back(measure, full, rtn, qat)
     if share is None:
-        return (
-            loss,
-            INCONCLUSIVE,
-            (
-                f"RTN at {rtn.bits} loses {_interval(measure, loss)}, which is not clearly above "
-                "zero: what share of it LLM-QAT wins back cannot be told."
-            ),
-        )
+        text = f"RTN at {rtn.bits} loses {_interval(measure, loss)}, which is not clearly above zero"
+        return loss, INCONCLUSIVE, f"{text}: what share of it LLM-QAT wins back cannot be told."
     # The share's interval is only shown: the rule is linear, so that no division can blow it up.
     rule = measure.interval(lambda f, r, q: measure.loss(q, r) - MOST * measure.loss(f, r), full, rtn, qat)
     values = ", ".join(f"{cell.title} {measure.text(measure.value(identity, cell))}" for cell in (full, rtn, qat))
-    return (
-        share,
-        _above(rule, 0),
-        (
-            f"{values}: LLM-QAT wins back {share.text(percent)} of what RTN loses"
-            f"{_seeds(measure, won_back_share, percent, full, rtn, qat)}."
-        ),
-    )
+    seeds = _seeds(measure, won_back_share, percent, full, rtn, qat)
+    text = f"{values}: LLM-QAT wins back {share.text(percent)} of what RTN loses{seeds}."
+    return share, _above(rule, 0), text
 
 
 def _cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) -> Outcome:
@@ -161,11 +150,8 @@ def _no_loss(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
 
 def _explodes(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
     effect = measure.interval(lambda f, r: r / f, full, rtn)
-    return (
-        effect,
-        _above(effect, EXPLODES),
-        (f"RTN at {rtn.bits} has {effect.text(number)} times full precision's."),
-    )
+    text = f"RTN at {rtn.bits} has {effect.text(number)} times full precision's."
+    return effect, _above(effect, EXPLODES), text
 
 
 def _cost(measure: Measure, a: Cell, b: Cell) -> tuple[Interval, float, str]:
