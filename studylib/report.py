@@ -29,12 +29,13 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
 
     records: all that they used, of one model and one evaluation. command: what makes this report again.
     """
-    output = Path(output)
+    output, name = Path(output), records[0].provenance["model"]["name"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("studylib", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html.j2").render(
-        model=records[0].provenance["model"],
+        model=Path(name).name if Path(name).is_absolute() else name,
+        note=records[0].provenance["model"]["note"],
         arm=records[0].arm,
         corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
         trained=next((record.arm for record in records if record.arm.training), None),
@@ -126,6 +127,7 @@ def _shared_provenance(records: Sequence[Record]) -> dict[str, str]:
         "torch": values("code", "torch"),
         "transformers": values("code", "transformers"),
         "lm-eval": values("code", "lm-eval"),
+        "Weights": values("model", "name"),
         "Weights, SHA-256": values("model", "sha256"),
         **{
             f"{corpus_title(corpus)}, SHA-256": values("corpora", corpus)
