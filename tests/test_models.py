@@ -1,3 +1,8 @@
+import os
+import shutil
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -65,6 +70,24 @@ def test_names_that_lead_nowhere(name):
     for load in (models.load_config, models.load_model, models.load_tokenizer):
         with pytest.raises(ValueError, match=r"model: .* is not known; use smollm2-135m, tiny-random, a local folder"):
             load(name)
+
+
+def test_a_hub_id_is_read_as_the_hub_leaves_it(own_model, tmp_path):
+    # What a download leaves in the hub's cache; a process of its own, since that cache's place is read at import.
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(own_model, snapshot)
+    (tmp_path / "hub" / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("0123abc")
+    script = (
+        "from studylib import models; m = models.load_model('owner/name'); models.load_tokenizer('owner/name');"
+        "print(m.num_parameters(), models.identity('owner/name')['sha256'])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    expected = models.load_model(str(own_model)).num_parameters(), models.identity(str(own_model))["sha256"]
+    assert told.stdout.split() == [*map(str, expected)], told.stderr
 
 
 def test_a_hub_id_without_a_network_says_so():
