@@ -7,8 +7,10 @@ from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
 from studylib.comparison import (
     Cell,
     Measure,
+    capital,
     gather,
     identity,
+    listed,
     measures,
     number,
     percent,
@@ -64,17 +66,10 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     Intervals resample the items that all arms of the claim share; with several seeds, scores are averaged over them.
     """
     cells = gather(records)
-    missing = [pair for pair in claim.needs if pair not in cells]
+    missing = [Cell(*pair, ()).title for pair in claim.needs if pair not in cells]
     if missing:
-        return [
-            Finding(
-                claim.id,
-                "",
-                NOT_TESTED,
-                None,
-                f"Not tested here: {_list(Cell(*pair, ()).title for pair in missing)} not run.",
-            )
-        ]
+        text = f"Not tested here: {listed(missing)} {'was' if len(missing) == 1 else 'were'} not run."
+        return [Finding(claim.id, "", NOT_TESTED, None, text)]
     used = [cells.get(pair) for pair in (*claim.needs, *claim.optional)]
     diverged = [cell for cell in used if cell and cell.diverged]
     if diverged:
@@ -90,7 +85,7 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     for measure in wanted:
         effect, verdict, text = claim.test(measure, *used)
         findings.append(
-            Finding(claim.id, measure.title, verdict, effect, f"{_capital(measure.title)}: {text} {_capital(verdict)}.")
+            Finding(claim.id, measure.title, verdict, effect, f"{capital(measure.title)}: {text} {capital(verdict)}.")
         )
     return findings
 
@@ -170,17 +165,6 @@ def _interval(measure: Measure, interval: Interval) -> str:
 def _seeds(measure: Measure, contrast, form: Callable[[float], str], *cells: Cell) -> str:
     found = measure.over_seeds(contrast, *cells)
     return f" (single seeds: {form(found[0])} to {form(found[1])})" if found else ""
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _list(names) -> str:
-    names = list(names)
-    if len(names) == 1:
-        return f"{names[0]} was"
-    return f"{', '.join(names[:-1])} and {names[-1]} were"
 
 
 CLAIMS = {

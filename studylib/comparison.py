@@ -178,6 +178,16 @@ def percent(share: float) -> str:
     return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"
 
 
+def capital(text: str) -> str:
+    """With its first letter large, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def listed(texts: Sequence[str]) -> str:
+    """In a sentence: "a", "a and b", "a, b and c"."""
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
 def corpus_title(corpus: str) -> str:
     """A corpus's name for people; the file's name where it is a path."""
     return CORPUS_TITLES.get(corpus, Path(corpus).stem)

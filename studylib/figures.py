@@ -15,7 +15,19 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, TITLES
-from studylib.comparison import Cell, Cells, Measure, gather, identity, measures, number, percent, won_back
+from studylib.comparison import (
+    Cell,
+    Cells,
+    Measure,
+    capital,
+    gather,
+    identity,
+    listed,
+    measures,
+    number,
+    percent,
+    won_back,
+)
 from studylib.records import Record
 from studylib.statistics import Interval
 
@@ -24,11 +36,8 @@ COLOURS = {FULL_PRECISION: "#000000", RTN: "#D55E00", LLM_QAT: "#0072B2"}
 MARKERS = {FULL_PRECISION: "D", RTN: "s", LLM_QAT: "o"}
 STYLE = {
     "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid.axis": "x",
     "legend.frameon": False,
     "svg.hashsalt": "studylib",
 }
@@ -86,7 +95,7 @@ def _allocation_title(cells: Cells, measure: Measure) -> str:
         cell = cells.get((RTN, bits))
         if full and full.records and cell and cell.records:
             found.append(f"{number(measure.value(lambda f, r: r / f, full, cell))} {words}")
-    return f"RTN multiplies {measure.title} by {_and(found)}" if found else f"{_capital(measure.title)} by bit setting"
+    return f"RTN multiplies {measure.title} by {listed(found)}" if found else f"{capital(measure.title)} by bit setting"
 
 
 def recovery(records: Sequence[Record]) -> Figure:
@@ -128,7 +137,7 @@ def _recovery_title(cells: Cells, panels: list[Measure], bits: str) -> str:
             if share is None
             else f"{share.text(percent)} of the {what}"
         )
-    return f"At {bits}, LLM-QAT wins back, of what RTN loses: {_and(found)}"
+    return f"At {bits}, LLM-QAT wins back, of what RTN loses: {listed(found)}"
 
 
 def size_accuracy(records: Sequence[Record]) -> Figure:
@@ -137,11 +146,11 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     shown = [cell for cell in cells.values() if cell.records]
     if not panels:
         return _empty("No arm finished")
-    with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
+    with mpl.rc_context(STYLE):
         figure, axes = _panels(len(panels), width=12, height=6)
         sizes = np.array([_megabytes(cell) for cell in shown])
-        for ax, measure in zip(axes, panels, strict=True):
-            limit = _off_scale(cells, measure)
+        limits = [_off_scale(cells, measure) for measure in panels]
+        for ax, measure, limit in zip(axes, panels, limits, strict=True):
             found = [measure.interval(identity, cell) for cell in shown]
             heights = np.array([min(interval.estimate, limit) for interval in found])
             for cell, size, interval in zip(shown, sizes, found, strict=True):
@@ -155,11 +164,11 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
                 ax.set_ylim(top=limit * 1.15)
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(_axis_title(measure, "log scale, "))
-        best = _and([shown[i].title for i in _front(panels[0], shown, sizes)])
+        best = listed([shown[i].title for i in _front(panels[0], shown, sizes)])
         title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
         _finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
-        for ax, measure in zip(axes, panels, strict=True):
-            _label_points(ax, measure, shown, sizes, _off_scale(cells, measure))
+        for ax, measure, limit in zip(axes, panels, limits, strict=True):
+            _label_points(ax, measure, shown, sizes, limit)
     return figure
 
 
@@ -198,7 +207,7 @@ def training_curve(records: Sequence[Record]) -> Figure:
         bits: {"color": colours[at % 4], "ls": ["-", "--", "-.", ":"][(at + at // 4) % 4]}
         for at, bits in enumerate(settings)
     }
-    with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
+    with mpl.rc_context(STYLE):
         figure, (ax,) = _panels(1, width=8, height=4.4)
         ends = {}
         for record in trained:
@@ -218,7 +227,7 @@ def training_curve(records: Sequence[Record]) -> Figure:
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         means = {bits: np.mean(pairs, axis=0) for bits, pairs in ends.items()}
         falls = [f"{number(first)} to {number(last)} at {bits}" for bits, (first, last) in means.items()]
-        _title(figure, f"Distance from full precision on fresh generated text, over training: {_and(falls)}")
+        _title(figure, f"Distance from full precision on fresh generated text, over training: {listed(falls)}")
     return figure
 
 
@@ -240,7 +249,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 def _axis_title(measure: Measure, scale: str = "") -> str:
     if measure.is_perplexity:
-        return f"{_capital(measure.title)} ({scale}lower is better)"
+        return f"{capital(measure.title)} ({scale}lower is better)"
     return "Mean accuracy, % (higher is better)"
 
 
@@ -319,7 +328,7 @@ def _setting_rows(ax: Axes, settings: list[str]) -> None:
 
 
 def _by_damage(cells: Cells, measure: Measure) -> list[str]:
-    """The settings, from the smallest loss of any method's best to the greatest."""
+    """The settings by the worse of their methods, the least damaged first."""
     values: dict[str, float] = {}
     for (method, bits), cell in cells.items():
         if method != FULL_PRECISION:
@@ -339,11 +348,3 @@ def _off_scale(cells: Cells, measure: Measure) -> float:
 def _megabytes(cell: Cell) -> float:
     sizes = cell.records[0].metrics
     return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _and(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jinja2
 
-from studylib.arms import TITLES
 from studylib.batch import read_published
 from studylib.claims import CLAIMS, VERDICTS, Finding, judge
 from studylib.comparison import Cell, corpus_title, gather, measures, number
@@ -43,14 +42,13 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
         questions=[(QUESTIONS[name], CLAIMS[name], judge(CLAIMS[name], records)) for name in QUESTIONS],
         overall=overall,
         verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
-        table=jinja2.utils.markupsafe.Markup(as_html(readable(scoreboard(records), tasks=False))),
+        table=as_html(readable(scoreboard(records), tasks=False)),
         figures=[figure for notebook in notebooks for figure in _figures(output, notebook.stem)],
         cost=[_cost(cell) for cell in gather(records).values()],
         total_minutes=number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),
         peak=number(max(record.cost["peak_bytes"] for record in records) / 2**30),
         provenance=_shared_provenance(records),
         notebooks=[path.name for path in notebooks],
-        titles=TITLES,
         items=sum(measures(records)[-1].sizes) if measures(records) else 0,
         command=command,
     )

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -58,8 +59,6 @@ def test_the_share_won_back(picture):
 
 
 def test_records_that_cannot_be_compared(make_record):
-    import dataclasses
-
     first = make_record(RTN, "4-8-4")
     other = dataclasses.replace(first, key="x", arm=dataclasses.replace(first.arm, model="other"))
     with pytest.raises(ValueError, match="model 'tiny-random' and model 'other' cannot be compared"):
