@@ -1,74 +1,92 @@
-"""Tokens a second of data generation: batched with a cache, beside `generate` one sequence at a time, in one run."""
+"""Tokens a second of data generation, beside transformers' `generate` and a plain forward pass, in one run.
+
+All sample with top-k 50 from a start token up to 256 tokens; what follows an end of text does not count.
+"""
 
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from studylib import models
+from studylib.arms import profile
 from studylib.evaluation import window_losses
 from studylib.records import environment
-from studylib.sampling import Sampling, generate_windows
+from studylib.sampling import Sampling, generate_sequences, generate_windows
 
 MODEL, LENGTH = "smollm2-135m", 256
+BATCHES = (64, 96)
+
+
+def rate(run: Callable[[], int]) -> float:
+    begun = time.perf_counter()
+    tokens = run()
+    return tokens / (time.perf_counter() - begun)
 
 
 @torch.no_grad()
-def one_at_a_time(model, sequences: int) -> float:
-    """As the official code does it: a start token, then transformers' `generate`, sampled with top-k 50."""
-    made, begun = 0, time.perf_counter()
-    for start in torch.randint(model.config.vocab_size, (sequences, 1), generator=torch.Generator().manual_seed(0)):
-        start = start[None].to(model.device)
-        with models.autocast(model.device):
-            found = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                do_sample=True,
-                top_k=50,
-                max_length=LENGTH,
-                pad_token_id=0,
-            )
-        made += found.shape[1] - 1
-    return made / (time.perf_counter() - begun)
+def theirs(model, start: Tensor) -> int:
+    """The tokens that transformers' `generate` writes after start [B, 1]."""
+    with models.autocast(model.device):
+        found = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            top_k=50,
+            max_length=LENGTH,
+            pad_token_id=0,
+        )[:, 1:]
+    ended = (found == model.generation_config.eos_token_id).cumsum(1)
+    return int((ended.cumsum(1) <= 1).sum())
 
 
-def batched(model, batch: int) -> float:
+def ours(model, start: Tensor) -> int:
+    _, lengths = generate_sequences(model, start, Sampling(len(start), LENGTH, "sampled"), seed=0)
+    return int((lengths - 1).sum())
+
+
+def data_set(model, settings: Sampling) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        windows = generate_windows(model, Sampling(count=batch, length=LENGTH, batch=batch), folder)
-        return int((windows.lengths - 1).sum()) / (time.perf_counter() - begun)
+        return generate_windows(model, settings, folder).numel()
 
 
-def forward(model) -> float:
+def forward(model) -> int:
     tokens = torch.randint(model.config.vocab_size, (8, LENGTH), generator=torch.Generator().manual_seed(0))
     window_losses(model, tokens)
-    begun = time.perf_counter()
-    window_losses(model, tokens)
-    return tokens.numel() / (time.perf_counter() - begun)
+    return tokens.numel()
 
 
 def main():
     model = models.load_model(MODEL)
-    runs = {
-        "generate, one at a time": one_at_a_time(model, 3),
-        "batch 64": batched(model, 64),
-        "batch 96 (quick profile)": batched(model, 96),
-        "batch 128 (full profile)": batched(model, 128),
-        "generate, one at a time, again": one_at_a_time(model, 3),
-        "a forward pass with its loss": forward(model),
-    }
-    single = (runs["generate, one at a time"] + runs["generate, one at a time, again"]) / 2
+    shuffle = torch.Generator().manual_seed(0)
+    starts = torch.randperm(model.config.vocab_size, generator=shuffle)[:, None].to(model.device)
+    forward(model)
+    passes = "a forward pass with its loss"
+    runs = {passes: rate(lambda: forward(model))}
+    runs["generate, one at a time"] = rate(lambda: sum(theirs(model, start[None]) for start in starts[:3]))
+    for batch in BATCHES:
+        runs[f"generate, batch {batch}"] = rate(lambda: theirs(model, starts[:batch]))  # noqa: B023
+        runs[f"this study, batch {batch}"] = rate(lambda: ours(model, starts[:batch]))  # noqa: B023
+    runs["this study, data of the quick profile"] = rate(lambda: data_set(model, profile("quick").sampling))
+    runs[f"{passes}, again"] = rate(lambda: forward(model))
+    plain = (runs[passes] + runs[f"{passes}, again"]) / 2
+    speedup = {batch: runs[f"this study, batch {batch}"] / runs[f"generate, batch {batch}"] for batch in BATCHES}
     result = {
         "what": __doc__,
         "tokens_per_second": {name: round(value, 1) for name, value in runs.items()},
-        "times_one_at_a_time": {name: round(value / single, 1) for name, value in runs.items()},
+        "times_generate_at_the_same_batch": {str(batch): round(value, 2) for batch, value in speedup.items()},
+        "times_a_forward_pass": {name: round(value / plain, 3) for name, value in runs.items()},
         "environment": environment() | {"compute_dtype": str(models.compute_dtype())},
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in runs.items():
-        print(f"{name:34} {value:8.1f} tokens/s   {value / single:5.1f} times one at a time")
+        print(f"{name:38} {value:8.1f} tokens/s   {value / plain:5.2f} times a forward pass")
+    for batch, value in speedup.items():
+        print(f"batch {batch}: {value:.2f} times generate")
 
 
 if __name__ == "__main__":

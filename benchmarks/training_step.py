@@ -8,17 +8,17 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from studylib import corpora, models
 from studylib.distill import Training, keep_teacher_states, train_llm_qat
 from studylib.layers import quantize_model
 from studylib.records import environment
-from studylib.sampling import Windows
 
 MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 12, 3
 
 
-def label_steps(windows: Windows, compiled: bool) -> list[float]:
+def label_steps(windows: Tensor, compiled: bool) -> list[float]:
     """Fine-tuning as transformers documents it: the model's own loss on labels, AdamW, clipping, the same precision."""
     model = models.load_model(MODEL).train()
     if compiled:
@@ -26,7 +26,7 @@ def label_steps(windows: Windows, compiled: bool) -> list[float]:
             layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     seconds = []
-    for tokens in windows.tokens.split(BATCH):
+    for tokens in windows.split(BATCH):
         begun = time.perf_counter()
         tokens = tokens.to(model.device)
         with models.autocast(model.device):
@@ -40,7 +40,7 @@ def label_steps(windows: Windows, compiled: bool) -> list[float]:
     return seconds
 
 
-def distillation_steps(windows: Windows, kept: bool) -> list[float]:
+def distillation_steps(windows: Tensor, kept: bool) -> list[float]:
     """The study's own training, the teacher's states kept from before or its forward pass run at every step."""
     teacher = models.load_model(MODEL)
     head = teacher.get_output_embeddings().weight.detach().clone()
@@ -53,13 +53,11 @@ def distillation_steps(windows: Windows, kept: bool) -> list[float]:
             student, states, head, windows, settings, folder, progress=lambda n: at.append(time.perf_counter())
         )
     seconds = [after - before for before, after in itertools.pairwise(at)]
-    # A checkpoint is written after every fourth part of a training: the steps that include it are left out.
-    return [second for step, second in enumerate(seconds, 1) if (step - 1) % (STEPS // 4) or step == 1]
+    return seconds
 
 
 def main():
-    tokens = corpora.windows("c4", models.load_tokenizer(MODEL), LENGTH, BATCH * STEPS, "training")
-    windows = Windows(tokens, torch.full((len(tokens),), LENGTH))
+    windows = corpora.windows("c4", models.load_tokenizer(MODEL), LENGTH, BATCH * STEPS, "training")
     runs = {
         "labels, eager": label_steps(windows, compiled=False),
         "labels, compiled layers": label_steps(windows, compiled=True),

@@ -9,16 +9,40 @@ from types import NoneType, UnionType
 from studylib.corpora import check_corpus
 from studylib.distill import Training
 from studylib.evaluation import ZERO_SHOT, validate_tasks
+from studylib.layers import AFTER_ROTARY, PER_HEAD, Scheme
+from studylib.losses import ATTENTION, KL
 from studylib.quantizers import BitWidths
 from studylib.sampling import Sampling
 
-FULL_PRECISION, RTN, LLM_QAT = METHODS = ("full-precision", "rtn", "llm-qat")
-TITLES = {FULL_PRECISION: "full precision", RTN: "RTN", LLM_QAT: "LLM-QAT"}
+METHODS = FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT = (
+    "full-precision",
+    "rtn",
+    "smoothquant",
+    "gptq",
+    "awq",
+    "llm-qat",
+    "smoothquant+llm-qat",
+)
+TITLES = {
+    FULL_PRECISION: "full precision",
+    RTN: "RTN",
+    SMOOTHQUANT: "SmoothQuant",
+    GPTQ: "GPTQ",
+    AWQ: "AWQ",
+    LLM_QAT: "LLM-QAT",
+    SMOOTHQUANT_QAT: "SmoothQuant + LLM-QAT",
+}
+TRAINED = (LLM_QAT, SMOOTHQUANT_QAT)
+CALIBRATED = (SMOOTHQUANT, GPTQ, AWQ)
+HEADLINE = ("16-16-16", "4-8-4")  # the settings of the papers' main tables, which few-shot tasks are run at as well
+CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
+GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model is scored on: `windows` windows of `length` tokens of each corpus, `items` of each task (None: all).
+    """What a model is scored on: `windows` windows of `length` tokens of each corpus, `items` of each task (None: all),
+    and the responses of `pairs` held-out Alpaca pairs.
 
     source "archive" reads the pinned benchmark files, "hub" lm-eval's own data sets.
     """
@@ -28,13 +52,14 @@ class Evaluation:
     length: int
     tasks: tuple[str, ...] = ()
     items: int | None = None
+    pairs: int = 0
     source: str = "archive"
 
     def __post_init__(self):
         for corpus in self.corpora:
             check_corpus(corpus)
         validate_tasks(self.tasks)
-        for name, least in (("windows", 1), ("length", 2), ("items", 1)):
+        for name, least in (("windows", 1), ("length", 2), ("items", 1), ("pairs", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: {value!r} is not allowed; use {least} or more")
@@ -43,18 +68,39 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class RealText:
+    """Training windows of real text: `count` windows of `length` tokens of a corpus's training split, in random order.
+
+    Where the split has fewer, they come again, in another order.
+    """
+
+    corpus: str
+    count: int
+    length: int
+    seed: int = 0
+
+    def __post_init__(self):
+        check_corpus(self.corpus)
+        for name, least in (("count", 1), ("length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
+
+
+@dataclass(frozen=True)
 class Arm:
     """One thing to measure. Two arms that are equal have the same result on the same machine.
 
-    method "full-precision", "rtn" or "llm-qat"; bits "W-A-KV"; sampling and training for "llm-qat" only. seed draws the
-    generated data; it is 0 for methods that draw nothing, so that all seeds share one record.
+    method: one of METHODS; bits "W-A-KV"; scheme: grids and where they apply. data: what a method is calibrated or
+    trained on, for those that need any (all but full precision and RTN); training: for the trained ones only.
+    seed draws the data; it is 0 for methods that draw nothing, so that all seeds share one record.
     """
 
     model: str
     method: str
     bits: str
     evaluation: Evaluation
-    sampling: Sampling | None = None
+    scheme: Scheme = Scheme()
+    data: Sampling | RealText | None = None
     training: Training | None = None
 
     def __post_init__(self):
@@ -66,20 +112,43 @@ class Arm:
                 f"bits: {self.bits} does not go with {self.method!r}; full precision is 16-16-16, "
                 "every other method quantizes something"
             )
-        for name in ("sampling", "training"):
-            if (getattr(self, name) is None) == (self.method == LLM_QAT):
+        for name, users in (("data", TRAINED + CALIBRATED), ("training", TRAINED)):
+            if (getattr(self, name) is None) == (self.method in users):
+                state = "is missing" if self.method in users else "is given"
                 raise ValueError(
-                    f"{name}: {'is missing' if self.method == LLM_QAT else 'is given'}; "
-                    f"{LLM_QAT!r} needs it and no other method takes it"
+                    f"{name}: {state}, but {self.method!r} is {'one' if self.method in users else 'none'} of "
+                    f"the methods that need it: {', '.join(users)}"
                 )
+        if self.scheme != Scheme() and self.method in (FULL_PRECISION, GPTQ, AWQ):
+            raise ValueError(f"scheme: {self.method!r} takes none; its grids are its own")
+        if self.scheme.grid == "lsq" and self.method not in TRAINED:
+            raise ValueError(
+                f"grid: 'lsq' is learned in training, which {self.method!r} has none of; use {' or '.join(TRAINED)}"
+            )
+        if (
+            self.training
+            and ATTENTION in self.training.features
+            and self.scheme.keys == AFTER_ROTARY
+            and bits.cache < 16
+        ):
+            raise ValueError(
+                f"loss: {self.training.loss!r} needs attention maps, which the kernel that quantizes keys "
+                f"{AFTER_ROTARY!r} does not return"
+            )
 
     @property
     def seed(self) -> int:
-        return self.sampling.seed if self.sampling else 0
+        return self.data.seed if self.data else 0
+
+    @property
+    def variant(self) -> str:
+        """In words, what an arm of its method and bits is not by default: the data, loss, grid, ... being studied."""
+        return ", ".join(_data_words(self.data) + _training_words(self.training) + _scheme_words(self.scheme))
 
     @property
     def title(self) -> str:
-        return TITLES[self.method] + ("" if self.method == FULL_PRECISION else f" {self.bits}")
+        bits = "" if self.method == FULL_PRECISION else f" {self.bits}"
+        return TITLES[self.method] + bits + (f" ({self.variant})" if self.variant else "")
 
     def canonical(self) -> str:
         """JSON with sorted keys: the same for equal arms."""
@@ -89,6 +158,44 @@ class Arm:
     def from_dict(cls, fields: dict) -> "Arm":
         """From the dictionary of a record; fields that an arm does not have, and wrong types, raise ValueError."""
         return _build(cls, fields, "arm")
+
+
+def corpus_title(corpus: str) -> str:
+    """A corpus's name for people; the file's name where it is a path."""
+    return CORPUS_TITLES.get(corpus, corpus.rpartition("/")[2].rpartition(".")[0])
+
+
+def data_title(data: Sampling | RealText) -> str:
+    """What a data set is called beside others."""
+    return ", ".join(_data_words(data)) or data.strategy
+
+
+def _data_words(data: Sampling | RealText | None) -> list[str]:
+    if data is None:
+        return []
+    if isinstance(data, RealText):
+        return [f"{corpus_title(data.corpus)} text"]
+    words = [] if data.strategy == "hybrid" else [data.strategy]
+    words += [] if data.top_k == 50 else [f"top-k {data.top_k or 'off'}"]
+    return words + ([] if data.temperature == 1 else [f"sampled at temperature {data.temperature:g}"])
+
+
+def _training_words(training: Training | None) -> list[str]:
+    if training is None:
+        return []
+    words = [] if training.loss == KL else [f"loss {training.loss}"]
+    words += [] if training.temperature == 1 else [f"KL at temperature {training.temperature:g}"]
+    words += [] if training.scale == "token" else [f"loss scale {training.scale}"]
+    words += [] if training.mask is None else [f"gradient mask ±{training.mask:g}"]
+    words += [] if training.masters == "fp32" else [f"{training.masters} masters"]
+    return words + [f"extended from {steps} steps" for steps in training.extended_from]
+
+
+def _scheme_words(scheme: Scheme) -> list[str]:
+    words = [] if scheme.grid == "symmetric" else [GRID_TITLES[scheme.grid]]
+    words += [] if scheme.weight_group is None else [f"weight groups of {scheme.weight_group}"]
+    words += ["cache scale a head"] if scheme.cache_scale == PER_HEAD else []
+    return words + (["keys after rotary"] if scheme.keys == AFTER_ROTARY else [])
 
 
 def _build(cls, fields: dict, where: str):
@@ -110,7 +217,10 @@ def _convert(kind, value, where: str):
     options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if value is None and NoneType in options:
         return None
-    (kind,) = [option for option in options if option is not NoneType]
+    options = [option for option in options if option is not NoneType]
+    kind = options[0]
+    if len(options) > 1 and isinstance(value, dict):  # the one whose fields they are
+        kind = next((option for option in options if set(value) <= set(typing.get_type_hints(option))), kind)
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
@@ -124,43 +234,71 @@ def _convert(kind, value, where: str):
 
 @dataclass(frozen=True)
 class Profile:
-    """A budget: what LLM-QAT may spend, what every arm is scored on, and the seeds that make the interval over runs."""
+    """A budget: the data and training a method may spend, what every arm is scored on, and the seeds that make the
+    interval over runs. few_shot: tasks that the headline settings are scored on as well."""
 
     sampling: Sampling
     training: Training
     evaluation: Evaluation
     seeds: tuple[int, ...]
+    few_shot: tuple[str, ...] = ()
 
-    def arm(self, model: str, method: str, bits: str = "16-16-16", seed: int = 0) -> Arm:
-        if method != LLM_QAT:
-            return Arm(model, method, bits, self.evaluation)
-        return Arm(model, method, bits, self.evaluation, dataclasses.replace(self.sampling, seed=seed), self.training)
+    def arm(
+        self,
+        model: str,
+        method: str,
+        bits: str = "16-16-16",
+        seed: int = 0,
+        *,
+        corpus: str | None = None,
+        sampling: dict[str, object] | None = None,
+        training: dict[str, object] | None = None,
+        scheme: Scheme = Scheme(),
+    ) -> Arm:
+        """The arm of this budget. corpus: real text in place of generated; sampling, training: fields to change."""
+        data = trained = None
+        if method in TRAINED + CALIBRATED:
+            data = dataclasses.replace(self.sampling, **({"seed": seed} | (sampling or {})))
+            if corpus is not None:
+                data = RealText(corpus, data.count, data.length, data.seed)
+        if method in TRAINED:
+            trained = dataclasses.replace(self.training, **(training or {}))
+        arm = Arm(model, method, bits, self.evaluation, scheme, data, trained)
+        if method in (FULL_PRECISION, RTN, LLM_QAT) and bits in HEADLINE and not arm.variant:
+            evaluation = dataclasses.replace(self.evaluation, tasks=self.evaluation.tasks + self.few_shot)
+            return dataclasses.replace(arm, evaluation=evaluation)
+        return arm
 
 
 PROFILES = {
     "smoke": Profile(
         Sampling(count=8, length=32, batch=4),
         Training(steps=4, batch=2, learning_rate=1e-3),
-        Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4),
+        Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4, pairs=2),
         seeds=(0,),
     ),
     "quick": Profile(
-        Sampling(count=96, length=256, batch=96),
-        Training(steps=96, batch=1, learning_rate=3e-4),
-        Evaluation(("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40),
+        Sampling(count=40, length=256, batch=64),
+        Training(steps=40, batch=1, learning_rate=3e-4),
+        Evaluation(
+            ("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40, pairs=16
+        ),
         seeds=(0,),
+        few_shot=("mmlu", "triviaqa"),
     ),
     "full": Profile(
         Sampling(count=4096, length=512, batch=128),
         Training(steps=512, batch=8, learning_rate=1e-4),
-        Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=(*ZERO_SHOT, "mmlu"), items=None),
+        Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=ZERO_SHOT, items=1000, pairs=500),
         seeds=(0, 1, 2),
+        few_shot=("mmlu", "triviaqa"),
     ),
     "paper": Profile(
         Sampling(count=96_000, length=2048, batch=256),
         Training(steps=12_000, batch=8, learning_rate=2e-5),
-        Evaluation(("wikipedia", "c4"), windows=64, length=2048, tasks=(*ZERO_SHOT, "mmlu", "triviaqa"), items=None),
+        Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=500),
         seeds=(0, 1, 2),
+        few_shot=("mmlu", "triviaqa"),
     ),
 }
 

@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     keys = [key for path in executed for key in batch.read_published(output, path.stem)["records"]]
     records = [store.load(key) for key in dict.fromkeys(keys)]
     page = report.write_report(output, records, executed, shlex.join(["study", *arguments]))
-    print(tables.as_text(tables.scoreboard(records)))
+    print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\nReport: {page}")
     return 0
 

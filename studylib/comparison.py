@@ -1,18 +1,17 @@
 """Arms side by side: the seeds of each gathered, and paired contrasts of what was measured on the same items."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from studylib.arms import METHODS, TITLES
+from studylib.arms import FULL_PRECISION, METHODS, TITLES, Evaluation, corpus_title
 from studylib.evaluation import ZERO_SHOT
 from studylib.quantizers import BitWidths
 from studylib.records import FINISHED, Record
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
 
-CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
 TASK_TITLES = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -31,18 +30,41 @@ RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws u
 Contrast = Callable[..., np.ndarray]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One method at one setting: its finished records and those that diverged, one a seed."""
+class Setting(NamedTuple):
+    """What is compared: a method at a bit setting, and in words what of it is not as by default (arms.Arm.variant)."""
 
     method: str
     bits: str
+    variant: str = ""
+
+    @property
+    def title(self) -> str:
+        at = f" at {self.bits}" if self.method != FULL_PRECISION else ""
+        return TITLES[self.method] + at + (f" ({self.variant})" if self.variant else "")
+
+
+FULL = Setting(FULL_PRECISION, "16-16-16")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting's finished records and those that diverged, one a seed."""
+
+    setting: Setting
     records: tuple[Record, ...]
     diverged: tuple[Record, ...] = ()
 
     @property
+    def method(self) -> str:
+        return self.setting.method
+
+    @property
+    def bits(self) -> str:
+        return self.setting.bits
+
+    @property
     def title(self) -> str:
-        return TITLES[self.method] + (f" at {self.bits}" if self.method != METHODS[0] else "")
+        return self.setting.title
 
     @property
     def seeds(self) -> list[int]:
@@ -54,52 +76,61 @@ class Cell:
         return np.mean([record.scores[name] for record in chosen], axis=0)
 
 
-Cells = dict[tuple[str, str], Cell]
+Cells = dict[Setting, Cell]
 
 
 def gather(records: Sequence[Record]) -> Cells:
-    """Cells by (method, bits): full precision first, then from many bits to few, RTN before LLM-QAT at equal bits.
+    """Cells by setting: full precision first, then from many bits to few, in the methods' order at equal bits; variants
+    after each method's default, as they come.
 
     A record that is given twice counts once. Raises ValueError where records cannot be compared: different models or
-    evaluations, or two arms that differ in more than the seed at one method and setting.
+    evaluations (beyond few-shot tasks), or two arms that differ in more than the seed at one setting.
     """
     records = list({record.key: record for record in records}.values())
-    for what in ("model", "evaluation"):
-        values = list(dict.fromkeys(getattr(record.arm, what) for record in records))
+    for what, value_of in (("model", lambda arm: arm.model), ("evaluation", lambda arm: _shared(arm.evaluation))):
+        values = list(dict.fromkeys(value_of(record.arm) for record in records))
         if len(values) > 1:
             raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
-    grouped: dict[tuple[str, str], list[Record]] = {}
+    grouped: dict[Setting, list[Record]] = {}
     for record in sorted(records, key=_order):
-        grouped.setdefault((record.arm.method, record.arm.bits), []).append(record)
-    for (method, bits), group in grouped.items():
+        grouped.setdefault(Setting(record.arm.method, record.arm.bits, record.arm.variant), []).append(record)
+    for setting, group in grouped.items():
         if len({_seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
-            raise ValueError(f"records: there are different arms of {TITLES[method]} at {bits}; only seeds may differ")
+            raise ValueError(f"records: there are different arms of {setting.title}; only seeds may differ")
     return {
-        pair: Cell(
-            *pair,
+        setting: Cell(
+            setting,
             tuple(record for record in group if record.status == FINISHED),
             tuple(record for record in group if record.status != FINISHED),
         )
-        for pair, group in grouped.items()
+        for setting, group in grouped.items()
     }
+
+
+def _shared(evaluation: Evaluation) -> Evaluation:
+    return replace(evaluation, tasks=tuple(task for task in evaluation.tasks if task in ZERO_SHOT))
 
 
 def _order(record: Record) -> tuple:
     bits = BitWidths.parse(record.arm.bits)
     method = METHODS.index(record.arm.method)
-    return method > 0, -bits.weights, -bits.activations, -bits.cache, method, record.arm.seed
+    return method > 0, -bits.weights, -bits.activations, -bits.cache, method, record.arm.variant != "", record.arm.seed
 
 
 def _seedless(record: Record) -> str:
     fields = asdict(record.arm)
-    return str(fields | {"sampling": fields["sampling"] and {**fields["sampling"], "seed": None}})
+    fields["evaluation"]["tasks"] = _shared(record.arm.evaluation).tasks
+    if fields["data"]:
+        fields["data"]["seed"] = 0
+    return str(fields)
 
 
 @dataclass(frozen=True)
 class Measure:
     """A number that arms are compared by.
 
-    name: "perplexity/<corpus>", "accuracy/mean" (zero-shot tasks, each weighing the same) or "accuracy/<task>", in %.
+    name: "perplexity/<corpus>" or "perplexity/responses", "accuracy/mean" (zero-shot tasks, each weighing the same) or
+    "accuracy/<task>", in %.
     parts: the scores behind it. sizes: items of each part.
     """
 
@@ -111,6 +142,10 @@ class Measure:
     @property
     def is_perplexity(self) -> bool:
         return self.name.startswith("perplexity/")
+
+    def covers(self, cell: Cell) -> bool:
+        """Whether the cell has finished records that were scored on it."""
+        return bool(cell.records) and all(part in cell.records[0].scores for part in self.parts)
 
     @property
     def items(self) -> int:
@@ -188,11 +223,6 @@ def listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
-def corpus_title(corpus: str) -> str:
-    """A corpus's name for people; the file's name where it is a path."""
-    return CORPUS_TITLES.get(corpus, Path(corpus).stem)
-
-
 def measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
     record = next((record for record in records if record.status == FINISHED), None)
@@ -219,14 +249,26 @@ def measures(records: Sequence[Record]) -> list[Measure]:
     return found
 
 
+def response_measures(records: Sequence[Record]) -> list[Measure]:
+    """Perplexity of held-out Alpaca responses, a pair counting as one item; empty where none were scored."""
+    record = next((record for record in records if record.status == FINISHED and record.arm.evaluation.pairs), None)
+    if record is None:
+        return []
+    title = "perplexity of held-out Alpaca responses"
+    return [Measure("perplexity/responses", title, ("loss/responses",), (record.arm.evaluation.pairs,))]
+
+
 def task_measures(records: Sequence[Record]) -> list[Measure]:
-    """The accuracy on each task alone."""
-    record = next((record for record in records if record.status == FINISHED), None)
-    return (
-        []
-        if record is None
-        else [_accuracy(task, TASK_TITLES[task], [task], record) for task in record.arm.evaluation.tasks]
-    )
+    """The accuracy on each task alone; few-shot tasks only where some arm was scored on them."""
+    found = {}
+    for record in records:
+        if record.status == FINISHED:
+            found |= {
+                task: _accuracy(task, TASK_TITLES[task], [task], record)
+                for task in record.arm.evaluation.tasks
+                if task not in found
+            }
+    return list(found.values())
 
 
 def _accuracy(name: str, title: str, tasks: Sequence[str], record: Record) -> Measure:

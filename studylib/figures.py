@@ -1,24 +1,27 @@
 """The figures: one function each, drawn from records alone; titles are computed from the numbers."""
 
-import io
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from adjustText import adjust_text
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, TITLES
+from studylib.arms import (
+    FULL_PRECISION,
+    LLM_QAT,
+    METHODS,
+    RTN,
+    TITLES,
+)
 from studylib.comparison import (
+    FULL,
     Cell,
     Cells,
     Measure,
+    Setting,
     capital,
     gather,
     identity,
@@ -26,64 +29,78 @@ from studylib.comparison import (
     measures,
     number,
     percent,
+    points,
     won_back,
 )
+from studylib.drawing import (
+    COLOURS,
+    HALO,
+    LINES,
+    STYLE,
+    axis_title,
+    draw_point,
+    draw_reference,
+    draw_row_point,
+    empty_figure,
+    finish,
+    new_panels,
+    off_scale,
+    plain_ticks,
+    say_diverged,
+    set_title,
+    spread_labels,
+)
 from studylib.records import Record
-from studylib.statistics import Interval
 
-# Okabe and Ito's colours for all kinds of colour vision; marker and filling tell the methods apart in grey.
-COLOURS = {FULL_PRECISION: "#000000", RTN: "#D55E00", LLM_QAT: "#0072B2"}
-MARKERS = {FULL_PRECISION: "D", RTN: "s", LLM_QAT: "o"}
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "studylib",
-}
-HALO = withStroke(linewidth=2, foreground="white")
 CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
-OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
-
-
-class NotebookFigure(Figure):
-    """A figure that a notebook shows when a cell ends with it, without pyplot's global state."""
-
-    def _repr_png_(self) -> bytes:
-        png = io.BytesIO()
-        self.savefig(png, format="png")
-        return png.getvalue()
+MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge with an arrow and their value
 
 
 def bit_allocation(records: Sequence[Record]) -> Figure:
     """A row for each setting, the worst last; perplexities (log) and mean accuracy with their 95% intervals."""
-    cells, panels = gather(records), measures(records)
+    cells, panels = _defaults(records), measures(records)
     if not panels:
-        return _empty("No arm finished")
-    settings = _by_damage(cells, panels[0])
+        return empty_figure("No arm finished")
     with mpl.rc_context(STYLE):
-        figure, axes = _panels(len(panels), width=12, height=1.6 + 0.36 * len(settings), sharey=True)
-        for ax, measure in zip(axes, panels, strict=True):
-            _reference(ax, cells, measure)
-            limit = _off_scale(cells, measure)
-            for row, bits in enumerate(settings):
-                shown = [cells[method, bits] for method in (RTN, LLM_QAT) if (method, bits) in cells]
-                for cell, shift in zip(shown, (-0.16, 0.16) if len(shown) > 1 else (0,), strict=True):
-                    _row_point(ax, cell, measure, row + shift, limit)
-            if measure.is_perplexity:
-                ax.set_xscale("log")
-                ax.set_xlim(right=limit * 1.6)
-                _plain_ticks(ax.xaxis)
-            else:
-                ax.margins(x=0.16)
-            ax.set_xlabel(_axis_title(measure, "log scale, "))
-        _setting_rows(axes[0], settings)
-        _finish(figure, _allocation_title(cells, panels[0]), cells)
+        figure = _setting_rows(cells, panels, _by_damage(cells, panels[0]))
+        finish(figure, _allocation_title(cells, panels[0]), cells)
+    return figure
+
+
+def _defaults(records: Sequence[Record]) -> Cells:
+    """The cells of each method as it is by default, without the variants that a notebook compares besides."""
+    return {setting: cell for setting, cell in gather(records).items() if not setting.variant}
+
+
+def _setting_rows(cells: Cells, panels: list[Measure], settings: list[str]) -> Figure:
+    """A row for each bit setting, in it a line for each method; a panel for each measure."""
+    methods = [method for method in METHODS[1:] if any(cell.method == method for cell in cells.values())]
+    height = 1.6 + (0.2 + 0.16 * len(methods)) * len(settings)
+    figure, axes = new_panels(len(panels), width=12, height=height, sharey=True)
+    for ax, measure in zip(axes, panels, strict=True):
+        draw_reference(ax, cells, measure)
+        limit = off_scale(cells, measure)
+        for row, bits in enumerate(settings):
+            shown = [cells[Setting(method, bits)] for method in methods if Setting(method, bits) in cells]
+            for at, cell in enumerate(shown):
+                draw_row_point(ax, cell, measure, row + 0.8 * ((at + 0.5) / len(shown) - 0.5), limit)
+            ax.axhline(row + 0.5, color="#DDDDDD", lw=0.7)
+        if measure.is_perplexity:
+            ax.set_xscale("log")
+            ax.set_xlim(right=limit * 1.6)
+            plain_ticks(ax.xaxis)
+        else:
+            ax.margins(x=0.16)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(axis_title(measure, "log scale, "))
+    axes[0].set_yticks(range(len(settings)), settings)
+    axes[0].set_ylim(len(settings) - 0.5, -0.5)
+    axes[0].set_ylabel("Bits: weights-activations-cache")
     return figure
 
 
 def _allocation_title(cells: Cells, measure: Measure) -> str:
-    full = cells.get((FULL_PRECISION, "16-16-16"))
+    full = cells.get(FULL)
     found = []
     for bits, words in (
         ("8-8-8", "at 8-8-8"),
@@ -92,81 +109,66 @@ def _allocation_title(cells: Cells, measure: Measure) -> str:
         ("4-8-4", "at 4-8-4"),
         ("8-4-8", "with 4-bit activations (8-4-8)"),
     ):
-        cell = cells.get((RTN, bits))
+        cell = cells.get(Setting(RTN, bits))
         if full and full.records and cell and cell.records:
             found.append(f"{number(measure.value(lambda f, r: r / f, full, cell))} {words}")
     return f"RTN multiplies {measure.title} by {listed(found)}" if found else f"{capital(measure.title)} by bit setting"
 
 
 def recovery(records: Sequence[Record]) -> Figure:
-    """A row for each setting: what RTN loses, and an arrow to where LLM-QAT gets; a panel for each measure."""
-    cells, panels = gather(records), measures(records)
-    settings = [bits for method, bits in cells if method == LLM_QAT and (RTN, bits) in cells]
+    """A row for each setting with every method that was run at it: what rounding loses and what each wins back."""
+    cells, panels = _defaults(records), measures(records)
+    settings = [s.bits for s in cells if s.method == LLM_QAT and Setting(RTN, s.bits) in cells]
     if not panels or not settings:
-        return _empty("No setting was both rounded and trained")
+        return empty_figure("No setting was both rounded and trained")
     with mpl.rc_context(STYLE):
-        figure, axes = _panels(len(panels), width=12, height=1.9 + 0.55 * len(settings), sharey=True)
-        for ax, measure in zip(axes, panels, strict=True):
-            _reference(ax, cells, measure)
-            limit = _off_scale(cells, measure)
-            for row, bits in enumerate(settings):
-                rtn, qat = cells[RTN, bits], cells[LLM_QAT, bits]
-                for cell, shift in ((rtn, -0.2), (qat, 0.2)):
-                    _row_point(ax, cell, measure, row + shift, limit)
-                if rtn.records and qat.records:
-                    ends = [min(measure.value(identity, cell), limit) for cell in (rtn, qat)]
-                    arrow = {"arrowstyle": "->", "color": "#888888", "shrinkA": 5, "shrinkB": 5}
-                    ax.annotate("", (ends[1], row + 0.2), (ends[0], row - 0.2), arrowprops=arrow)
-            ax.margins(x=0.16)
-            ax.set_xlabel(_axis_title(measure))
-        _setting_rows(axes[0], settings)
-        _finish(figure, _recovery_title(cells, panels, settings[-1]), cells)
+        figure = _setting_rows(cells, panels, _by_damage(cells, panels[0]))
+        headline = "4-8-4" if "4-8-4" in settings else settings[-1]
+        finish(figure, _recovery_title(cells, panels[0], headline), cells)
     return figure
 
 
-def _recovery_title(cells: Cells, panels: list[Measure], bits: str) -> str:
-    trio = [cells.get(pair) for pair in ((FULL_PRECISION, "16-16-16"), (RTN, bits), (LLM_QAT, bits))]
-    if not all(cell and cell.records for cell in trio):
-        return f"RTN and LLM-QAT down to {bits}"
-    found = []
-    for measure in panels:
-        loss, share = won_back(measure, *trio)
-        what = measure.title if measure.is_perplexity else "mean accuracy"
-        found.append(
-            f"an undecided share of the {what} ({loss.text(measure.text)} lost)"
-            if share is None
-            else f"{share.text(percent)} of the {what}"
-        )
-    return f"At {bits}, LLM-QAT wins back, of what RTN loses: {listed(found)}"
+def _recovery_title(cells: Cells, measure: Measure, bits: str) -> str:
+    full, rtn = cells.get(FULL), cells[Setting(RTN, bits)]
+    others = [cells[Setting(m, bits)] for m in METHODS[2:] if Setting(m, bits) in cells]
+    others = [cell for cell in others if cell.records]
+    if not (full and full.records and rtn.records and others):
+        return f"What RTN loses down to {bits}"
+    loss = measure.interval(measure.loss, full, rtn)
+    found = [(TITLES[cell.method], won_back(measure, full, rtn, cell)[1]) for cell in others]
+    if any(share is None for _, share in found):
+        return f"At {bits} RTN loses an undecided amount of {measure.title}: {loss.text(measure.text)}"
+    shares = listed([f"{title} wins back {share.text(percent)}" for title, share in found])
+    return f"Of the {measure.title} that RTN loses at {bits}, {shares}"
 
 
 def size_accuracy(records: Sequence[Record]) -> Figure:
     """Memory of weights and a cache of CONTEXT tokens against each measure, with 95% intervals and Pareto fronts."""
-    cells, panels = gather(records), measures(records)
+    cells, panels = _defaults(records), measures(records)
     shown = [cell for cell in cells.values() if cell.records]
     if not panels:
-        return _empty("No arm finished")
+        return empty_figure("No arm finished")
     with mpl.rc_context(STYLE):
-        figure, axes = _panels(len(panels), width=12, height=6)
+        figure, axes = new_panels(len(panels), width=12, height=6)
         sizes = np.array([_megabytes(cell) for cell in shown])
-        limits = [_off_scale(cells, measure) for measure in panels]
+        limits = [off_scale(cells, measure) for measure in panels]
         for ax, measure, limit in zip(axes, panels, limits, strict=True):
             found = [measure.interval(identity, cell) for cell in shown]
             heights = np.array([min(interval.estimate, limit) for interval in found])
             for cell, size, interval in zip(shown, sizes, found, strict=True):
-                _point(ax, size, min(interval.estimate, limit), cell.method, interval, "y", limit)
+                draw_point(ax, size, min(interval.estimate, limit), cell.method, interval, "y", limit)
             front = _front(measure, shown, sizes)
             ax.plot(sizes[front], heights[front], color="#888888", lw=1, ls="--", zorder=1)
             ax.set_xlim(sizes.min() / 1.1, sizes.max() * 1.06)
             if measure.is_perplexity:
                 ax.set_yscale("log")
-                _plain_ticks(ax.yaxis)
+                plain_ticks(ax.yaxis)
                 ax.set_ylim(top=limit * 1.15)
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
-            ax.set_ylabel(_axis_title(measure, "log scale, "))
+            ax.set_ylabel(axis_title(measure, "log scale, "))
         best = listed([shown[i].title for i in _front(panels[0], shown, sizes)])
         title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
-        _finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
+        finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
         for ax, measure, limit in zip(axes, panels, limits, strict=True):
             _label_points(ax, measure, shown, sizes, limit)
     return figure
@@ -195,154 +197,172 @@ def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarr
     adjust_text(texts, x=list(sizes), y=heights, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.3, 1.8))
 
 
-def training_curve(records: Sequence[Record]) -> Figure:
-    """KL from the full-precision model at each training step (log), and its mean over the last tenth of all steps."""
-    trained = [record for record in records if record.training]
-    if not trained:
-        return _empty("No arm was trained")
-    settings = list(dict.fromkeys(record.arm.bits for record in trained))
-    # One hue, from dark to light; dashes tell the settings apart without colour.
-    colours = ["#08306B", "#2171B5", "#6BAED6", "#9ECAE1"]
-    styles = {
-        bits: {"color": colours[at % 4], "ls": ["-", "--", "-.", ":"][(at + at // 4) % 4]}
-        for at, bits in enumerate(settings)
-    }
+def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[Measure] = ()) -> Figure:
+    """A row for each other setting: its paired difference from `baseline`, in % of perplexity and points of accuracy.
+
+    Filled markers where the 95% interval excludes no difference. panels: default, perplexities and mean accuracy.
+    """
+    cells, panels = gather(records), list(panels) or measures(records)
+    base = cells.get(baseline)
+    others = [cell for cell in cells.values() if cell.setting not in (baseline, FULL)]
+    if not panels or not base or not base.records or not others:
+        return empty_figure(f"No arm to compare with {baseline.title}")
     with mpl.rc_context(STYLE):
-        figure, (ax,) = _panels(1, width=8, height=4.4)
-        ends = {}
-        for record in trained:
-            style = styles[record.arm.bits]
-            steps = np.array([entry["step"] for entry in record.training])
-            losses = np.array([np.nan if entry["loss"] is None else entry["loss"] for entry in record.training])
-            width = max(1, len(losses) // 10)
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            ax.plot(steps, losses, color=style["color"], lw=0.6, alpha=0.35)
-            ax.plot(steps[width - 1 :], smooth, **style)
-            ends.setdefault(record.arm.bits, []).append((smooth[0], smooth[-1]))
-        ax.set_yscale("log")
-        _plain_ticks(ax.yaxis)
-        ax.set_xlabel("Training step")
-        ax.set_ylabel("KL from full precision, nats a token (log scale)")
-        handles = [Line2D([], [], label=f"LLM-QAT at {bits}", **style) for bits, style in styles.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
-        means = {bits: np.mean(pairs, axis=0) for bits, pairs in ends.items()}
-        falls = [f"{number(first)} to {number(last)} at {bits}" for bits, (first, last) in means.items()]
-        _title(figure, f"Distance from full precision on fresh generated text, over training: {listed(falls)}")
+        figure, axes = new_panels(len(panels), width=12, height=1.7 + 0.3 * len(others), sharey=True)
+        for ax, measure in zip(axes, panels, strict=True):
+            ax.axvline(0, color="#000000", lw=1, zorder=1)
+            for row, cell in enumerate(others):
+                if cell.records:
+                    _difference(ax, measure, base, cell, row)
+                else:
+                    say_diverged(ax, cell, row)
+            ax.margins(x=0.2)
+            what = f"{measure.title}, change in %" if measure.is_perplexity else "mean accuracy, change in points"
+            ax.set_xlabel(f"{capital(what)} ({'lower' if measure.is_perplexity else 'higher'} is better)")
+        axes[0].set_yticks(range(len(others)), [_beside(baseline, cell.setting) for cell in others])
+        axes[0].set_ylim(len(others) - 0.5, -0.5)
+        axes[0].set_ylabel("What is changed")
+        handles = [
+            Line2D([], [], color="#0072B2", marker="o", mfc=fill, label=label)
+            for fill, label in (("#0072B2", "differs"), ("#FFFFFF", "may be no difference"))
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, title="Bars: 95% intervals, paired")
+        set_title(figure, _differences_title(panels[0], base, [cell for cell in others if cell.records]))
     return figure
 
 
-def _panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    figure = NotebookFigure(figsize=(width, height), layout="constrained", dpi=110)
-    axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
-    for ax in axes:
-        ax.grid(color="#E8E8E8", lw=0.7)
-        ax.set_axisbelow(True)
-    return figure, axes
+def _beside(baseline: Setting, setting: Setting) -> str:
+    """What of a setting is not as in the baseline."""
+    words = [] if setting.method == baseline.method else [TITLES[setting.method]]
+    words += [] if setting.bits == baseline.bits else [setting.bits]
+    variant = setting.variant or (f"without {baseline.variant}" if baseline.variant else "")
+    return ", ".join([*words, *([variant] if variant else [])])
 
 
-def _plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10, ... on a log axis, without powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
-def _axis_title(measure: Measure, scale: str = "") -> str:
-    if measure.is_perplexity:
-        return f"{capital(measure.title)} ({scale}lower is better)"
-    return "Mean accuracy, % (higher is better)"
-
-
-def _empty(why: str) -> Figure:
-    figure, (ax,) = _panels(1, width=6, height=2)
-    ax.set_axis_off()
-    _title(figure, why)
-    return figure
-
-
-def _title(figure: Figure, text: str) -> None:
-    width = int(figure.get_figwidth() * 11.5)
-    figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
-
-
-def _finish(figure: Figure, title: str, cells: Cells, *further: Line2D) -> None:
-    present = [method for method in TITLES if any(cell.method == method for cell in cells.values())]
-    handles = [
-        Line2D([], [], color=COLOURS[method], marker=MARKERS[method], mfc=_fill(method), ls="", label=TITLES[method])
-        for method in present
-    ]
-    figure.legend(handles=[*handles, *further], loc="outside lower center", ncols=5, title="Bars: 95% intervals")
-    _title(figure, title)
-
-
-def _fill(method: str) -> str:
-    return "#FFFFFF" if method == RTN else COLOURS[method]
-
-
-def _point(ax: Axes, x: float, y: float, method: str, found: Interval, axis: str, limit: float) -> None:
-    """A marker with its interval along `axis`, cut at `limit`; an arrow head where the value itself lies beyond it."""
+def _difference(ax: Axes, measure: Measure, base: Cell, cell: Cell, row: float) -> None:
+    contrast = _change if measure.is_perplexity else np.subtract
+    found = measure.interval(lambda a, b: contrast(b, a), base, cell)
+    limit = 100 * MOST_CHANGE if measure.is_perplexity else np.inf
+    fill = "#FFFFFF" if found.low <= 0 <= found.high else "#0072B2"
     beyond = found.estimate > limit
-    if not beyond:
-        low, high = max(0, found.estimate - found.low), max(0, min(found.high, limit) - found.estimate)
-        bar = {f"{axis}err": [[low], [high]], "color": COLOURS[method], "lw": 1.2, "capsize": 2, "zorder": 2}
-        ax.errorbar(x, y, **bar, alpha=0.4 if axis == "y" else 1)  # points of equal size stand behind each other
-    marker = {"x": ">", "y": "^"}[axis] if beyond else MARKERS[method]
-    ax.plot(x, y, marker=marker, ms=5.5, color=COLOURS[method], mfc=_fill(method), ls="", zorder=3)
-
-
-def _row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: float) -> None:
-    colour = COLOURS[cell.method]
-    if not cell.records:
-        ax.text(0.99, row, f"{TITLES[cell.method]} diverged", transform=ax.get_yaxis_transform(), ha="right",
-                va="center", fontsize=7.5, color=colour)  # fmt: skip
-        return
-    found = measure.interval(identity, cell)
     x = min(found.estimate, limit)
-    _point(ax, x, row, cell.method, found, "x", limit)
-    ax.annotate(
-        measure.text(found.estimate),
-        (x if found.estimate > limit else min(found.high, limit), row),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=7.5,
-        color=colour,
-        path_effects=[HALO],
-    )
+    if not beyond:
+        ax.plot([found.low, min(found.high, limit)], [row, row], color="#0072B2", lw=1.2, zorder=2)
+    ax.plot(x, row, marker=">" if beyond else "o", ms=5.5, color="#0072B2", mfc=fill, ls="", zorder=3)
+    text = f"{'+' if found.estimate > 0 else ''}{points(found.estimate)}"
+    ax.annotate(text, (x if beyond else min(found.high, limit), row), xytext=(5, 0), textcoords="offset points",
+                va="center", fontsize=7.5, color="#0072B2", path_effects=[HALO])  # fmt: skip
 
 
-def _reference(ax: Axes, cells: Cells, measure: Measure) -> None:
-    """Full precision as a line with its interval as a band."""
-    full = cells.get((FULL_PRECISION, "16-16-16"))
-    if full and full.records:
-        found = measure.interval(identity, full)
-        ax.axvspan(found.low, found.high, color="#000000", alpha=0.06, lw=0, zorder=0)
-        ax.axvline(found.estimate, color="#000000", lw=1, zorder=1)
-        ax.plot(found.estimate, 1, marker="D", ms=5, color="#000000", transform=ax.get_xaxis_transform(), clip_on=False)
+def _change(value: np.ndarray, base: np.ndarray) -> np.ndarray:
+    return 100 * (value / base - 1)
 
 
-def _setting_rows(ax: Axes, settings: list[str]) -> None:
-    ax.set_yticks(range(len(settings)), settings)
-    ax.set_ylim(len(settings) - 0.5, -0.5)
-    ax.set_ylabel("Bits: weights-activations-cache")
+def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
+    def text(cell: Cell) -> str:
+        found = measure.interval(lambda a, b: _change(b, a), base, cell)
+        return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: ('+' if x > 0 else '') + points(x) + '%')}"
+
+    if not others:
+        return f"Nothing finished beside {base.title}"
+    ranked = sorted(others, key=lambda cell: measure.value(identity, cell))
+    ends = [ranked[0]] if len(ranked) == 1 else [ranked[0], ranked[-1]]
+    return f"Beside {base.title}, {measure.title} changes most by: {listed([text(cell) for cell in ends])}"
+
+
+def cache_cost(records: Sequence[Record]) -> Figure:
+    """A row for each way of quantizing the cache: its bytes for CONTEXT tokens, and the perplexities beside them."""
+    cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
+    shown = [cell for cell in cells.values() if cell.records]
+    if not panels or FULL not in cells or len(shown) < 2:
+        return empty_figure("No arm to compare the cache of")
+    with mpl.rc_context(STYLE):
+        figure, (sizes, *axes) = new_panels(1 + len(panels), width=12, height=1.7 + 0.4 * len(shown), sharey=True)
+        megabytes = [CONTEXT * cell.records[0].metrics["bytes/cache_per_token"] / 1e6 for cell in shown]
+        for row, (cell, size) in enumerate(zip(shown, megabytes, strict=True)):
+            sizes.barh(row, size, height=0.5, color=COLOURS[cell.method], alpha=0.7)
+            sizes.annotate(
+                number(size), (size, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
+            )
+        sizes.margins(x=0.15)
+        sizes.set_xlabel(f"Cache of {CONTEXT:,} tokens, MB")
+        for ax, measure in zip(axes, panels, strict=True):
+            draw_reference(ax, cells, measure)
+            for row, cell in enumerate(shown):
+                draw_row_point(ax, cell, measure, row, off_scale(cells, measure))
+            ax.margins(x=0.16)
+            ax.set_xlabel(axis_title(measure))
+        labels = [_cache_label(cell.setting) for cell in shown]
+        sizes.set_yticks(range(len(shown)), labels)
+        sizes.set_ylim(len(shown) - 0.5, -0.5)
+        sizes.set_ylabel("Keys and values")
+        finish(figure, _cache_title(cells[FULL], shown[1:], panels[0]), cells)
+    return figure
+
+
+def _cache_label(setting: Setting) -> str:
+    if setting == FULL:
+        return "16 bits"
+    scale = "head" if "cache scale a head" in setting.variant else "token"
+    place = "after" if "keys after rotary" in setting.variant else "before"
+    return f"{setting.bits.split('-')[2]} bits, scale a {scale},\nkeys {place} rotary"
+
+
+def _cache_title(full: Cell, others: list[Cell], measure: Measure) -> str:
+    def text(cell: Cell) -> str:
+        share = cell.records[0].metrics["bytes/cache_per_token"] / full.records[0].metrics["bytes/cache_per_token"]
+        cost = measure.interval(lambda f, c: c / f - 1, full, cell)
+        way = _cache_label(cell.setting).replace("\n", " ")
+        return f"{cost.text(percent)} at {percent(share)} of the bytes ({way})"
+
+    ranked = sorted(others, key=lambda cell: measure.value(identity, cell))
+    ends = [ranked[0]] if len(ranked) == 1 else [ranked[0], ranked[-1]]
+    return f"A low-bit cache costs {measure.title} {listed([text(cell) for cell in ends])}"
+
+
+def learning_curve(records: Sequence[Record]) -> Figure:
+    """Held-out loss over the tokens seen by each training: whether more of them would help."""
+    cells = [cell for cell in gather(records).values() if cell.records and cell.records[0].curve]
+    if not cells:
+        return empty_figure("No arm was trained")
+    with mpl.rc_context(STYLE):
+        figure, (ax,) = new_panels(1, width=9, height=5)
+        texts, left = [], {}
+        for at, cell in enumerate(cells):
+            tokens = np.array([entry["tokens"] for entry in cell.records[0].curve])
+            losses = np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in cell.records])
+            mean = losses.mean(0)
+            style = {"color": LINES[at % len(LINES)], "ls": ["-", "--", ":"][at // len(LINES) % 3]}
+            ax.plot(tokens, mean, marker=".", lw=1.2, **style)
+            if len(losses) > 1:
+                ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, lw=0)
+            left[cell.title] = mean[-2] - mean[-1]
+            label = cell.setting.variant or f"{TITLES[cell.method]} {cell.bits}"
+            texts.append(ax.text(tokens[-1], mean[-1], f" {label}", fontsize=7.5, color=style["color"], va="center"))
+        finite = [line.get_ydata()[np.isfinite(line.get_ydata())] for line in ax.lines]
+        ends = np.array([values[-1] for values in finite if len(values)])
+        ax.set_ylim(ends.min() - 0.1, min(max(v.max() for v in finite if len(v)), 2 * ends.max()))
+        ax.set_xlim(right=ax.get_xlim()[1] * 1.3)
+        ax.set_xlabel("Tokens seen in training")
+        ax.set_ylabel("Held-out loss, nats a token (lower is better)")
+        spread_labels(texts, ax)
+        most = max(left, key=left.get)
+        set_title(
+            figure,
+            f"In the last quarter of training the held-out loss still falls by {number(min(left.values()))} to "
+            f"{number(left[most])} nats a token (most: {most})",
+        )
+    return figure
 
 
 def _by_damage(cells: Cells, measure: Measure) -> list[str]:
     """The settings by the worse of their methods, the least damaged first."""
     values: dict[str, float] = {}
-    for (method, bits), cell in cells.items():
-        if method != FULL_PRECISION:
+    for setting, cell in cells.items():
+        if setting != FULL:
             value = measure.value(identity, cell) if cell.records else np.inf
-            values[bits] = max(values.get(bits, 0.0), value)
+            values[setting.bits] = max(values.get(setting.bits, -np.inf), value)
     return sorted(values, key=values.get)
-
-
-def _off_scale(cells: Cells, measure: Measure) -> float:
-    """Where the scale ends: OFF_SCALE times the best perplexity, if any is above that; accuracies have no end."""
-    if not measure.is_perplexity:
-        return np.inf
-    found = [measure.interval(identity, cell) for cell in cells.values() if cell.records]
-    return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
 
 
 def _megabytes(cell: Cell) -> float:

@@ -1,20 +1,59 @@
 """Quantized linear layers, and how an unmodified transformers model is turned into one made of them."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.quantizers import OFF, BitWidths, Grid, fake_quantize
+from studylib.quantizers import KINDS, OFF, BitWidths, Grid, fake_quantize, initial_step
 
 CACHE_PROJECTIONS = ("k_proj", "v_proj")
+BEFORE_ROTARY, AFTER_ROTARY = KEYS = ("before-rotary", "after-rotary")
+PER_TOKEN, PER_HEAD = CACHE_SCALES = ("token", "head")
+ROTATED_KEYS = "studylib_rotated_keys"  # the attention kind that quantizes keys after rotary embedding
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the numbers of a bit width are chosen and where they apply; the defaults are LLM-QAT's.
+
+    grid: the kind of grid of weights, activations and cache (see quantizers.Grid). weight_group: how many input columns
+    share a weight scale, None for one scale an output channel. cache_scale "token": one scale for a token's keys (or
+    values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
+    embedding (values have none).
+    """
+
+    grid: str = "symmetric"
+    weight_group: int | None = None
+    cache_scale: str = PER_TOKEN
+    keys: str = BEFORE_ROTARY
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("grid", KINDS),
+            ("cache_scale", CACHE_SCALES),
+            ("keys", KEYS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+        if self.grid == "lsq" and (self.keys, self.cache_scale) != (BEFORE_ROTARY, PER_TOKEN):
+            raise ValueError(
+                f"keys: {self.keys!r} with cache_scale {self.cache_scale!r} does not go with the grid 'lsq', which "
+                f"learns one scale a layer; use {BEFORE_ROTARY!r} and {PER_TOKEN!r}"
+            )
 
 
 class QuantizedLinear(nn.Linear):
     """A linear layer that computes with quantized weights and inputs, and may quantize its output.
 
     input [..., in] --activation grid, one scale a token--> times weight [out, in] --weight grid, one scale an output
-    channel--> output [..., out] --cache grid, one scale a token over all heads--> (keys and values only, before
-    rotary embedding). A grid of None means not quantized. The parameters are those of the layer it replaces.
+    channel--> output [..., out] --cache grid, one scale a token--> (keys and values only, before rotary embedding). A
+    grid of None means not quantized. The parameters are those of the layer it replaces; an "lsq" grid adds its learned
+    scales: weight_step [out, 1], activation_step [1], output_step [1].
     """
 
     def __init__(
@@ -36,21 +75,48 @@ class QuantizedLinear(nn.Linear):
             if grid is not None:
                 grid.check_width(width)
         self.weight_grid, self.activation_grid, self.output_grid, self.mask = weight, activation, output, mask
+        self.weight_step = self.activation_step = self.output_step = None
+
+    def learn_steps(self, input_magnitude: Tensor, output_magnitude: Tensor) -> None:
+        """Give the "lsq" grids their learned scales, from the weights and from mean |input| and mean |output|."""
+        for name, grid, magnitude in (
+            ("weight_step", self.weight_grid, self.weight.detach().abs().mean(1, keepdim=True)),
+            ("activation_step", self.activation_grid, input_magnitude.view(1)),
+            ("output_step", self.output_grid, output_magnitude.view(1)),
+        ):
+            if grid is not None:
+                setattr(self, name, nn.Parameter(initial_step(magnitude.float(), grid)))
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the layer multiplies with, [out, in]."""
+        if self.weight_grid is None:
+            return self.weight
+        return fake_quantize(self.weight, self.weight_grid, self.mask, self.weight_step)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.weight_grid is not None:
-            weight = fake_quantize(weight, self.weight_grid, self.mask)
         if self.activation_grid is not None:
-            x = fake_quantize(x, self.activation_grid, self.mask)
-        y = F.linear(x, weight, self.bias)
-        return y if self.output_grid is None else fake_quantize(y, self.output_grid, self.mask)
+            x = fake_quantize(x, self.activation_grid, self.mask, self.activation_step)
+        y = F.linear(x, self.quantized_weight(), self.bias)
+        return y if self.output_grid is None else fake_quantize(y, self.output_grid, self.mask, self.output_step)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, weight={self.weight_grid}, activation={self.activation_grid}, "
             f"output={self.output_grid}"
         )
+
+
+def _attend_to_quantized_keys(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention whose rotated keys [B, H, T, D] are quantized, each token by itself."""
+    rows = key.transpose(1, 2)  # (B, T, H, D)
+    key = fake_quantize(rows.flatten(2), module.key_grid, module.key_mask).view_as(rows).transpose(1, 2)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+
+
+AttentionInterface.register(ROTATED_KEYS, _attend_to_quantized_keys)
+AttentionMaskInterface.register(ROTATED_KEYS, sdpa_mask)
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -66,49 +132,91 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
+def head_width(model: nn.Module) -> int:
+    """Numbers in one head's key or value."""
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def quantize_model(
     model: nn.Module,
     bits: str | BitWidths,
+    scheme: Scheme = Scheme(),
     *,
-    weight_group: int | None = None,
-    weight_symmetric: bool = True,
-    activation_symmetric: bool = True,
-    cache_symmetric: bool = True,
     mask: float | None = None,
+    tokens: Tensor | None = None,
 ) -> nn.Module:
     """Replace the decoder's linear layers in place by QuantizedLinear; embeddings and lm_head stay.
 
-    bits: "W-A-KV", e.g. "4-8-4". Defaults are LLM-QAT's: symmetric MinMax, weights per output channel, activations
-    per token, keys and values per token over all heads, dynamic. weight_group: share a weight scale among that many
-    input columns instead of a whole row. mask: see `fake_quantize`.
+    bits: "W-A-KV", e.g. "4-8-4". mask: see `fake_quantize`. tokens [B, T]: what the first scales of an "lsq" grid are
+    taken from, in one forward pass.
     Raises ValueError for bits that are not allowed, a group that does not divide a layer's input, a model without
-    linear layers, one that is quantized already, or, if the cache is to be quantized, one without k_proj and v_proj.
+    linear layers, one that is quantized already, one without k_proj and v_proj if the cache is to be quantized, "lsq"
+    without tokens, or keys after rotary embedding in a model that does not use scaled dot-product attention.
     """
     bits = BitWidths.parse(bits)
     linears = decoder_linears(model)
     if any(isinstance(module, QuantizedLinear) for module in linears.values()):
         raise ValueError("the model is quantized already; load it anew to quantize it in another way")
+    learned = scheme.grid == "lsq"
+    if learned and tokens is None:
+        raise ValueError("tokens: missing; the grid 'lsq' takes its first scales from them")
 
-    def grid(width: int, symmetric: bool, group: int | None = None) -> Grid | None:
-        return None if width == OFF else Grid(width, symmetric, group)
+    def grid(width: int, group: int | None = None) -> Grid | None:
+        return None if width == OFF else Grid(width, scheme.grid, group)
 
-    weight = grid(bits.weights, weight_symmetric, weight_group)
-    activation = grid(bits.activations, activation_symmetric)
-    cache = grid(bits.cache, cache_symmetric)
+    weight, activation = grid(bits.weights, scheme.weight_group), grid(bits.activations)
+    cache = grid(bits.cache, head_width(model) if scheme.cache_scale == PER_HEAD else None)
     if cache is not None and not any(name.endswith(CACHE_PROJECTIONS) for name in linears):
         raise ValueError(
             f"{type(model).__name__} has no layers named {' and '.join(CACHE_PROJECTIONS)}, whose outputs "
             f"are the keys and values; cache bits must be {OFF} for it"
         )
+    rotated = cache is not None and scheme.keys == AFTER_ROTARY
+    if rotated and model.config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"keys: {AFTER_ROTARY!r} needs scaled dot-product attention ('sdpa'); this model attends with "
+            f"{model.config._attn_implementation!r}"
+        )
     replaced = {}
     for name, linear in linears.items():
-        output = cache if name.endswith(CACHE_PROJECTIONS) else None
-        if weight or activation or output:
-            replaced[name] = QuantizedLinear(linear, weight, activation, output, mask)
+        at_output = name.endswith("v_proj" if rotated else CACHE_PROJECTIONS)
+        if weight or activation or (cache and at_output):
+            replaced[name] = QuantizedLinear(linear, weight, activation, cache if at_output else None, mask)
+    if learned:
+        magnitudes = _mean_magnitudes(model, linears, tokens)
+        for name, module in replaced.items():
+            module.learn_steps(*magnitudes[name])
     for name, module in replaced.items():  # only after every layer was found to fit
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+    if rotated:
+        for name in linears:
+            if name.endswith("k_proj"):
+                attention = model.get_submodule(name.rpartition(".")[0])
+                attention.key_grid, attention.key_mask = cache, mask
+        model.set_attn_implementation(ROTATED_KEYS)
     return model
+
+
+@torch.no_grad()
+def _mean_magnitudes(model: nn.Module, linears: dict[str, nn.Linear], tokens: Tensor) -> dict[str, list[Tensor]]:
+    """mean |input| and mean |output| of each layer over `tokens`."""
+    found = {}
+
+    def watch(name: str):
+        def hook(module, inputs, output):
+            found[name] = [x.abs().mean(dtype=torch.float32) for x in (inputs[0], output)]
+
+        return hook
+
+    handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        model(input_ids=tokens.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 @torch.no_grad()
@@ -116,6 +224,6 @@ def freeze_weights(model: nn.Module) -> nn.Module:
     """Put the dequantized weights in place of the latent ones, once: the same outputs without work at every pass."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.weight_grid is not None:
-            module.weight.copy_(fake_quantize(module.weight, module.weight_grid))
-            module.weight_grid = None
+            module.weight.copy_(module.quantized_weight())
+            module.weight_grid = module.weight_step = None
     return model

@@ -36,6 +36,10 @@ NOTES = {
     TINY: "a two-layer Llama with random weights, for smoke runs: its numbers mean nothing",
 }
 END = "<|endoftext|>"
+BYTE_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def _allowed() -> str:
@@ -166,7 +170,9 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE({END: 0} | {symbol: i + 1 for i, symbol in enumerate(symbols)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=BYTE_TEMPLATE
+    )
 
 
 def _dequantized() -> Path:

@@ -5,6 +5,7 @@ token's keys or values over all heads), or one scale for each group of `group` n
 Scales are always fp32, so that codes stay inside their range whatever the type of the input.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -46,26 +47,37 @@ class BitWidths:
         return f"{self.weights}-{self.activations}-{self.cache}"
 
 
+KINDS = ("symmetric", "asymmetric", "statsq", "lsq")
+
+
 @dataclass(frozen=True)
 class Grid:
     """Which integers stand for a row of numbers, and how their scale is chosen.
 
-    symmetric: levels -(2^(b-1)-1)..2^(b-1)-1, scale = max|x| / (2^(b-1)-1), zero point 0 (LLM-QAT, Eq. 1: MinMax,
-    nothing is clipped). Worked: 4 bits, row (-3.5, 1.2): scale 0.5, codes (-7, 2), values (-3.5, 1.0).
-    asymmetric: levels 0..2^b-1, scale = (max - min) / (2^b-1) over a range that includes 0, integer zero point, so
+    kind "symmetric": levels -(2^(b-1)-1)..2^(b-1)-1, scale = max|x| / (2^(b-1)-1), zero point 0 (LLM-QAT, Eq. 1:
+    MinMax, nothing is clipped). Worked: 4 bits, row (-3.5, 1.2): scale 0.5, codes (-7, 2), values (-3.5, 1.0).
+    "asymmetric": levels 0..2^b-1, scale = (max - min) / (2^b-1) over a range that includes 0, integer zero point, so
     that 0 is exact (padding, ReLU-like inputs). Worked: 4 bits, row (-1, 14): scale 1, zero point 1, codes (0, 15).
+    "statsq": the symmetric levels over a range clipped at 2 mean|x| (StatsQ: Liu et al. 2023, arXiv 2302.02210).
+    "lsq": the symmetric levels with a learned scale, numbers beyond them clipped (LSQ: Esser et al. 2020, Eq. 1-3).
     group: None for one scale a row, or the number of neighbours in a row that share a scale.
     """
 
     bits: int
-    symmetric: bool = True
+    kind: str = "symmetric"
     group: int | None = None
 
     def __post_init__(self):
         if check_bits(self.bits) == OFF:
             raise ValueError(f"bits: a grid needs {MIN_BITS} to {MAX_BITS}; {OFF} (off) has no grid, leave it out")
+        if self.kind not in KINDS:
+            raise ValueError(f"grid: {self.kind!r} is not known; use one of {', '.join(KINDS)}")
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise ValueError(f"group: {self.group!r} is not allowed; use a positive integer, or None for whole rows")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.kind != "asymmetric"
 
     @property
     def low(self) -> int:
@@ -110,8 +122,13 @@ def choose_scale(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """fp32 scale and zero point of each row of `rows` [..., D]: both [..., 1]; no zero point if symmetric.
 
     A row of zeros gets the smallest normal number as its scale, and codes that stand for exact zeros.
+    Raises ValueError for "lsq", whose scale is learned.
     """
     tiny = torch.finfo(torch.float32).tiny
+    if grid.kind == "lsq":
+        raise ValueError("grid: the scale of 'lsq' is learned, not chosen from the numbers; give it as `step`")
+    if grid.kind == "statsq":
+        return (2 * mean_magnitude(rows) / grid.high).clamp_min(tiny), None
     smallest, largest = rows.aminmax(dim=-1, keepdim=True)
     smallest, largest = smallest.float(), largest.float()
     if grid.symmetric:
@@ -121,54 +138,94 @@ def choose_scale(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     return scale, torch.round(-smallest / scale).clamp(0, grid.high)
 
 
+def mean_magnitude(rows: Tensor) -> Tensor:
+    """mean|x| of each row of `rows` [..., D], fp32 [..., 1]."""
+    return rows.abs().mean(-1, keepdim=True, dtype=torch.float32)
+
+
+def initial_step(magnitude: Tensor, grid: Grid) -> Tensor:
+    """LSQ's first scale for numbers of mean magnitude `magnitude`: 2 mean|x| / sqrt(2^(b-1)-1) (Esser et al., 2.1)."""
+    return (2 * magnitude / math.sqrt(grid.high)).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def _levels(rows: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     levels = torch.round(rows.float() / scale)
-    # Symmetric codes cannot leave the range: |x| / (max|x| / high) rounds to at most `high` in fp32.
-    return levels if zero is None else (levels + zero).clamp(grid.low, grid.high)
+    if grid.kind == "symmetric":  # these cannot leave the range: |x| / (max|x| / high) rounds to at most `high` in fp32
+        return levels
+    return (levels if zero is None else levels + zero).clamp(grid.low, grid.high)
 
 
 def _values(levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return levels * scale if zero is None else (levels - zero) * scale
 
 
-def quantize(x: Tensor, grid: Grid) -> Quantized:
-    """Round `x` [..., D] to the nearest level of its row's (or group's) MinMax grid; ties go to even.
+def quantize(x: Tensor, grid: Grid, step: Tensor | None = None) -> Quantized:
+    """Round `x` [..., D] to the nearest level of its row's (or group's) grid; ties go to even.
 
+    step: the learned scale of an "lsq" grid, of a shape that broadcasts to [..., 1]; other grids choose theirs.
     Raises ValueError where x holds NaN or infinity, or where the group does not divide D.
     """
     rows = grid.rows(x)
-    scale, zero = choose_scale(rows, grid)
-    if not torch.isfinite(scale).all():
+    scale, zero = choose_scale(rows, grid) if step is None else (step.float().expand(*rows.shape[:-1], 1), None)
+    if not torch.isfinite(rows).all():
         raise ValueError("quantize: the input holds NaN or infinity; integer codes exist for finite numbers only")
     codes = _levels(rows, scale, zero, grid).to(torch.int8 if grid.symmetric else torch.uint8)
     return Quantized(codes.reshape(x.shape), scale, zero, grid)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: round to the grid. Backward: the identity, or zero where |x| >= mask."""
+    """Forward: round to the grid. Backward: the identity, or zero where |x| >= mask or where x was clipped."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid, mask: float | None) -> Tensor:
-        ctx.mask = mask
-        if mask is not None:
-            ctx.save_for_backward(x)
         rows = grid.rows(x)
         scale, zero = choose_scale(rows, grid)
+        passed = None if mask is None else x.abs() < mask
+        if grid.kind == "statsq":
+            inside = ((rows.abs() / scale) <= grid.high).reshape(x.shape)
+            passed = inside if passed is None else passed & inside
+        ctx.masked = passed is not None
+        if ctx.masked:
+            ctx.save_for_backward(passed)
         return _values(_levels(rows, scale, zero, grid), scale, zero).reshape(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        if ctx.mask is not None:
-            (x,) = ctx.saved_tensors
-            gradient = gradient.masked_fill(x.abs() >= ctx.mask, 0)
+        if ctx.masked:
+            (passed,) = ctx.saved_tensors
+            gradient = gradient * passed
         return gradient, None, None
 
 
-def fake_quantize(x: Tensor, grid: Grid, mask: float | None = None) -> Tensor:
-    """quantize(x, grid).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN.
+class _LearnedStep(torch.autograd.Function):
+    """LSQ: with v = x / s, x_q = s round(clip(v)); d/dx passes inside; d/ds is round(v) - v inside, +-Q outside.
 
-    x: [..., D] of any floating type; the result has its shape and type.
+    Both as Esser et al. 2020, Eq. 3 and 5; the scale's gradient is multiplied by 1 / sqrt(D Q) (section 2.2).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.grid = grid
+        rows = grid.rows(x)
+        return _values(_levels(rows, step, None, grid), step, None).reshape(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (x, step), grid = ctx.saved_tensors, ctx.grid
+        scaled = grid.rows(x).float() / step
+        inside = scaled.abs() <= grid.high
+        slope = torch.where(inside, scaled.round() - scaled, scaled.clamp(grid.low, grid.high))
+        d_step = grid.rows(gradient).float() * slope / math.sqrt(scaled.shape[-1] * grid.high)
+        return gradient * inside.reshape(x.shape), d_step.sum_to_size(step.shape).to(step.dtype), None
+
+
+def fake_quantize(x: Tensor, grid: Grid, mask: float | None = None, step: Tensor | None = None) -> Tensor:
+    """quantize(x, grid, step).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN.
+
+    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of an "lsq" grid, which
+    gets a gradient of its own; numbers that a grid clips get none.
     mask: None for the plain straight-through estimator; LLM-QAT's official code uses 2.0, which drops the gradient
     where |x| >= 2 although its forward pass never clips.
     """
-    return _StraightThrough.apply(x, grid, mask)
+    return _StraightThrough.apply(x, grid, mask) if step is None else _LearnedStep.apply(x, step, grid)

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,14 @@ import psutil
 import torch
 from filelock import FileLock
 
-from studylib.arms import LLM_QAT, Arm
+from studylib.arms import CALIBRATED, SMOOTHQUANT_QAT, Arm
 
-COMMON_CODE = ("quantizers", "layers", "ptq", "models", "corpora", "evaluation", "memory", "experiments")
-TRAINING_CODE = ("decoding", "sampling", "distill")
+COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory", "experiments")
+DATA_CODE = ("decoding", "sampling", "text_statistics")
+TRAINING_CODE = ("losses", "distill")
+PTQ_CODE = ("ptq",)
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
+PTQ_LIBRARIES = ("llmcompressor", "compressed-tensors")
 
 FINISHED, DIVERGED = "finished", "diverged"
 
@@ -47,20 +50,23 @@ def code_hash(module: str) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
-def code_versions(modules: tuple[str, ...]) -> dict[str, str]:
+def code_versions(modules: Sequence[str], libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Hashes of the named studylib modules and the versions of the libraries that do arithmetic."""
     return {f"studylib.{name}": code_hash(name)[:16] for name in modules} | {
-        name: importlib.metadata.version(name) for name in LIBRARIES
+        name: importlib.metadata.version(name) for name in libraries
     }
 
 
 def arm_code(arm: Arm) -> dict[str, str]:
     """The versions of the code that an arm runs through."""
-    return code_versions(COMMON_CODE + (TRAINING_CODE if arm.method == LLM_QAT else ()))
+    modules = COMMON_CODE + (DATA_CODE if arm.data else ()) + (TRAINING_CODE if arm.training else PTQ_CODE)
+    if arm.method == SMOOTHQUANT_QAT:
+        modules += PTQ_CODE
+    return code_versions(modules, LIBRARIES + (PTQ_LIBRARIES if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT) else ()))
 
 
 # Taken when the process starts, so that editing a module during a long run cannot mislabel its records.
-for _module in COMMON_CODE + TRAINING_CODE:
+for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE:
     code_hash(_module)
 
 
@@ -79,7 +85,9 @@ class Record:
     """The result of one arm.
 
     metrics: numbers by name; None where not finite. scores: per-item numbers by name, in the same item order for all
-    arms. training: the log of an LLM-QAT run, one entry a step. cost: seconds and tokens by phase, peak_bytes.
+    arms. training: the log of a training, one entry a step; curve: its held-out loss at {"step", "tokens", "loss"}.
+    data: {"statistics", "samples"} of the text that the method was trained or calibrated on. cost: seconds and tokens
+    by phase, peak_bytes.
     """
 
     key: str
@@ -88,6 +96,8 @@ class Record:
     metrics: dict[str, float | None]
     scores: dict[str, list[float]]
     training: list[dict[str, float]]
+    curve: list[dict[str, float]]
+    data: dict
     cost: dict
     provenance: dict
 

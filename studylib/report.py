@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jinja2
 
+from studylib.arms import corpus_title
 from studylib.batch import read_published
 from studylib.claims import CLAIMS, VERDICTS, Finding, judge
-from studylib.comparison import Cell, corpus_title, gather, measures, number
+from studylib.comparison import Cell, gather, measures, number
 from studylib.records import Record
 from studylib.tables import as_html, as_markdown, readable, scoreboard
 
@@ -20,6 +21,12 @@ QUESTIONS = {
     "A1": "How much does LLM-QAT win back there?",
     "A2": "Is it the 4-bit cache that breaks it?",
     "A3": "With an 8-bit cache, is there little to gain by training?",
+    "A7": "Is text that the model wrote better training data than real text?",
+    "A8": "Should it be sampled?",
+    "A9": "Are soft logits the best target?",
+    "A10": "Is MinMax the best grid?",
+    "A11": "Does SmoothQuant help before training?",
+    "A12": "Do 4-bit activations stay out of reach?",
 }
 
 
@@ -37,7 +44,7 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
         note=records[0].provenance["model"]["note"],
         arm=records[0].arm,
         corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
-        trained=next((record.arm for record in records if record.arm.training), None),
+        trained=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.training), None),
         seeds=sorted({record.arm.seed for record in records if record.arm.training}),
         questions=[(QUESTIONS[name], CLAIMS[name], judge(CLAIMS[name], records)) for name in QUESTIONS],
         overall=overall,
@@ -61,11 +68,11 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
 
 def summary(records: Sequence[Record]) -> str:
     """The answers and the table in Markdown, for a repository page."""
-    lines = []
+    lines, board = [], scoreboard(records)
     for name, question in QUESTIONS.items():
         findings = judge(CLAIMS[name], records)
         lines += [f"- **{question}** {name}: {overall(findings)}.", *(f"  - {f.sentence}" for f in findings)]
-    return "\n".join([*lines, "", as_markdown(scoreboard(records), tasks=False)])
+    return "\n".join([*lines, "", as_markdown(readable(board[board["variant"] == ""], tasks=False))])
 
 
 def overall(findings: Sequence[Finding]) -> str:

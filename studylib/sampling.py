@@ -1,8 +1,9 @@
 """Data-free generation: training text sampled from the full-precision model itself (LLM-QAT, section 2.1)."""
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,19 +13,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from studylib import models
-from studylib.decoding import fast_attention, fill_holes, new_cache
+from studylib.decoding import decoding_cache, fill_holes
 
-STRATEGIES = ("hybrid", "sampled", "greedy")
+GREEDY, CHAT = "greedy", "chat"
+GREEDY_TOKENS = {"sampled": (0,), "hybrid-3": (3,), "hybrid-4": (4,), "hybrid-5": (5,), "hybrid": (3, 4, 5), CHAT: (0,)}
+STRATEGIES = (GREEDY, *GREEDY_TOKENS)
+TURNS = 2  # of a chat: the user's and the assistant's, each closed by an end token
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How training windows are generated.
 
-    strategy: "hybrid" (LLM-QAT's: greedy until the text has j tokens, j drawn from 3, 4, 5, sampled after that),
-    "sampled" or "greedy" throughout. Every sequence starts from a vocabulary id of its own, without BOS.
-    count sequences of up to `length` tokens; one that emits end-of-text stops there. top_k 50 is the default that the
-    official code inherits from transformers; 0 samples from the whole vocabulary. batch: sequences decoded together.
+    count windows of exactly `length` tokens: sequences of up to `length` tokens, each ended by the end-of-text token
+    (which is kept) or by its length, are joined in their order and cut, as the official code does before training.
+    strategy: "greedy" or "sampled" throughout; "hybrid-j", greedy until the text has j tokens in all and sampled after
+    that; "hybrid" (LLM-QAT's), j drawn from 3, 4, 5 for each sequence. Every sequence of these starts from a vocabulary
+    id of its own, without BOS. "chat": an instruct model writes both sides of a conversation, the user's message and
+    the assistant's answer, sampled throughout; it ends at its second end token.
+    top_k 50 is the default that the official code inherits from transformers; 0 samples from the whole vocabulary.
+    batch: sequences decoded together.
     """
 
     count: int
@@ -43,19 +51,10 @@ class Sampling:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
         if not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature!r} is not allowed; use a number above 0")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Token ids [N, T] (int64) and how many of each row are text [N]; the rest of a row is padding."""
-
-    tokens: Tensor
-    lengths: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        """[N, T], True on text."""
-        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        if self.strategy == GREEDY:
+            for name in ("top_k", "temperature"):
+                if getattr(self, name) != getattr(Sampling, name):
+                    raise ValueError(f"{name}: {getattr(self, name)!r} has no effect on {GREEDY!r}; leave it out")
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
@@ -65,55 +64,79 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         raise ValueError(f"length: {length} tokens is longer than the model's context of {context}")
 
 
+def chat_opening(tokenizer) -> list[int]:
+    """Token ids of the chat template up to where the user's first message would begin: the opening of a chat.
+
+    Raises ValueError for a tokenizer without a chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(f"strategy: {CHAT!r} needs a chat template, and this model's tokenizer has none")
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    return tokenizer(rendered.partition(mark)[0], add_special_tokens=False)["input_ids"]
+
+
 def _pick(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
     """Sample one token id [B] from each row of logits [B, V]."""
-    logits = logits.float() / settings.temperature
-    if not settings.top_k:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    best, ids = logits.topk(min(settings.top_k, logits.shape[-1]), dim=-1)
-    return ids.gather(1, torch.multinomial(best.softmax(-1), 1, generator=generator))[:, 0]
+    if settings.top_k:
+        logits, ids = logits.topk(min(settings.top_k, logits.shape[-1]))
+    p = (logits.float() / settings.temperature).softmax(-1)
+    picked = torch.multinomial(p, 1, generator=generator)
+    return (ids.gather(1, picked) if settings.top_k else picked)[:, 0]
 
 
 @torch.no_grad()
-def _generate_batch(
+def generate_sequences(
     model: PreTrainedModel,
     start: Tensor,
     settings: Sampling,
     seed: int,
-    pad: int,
-    ends: Tensor,
-    progress: Callable[[int], None],
-) -> Windows:
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Tensor, Tensor]:
+    """Sequences that begin with the rows of start [B, S], decoded together: their token ids, joined, and lengths [B].
+
+    progress is called with the number of tokens written at each step.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
-    rows = len(start)
-    tokens = torch.full((rows, settings.length), pad, dtype=torch.long, device=model.device)
-    tokens[:, 0] = start
-    lengths = torch.full((rows,), settings.length, device=model.device)
-    if settings.strategy == "hybrid":
-        greedy_until = torch.randint(3, 6, (rows,), generator=generator, device=model.device)
-    else:
-        greedy_until = torch.full((rows,), settings.length if settings.strategy == "greedy" else 0, device=model.device)
+    rows, given = start.shape
+    tokens = start.new_empty(rows, settings.length)
+    tokens[:, :given] = start
+    lengths = torch.full_like(tokens[:, 0], settings.length)
+    greedy_until = torch.full_like(lengths, settings.length)
+    if settings.strategy != GREEDY:
+        choices = torch.tensor(GREEDY_TOKENS[settings.strategy], device=model.device)
+        greedy_until = choices[torch.randint(len(choices), (rows,), generator=generator, device=model.device)]
+    ends = torch.tensor(_end_tokens(model), device=model.device)
+    ends_left = torch.full_like(lengths, TURNS if settings.strategy == CHAT else 1)
     active = torch.arange(rows, device=model.device)  # rows still being written; the cache holds just these
-    cache = new_cache(model, settings.length, models.compute_dtype())
-    for t in range(1, settings.length):
-        logits = model(tokens[active, t - 1 : t], past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
-        greedy = greedy_until[active] > t
-        picked = (
-            logits.argmax(-1)
-            if greedy.all()
-            else torch.where(greedy, logits.argmax(-1), _pick(logits, settings, generator))
-        )
-        tokens[active, t] = picked
-        progress(len(active))
-        ended = torch.isin(picked, ends)
-        if ended.any():
-            lengths[active[ended]] = t + 1
-            if ended.all():
-                break
-            kept = fill_holes(~ended)
-            active = active[kept]
-            cache.batch_select_indices(kept)
-    return Windows(tokens.cpu(), lengths.cpu())
+    progress(start.numel())
+    seen = 0
+    caching = decoding_cache(model, settings.length, models.compute_dtype())
+    with models.autocast(model.device), caching as cache:
+        for t in range(given, settings.length):
+            new = tokens[active, seen:t]
+            logits = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
+            seen = t
+            greedy = greedy_until[active] > t
+            if greedy.all():
+                picked = logits.max(-1).indices
+            else:
+                picked = _pick(logits, settings, generator)
+                if greedy.any():
+                    picked = torch.where(greedy, logits.max(-1).indices, picked)
+            tokens[active, t] = picked
+            progress(len(active))
+            ends_left[active] -= torch.isin(picked, ends).long()
+            ended = ends_left[active] == 0
+            if ended.any():
+                lengths[active[ended]] = t + 1
+                if ended.all():
+                    break
+                kept = fill_holes(~ended)
+                active = active[kept]
+                cache.batch_select_indices(kept)
+    written = torch.arange(settings.length, device=model.device) < lengths[:, None]
+    return tokens[written].cpu(), lengths.cpu()
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:
@@ -121,56 +144,78 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
+def _start_tokens(vocabulary: int, seed: int, first: int, count: int) -> Tensor:
+    """Vocabulary ids [count, 1] of the sequences from `first` on: one random order of all ids, then another, ..."""
+    shuffle = torch.Generator().manual_seed(seed)
+    rounds = -(-(first + count) // vocabulary)
+    order = torch.cat([torch.randperm(vocabulary, generator=shuffle) for _ in range(rounds)])
+    return order[first : first + count, None]
+
+
+def _rows_wanted(lengths: Tensor, settings: Sampling) -> int:
+    """How many sequences the next batch decodes, after sequences of these lengths; 0 when there are enough tokens.
+
+    As many as give the missing tokens at the mean length so far, and twice the standard error of their sum more.
+    """
+    missing = settings.count * settings.length - int(lengths.sum())
+    if missing <= 0:
+        return 0
+    mean, deviation = float(settings.length), 0.0
+    if len(lengths):
+        mean, deviation = lengths.double().mean().item(), lengths.double().std(correction=0).item()
+    rows = missing / mean
+    return min(settings.batch, math.ceil(rows + 2 * math.sqrt(rows) * deviation / mean))
+
+
 def generate_windows(
     model: PreTrainedModel,
     settings: Sampling,
     folder: str | Path,
+    opening: Sequence[int] = (),
     progress: Callable[[int], None] = lambda tokens: None,
-) -> Windows:
-    """Let the model write its own training text: settings.count sequences of up to settings.length tokens.
+) -> Tensor:
+    """Let the model write its own training text: token ids [settings.count, settings.length], int64.
 
-    folder receives one `batch-NNNNN.npz` (token ids, lengths) per batch, each written whole, and `settings.json`: a
-    killed run goes on after its last finished batch and ends with the same tokens, since every batch has a seed of its
-    own. progress is called with the number of tokens decoded at each step.
-    Raises ValueError if the sequences are longer than the model's context, or if the folder was begun with other
-    settings.
+    folder receives one `batch-NNNNN.npz` (token ids of its sequences joined, their lengths) per batch, each written
+    whole, and `settings.json`: a killed run goes on after its last finished batch and ends with the same tokens, since
+    a batch depends only on the settings and the batches before it.
+    opening: token ids that every chat begins with, see `chat_opening`.
+    progress is called with the number of tokens written at each step; a little more than the windows hold in all.
+    Raises ValueError if the sequences are longer than the model's context, if the opening is missing for a chat, given
+    for anything else or not shorter than the sequences, or if the folder was begun with other settings.
     """
     check_length(model, settings.length)
+    if (settings.strategy == CHAT) != (len(opening) > 0):
+        state = "given" if len(opening) else "missing"
+        raise ValueError(f"opening: is {state}, but the strategy is {settings.strategy!r}; {CHAT!r} alone needs one")
+    if len(opening) >= settings.length:
+        raise ValueError(f"length: {settings.length} tokens leave no room after an opening of {len(opening)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written, described = folder / "settings.json", json.dumps(asdict(settings), sort_keys=True)
+    written, described = folder / "settings.json", json.dumps(asdict(settings) | {"opening": list(opening)})
     if written.exists() and written.read_text() != described:
         raise ValueError(f"{folder} was begun with {written.read_text()}, not {described}; use another folder")
     written.write_text(described)
 
     vocabulary = model.config.get_text_config().vocab_size
-    rounds = -(-settings.count // vocabulary)
-    shuffle = torch.Generator().manual_seed(settings.seed)
-    starts = torch.cat([torch.randperm(vocabulary, generator=shuffle) for _ in range(rounds)])[: settings.count]
-    ends = _end_tokens(model)
-    pad = ends[0] if ends else 0
-    batches = []
-    for index, start in enumerate(starts.split(settings.batch)):
-        path = folder / f"batch-{index:05d}.npz"
+    texts, lengths = [], torch.empty(0, dtype=torch.long)
+    while rows := _rows_wanted(lengths, settings):
+        path = folder / f"batch-{len(texts):05d}.npz"
         if path.exists():
-            progress(len(start) * (settings.length - 1))
+            with np.load(path) as stored:
+                text, made = torch.from_numpy(stored["tokens"]).long(), torch.from_numpy(stored["lengths"])
+            progress(len(text))
         else:
-            seed = int(np.random.SeedSequence([settings.seed, index]).generate_state(1)[0])
-            with models.autocast(model.device), fast_attention(model):
-                made = _generate_batch(
-                    model,
-                    start.to(model.device),
-                    settings,
-                    seed,
-                    pad,
-                    torch.tensor(ends, device=model.device),
-                    progress,
-                )
+            if opening:
+                start = torch.tensor(opening).expand(rows, -1)
+            else:
+                start = _start_tokens(vocabulary, settings.seed, len(lengths), rows)
+            seed = int(np.random.SeedSequence([settings.seed, len(texts)]).generate_state(1)[0])
+            text, made = generate_sequences(model, start.to(model.device), settings, seed, progress)
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                np.savez(file, tokens=made.tokens.numpy().astype(np.int32), lengths=made.lengths.numpy())
+                np.savez(file, tokens=text.numpy().astype(np.int32), lengths=made.numpy())
             os.replace(partial, path)
-        with np.load(path) as stored:
-            batches.append((torch.from_numpy(stored["tokens"]).long(), torch.from_numpy(stored["lengths"])))
-    tokens, lengths = (torch.cat(part) for part in zip(*batches, strict=True))
-    return Windows(tokens, lengths)
+        texts.append(text)
+        lengths = torch.cat([lengths, made])
+    return torch.cat(texts)[: settings.count * settings.length].view(settings.count, settings.length)

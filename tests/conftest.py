@@ -10,13 +10,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this is for those that they start
 
 from studylib import models
-from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, Evaluation, profile
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Evaluation, profile
+from studylib.layers import Scheme
 from studylib.records import FINISHED, Record, arm_key
 
 torch.set_num_threads(1)
 
 BUDGET = dataclasses.replace(
-    profile("smoke"), evaluation=Evaluation(("wikipedia", "c4"), 32, 64, ("piqa", "arc_easy"), 100)
+    profile("smoke"), evaluation=Evaluation(("wikipedia", "c4"), 32, 64, ("piqa", "arc_easy"), 100, pairs=20)
 )
 
 
@@ -63,30 +64,37 @@ def shape():
 def make_record():
     """A record with chosen scores: mean losses (nats) by corpus, a share of right answers, noise shared by all arms."""
 
-    def make(method, bits="16-16-16", loss=3.0, accuracy=0.5, seed=0, status=FINISHED, spread=0.1, **fields):
-        arm = BUDGET.arm("tiny-random", method, bits, seed)
+    def make(
+        method, bits="16-16-16", loss=3.0, accuracy=0.5, seed=0, status=FINISHED, spread=0.1, changes=None, **fields
+    ):
+        arm = BUDGET.arm("tiny-random", method, bits, seed, **(changes or {}))
         scores, metrics = {}, {"bytes/weights": 1e6 * int(bits.split("-")[0]), "bytes/cache_per_token": 100.0}
         for at, corpus in enumerate(arm.evaluation.corpora):
             noise = np.random.default_rng(at).normal(size=32)
             scores[f"loss/{corpus}"] = (loss + at + spread * (noise - noise.mean())).tolist()
             metrics[f"perplexity/{corpus}"] = math.exp(np.mean(scores[f"loss/{corpus}"]))
+        if arm.evaluation.pairs:
+            scores["loss/responses"] = np.linspace(loss - 0.5, loss + 0.5, arm.evaluation.pairs).tolist()
         for task in arm.evaluation.tasks:
             scores[f"accuracy/{task}"] = [float(item < accuracy * 100) for item in range(100)]
             metrics[f"accuracy/{task}"] = accuracy
         trained = arm.training is not None
+        steps = [{"step": step, "loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(1, 21)]
+        curve = [{"step": step, "tokens": 256 * step, "loss": loss + 1 / (1 + step)} for step in (0, 5, 10, 15, 20)]
+        statistics = dict.fromkeys(("entropy", "loss"), 2.5) | dict.fromkeys(("distinct_2", "distinct_4"), 0.9)
+        statistics |= {"repetition": 0.1, "vocabulary": 0.4}
         record = Record(
             key=f"{arm_key(arm)[:12]}{seed:04d}",
             arm=arm,
             status=status,
             metrics=metrics,
             scores={} if status != FINISHED else scores,
-            training=[
-                {"step": step, "loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(1, 21)
-            ]
-            * trained,
+            training=steps * trained,
+            curve=curve * trained,
+            data={"statistics": statistics, "samples": ["some | text with ``` in it"]} if arm.data else {},
             cost={
                 "seconds": {"load": 1.0, "evaluate": 2.0} | ({"train": 60.0} if trained else {}),
-                "tokens": {"evaluated": 1000},
+                "tokens": {"evaluated": 1000} | ({"data": 256} if arm.data else {}),
                 "peak_bytes": 2**30,
             },
             provenance={
@@ -119,4 +127,27 @@ def picture(make_record):
         make_record(LLM_QAT, "8-8-8", loss=3.02, accuracy=0.60),
         make_record(LLM_QAT, "4-8-8", loss=3.1, accuracy=0.56),
         make_record(LLM_QAT, "4-8-4", loss=3.3, accuracy=0.52),
+    ]
+
+
+@pytest.fixture
+def ablations(picture, make_record):
+    """The papers' picture with the variants of LLM-QAT at 4-8-4 that are all worse, and SmoothQuant's part at 4-4."""
+    changes = [
+        *({"sampling": {"strategy": name}} for name in ("sampled", "greedy")),
+        *({"corpus": name} for name in ("wikipedia", "c4")),
+        *({"training": {"loss": loss}} for loss in ("labels", "kl+attention", "kl+hidden")),
+        *({"scheme": Scheme(grid=grid)} for grid in ("statsq", "lsq")),
+    ]
+    worse = [
+        make_record(LLM_QAT, "4-8-4", loss=3.32 + 0.1 * at, accuracy=0.48 - 0.04 * at, changes=change)
+        for at, change in enumerate(changes)
+    ]
+    return [
+        *picture,
+        *worse,
+        make_record(RTN, "4-4-16", loss=9.5, accuracy=0.25),
+        make_record(LLM_QAT, "4-4-16", loss=5.0, accuracy=0.30),
+        make_record(SMOOTHQUANT_QAT, "4-4-16", loss=4.5, accuracy=0.45),
+        make_record(SMOOTHQUANT_QAT, "4-8-4", loss=3.3, accuracy=0.52),
     ]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studylib.arms import LLM_QAT, PROFILES, RTN, Arm, Evaluation, profile
+from studylib.arms import FULL_PRECISION, LLM_QAT, PROFILES, RTN, SMOOTHQUANT_QAT, Arm, Evaluation, profile
+from studylib.layers import Scheme
 from studylib.records import arm_key
 
 SMOKE = profile("smoke")
@@ -20,6 +21,38 @@ def test_an_arm_survives_json_and_keeps_its_key(bits, method, seed, name):
     assert again == arm and arm_key(again) == arm_key(arm)
 
 
+@given(
+    st.one_of(
+        st.fixed_dictionaries({"corpus": st.sampled_from(["c4", "wikipedia"])}),
+        st.fixed_dictionaries(
+            {"sampling": st.sampled_from([{"strategy": "chat"}, {"top_k": 0}, {"temperature": 0.5}])}
+        ),
+    ),
+    st.sampled_from([{}, {"loss": "kl+hidden"}, {"masters": "bf16", "extended_from": (2,)}, {"mask": 2.0}]),
+    st.builds(Scheme, st.sampled_from(["symmetric", "statsq"]), st.none(), st.sampled_from(["token", "head"])),
+)
+@settings(deadline=None, max_examples=50)
+def test_variants_survive_json_and_are_told_apart_in_words(data, training, scheme):
+    arm = SMOKE.arm("m", LLM_QAT, "4-8-4", training=training, scheme=scheme, **data)
+    again = Arm.from_dict(json.loads(arm.canonical()))
+    assert again == arm and arm_key(again) == arm_key(arm)
+    for other in (
+        SMOKE.arm("m", LLM_QAT, "4-8-4"),
+        SMOKE.arm("m", LLM_QAT, "4-8-4", training=training),
+        SMOKE.arm("m", LLM_QAT, "4-8-4", scheme=scheme, **data),
+    ):
+        assert (other.variant == arm.variant) == (other.canonical() == arm.canonical())
+    assert arm.title == f"LLM-QAT 4-8-4 ({arm.variant})"
+
+
+def test_the_headline_settings_are_scored_on_few_shot_tasks_as_well():
+    quick = profile("quick")
+    for arm in (quick.arm("m", FULL_PRECISION), quick.arm("m", RTN, "4-8-4"), quick.arm("m", LLM_QAT, "4-8-4")):
+        assert arm.evaluation.tasks == (*quick.evaluation.tasks, "mmlu", "triviaqa")
+    for arm in (quick.arm("m", RTN, "4-8-8"), quick.arm("m", LLM_QAT, "4-8-4", sampling={"strategy": "greedy"})):
+        assert arm.evaluation == quick.evaluation
+
+
 def test_seeds_share_the_record_of_a_method_that_draws_nothing():
     assert SMOKE.arm("m", RTN, "4-8-4", 0) == SMOKE.arm("m", RTN, "4-8-4", 7)
     assert SMOKE.arm("m", LLM_QAT, "4-8-4", 0) != SMOKE.arm("m", LLM_QAT, "4-8-4", 7)
@@ -32,7 +65,10 @@ def test_everything_in_an_arm_changes_its_key():
         dataclasses.replace(arm, bits="4-8-8"),
         dataclasses.replace(arm, evaluation=dataclasses.replace(arm.evaluation, windows=5)),
         dataclasses.replace(arm, evaluation=dataclasses.replace(arm.evaluation, items=None)),
-        dataclasses.replace(arm, sampling=dataclasses.replace(arm.sampling, strategy="greedy")),
+        dataclasses.replace(arm, data=dataclasses.replace(arm.data, strategy="greedy")),
+        dataclasses.replace(arm, scheme=Scheme(grid="asymmetric")),
+        SMOKE.arm("m", LLM_QAT, "4-8-4", corpus="c4"),
+        SMOKE.arm("m", SMOOTHQUANT_QAT, "4-8-4"),
         dataclasses.replace(arm, training=dataclasses.replace(arm.training, mask=2.0)),
         SMOKE.arm("m", RTN, "4-8-4"),
     ]
@@ -46,7 +82,7 @@ def fields(**changes):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"method": "gptq"}, ["'gptq'", "llm-qat"]),
+        ({"method": "gpt"}, ["'gpt'", "llm-qat"]),
         ({"bits": "4-9-4"}, ["9", "2 to 8"]),
         ({"bits": "16-16-16"}, ["16-16-16"]),
         ({"learning_rate": 1}, ["learning_rate", "training"]),
@@ -55,9 +91,22 @@ def fields(**changes):
         ({"training": {"steps": True, "batch": 2, "learning_rate": 0.1}}, ["True", "int"]),
         ({"training": {"batch": 2, "learning_rate": 0.1}}, ["steps", "missing"]),
         ({"training": None}, ["training", "missing"]),
-        ({"sampling": None}, ["sampling", "missing"]),
-        ({"method": "rtn"}, ["sampling", "given"]),
-        ({"sampling": {"count": 4, "length": 8, "strategy": "beam"}}, ["'beam'", "hybrid"]),
+        ({"data": None}, ["data", "missing"]),
+        ({"method": "rtn"}, ["data", "given"]),
+        ({"method": "gptq"}, ["training", "given"]),
+        ({"data": {"count": 4, "length": 8, "strategy": "beam"}}, ["'beam'", "hybrid"]),
+        ({"data": {"count": 4, "length": 8, "corpus": "pile"}}, ["'pile'", "wikipedia"]),
+        ({"data": {"count": 0, "length": 8, "corpus": "c4"}}, ["count", "0"]),
+        ({"scheme": {"grid": "nf4"}}, ["'nf4'", "symmetric"]),
+        ({"scheme": {"grid": "lsq"}, "method": "rtn", "data": None, "training": None}, ["'lsq'", "llm-qat"]),
+        ({"scheme": {"grid": "statsq"}, "method": "gptq", "training": None}, ["scheme", "'gptq'"]),
+        (
+            {
+                "scheme": {"keys": "after-rotary"},
+                "training": {"steps": 4, "batch": 2, "learning_rate": 1.0, "loss": "attention"},
+            },
+            ["attention maps", "after-rotary"],
+        ),
         ({"evaluation": {"corpora": ["pile"], "windows": 1, "length": 8}}, ["'pile'", "wikipedia"]),
         ({"evaluation": {"corpora": ["c4"], "windows": 0, "length": 8}}, ["windows", "0"]),
         ({"evaluation": {"corpora": ["c4"], "windows": 1, "length": 8, "tasks": ["squad"]}}, ["'squad'", "piqa"]),
@@ -85,7 +134,7 @@ def test_the_paper_profile_has_the_papers_hyper_parameters():
     paper = profile("paper")
     assert (paper.sampling.count, paper.sampling.length, paper.sampling.strategy) == (96_000, 2048, "hybrid")
     assert paper.training.learning_rate == 2e-5 and paper.training.steps * paper.training.batch == 96_000
-    assert len([t for t in paper.evaluation.tasks if t not in ("mmlu", "triviaqa")]) == 8
+    assert len(paper.evaluation.tasks) == 8 and paper.few_shot == ("mmlu", "triviaqa")
 
 
 def test_evaluation_needs_no_tasks():

@@ -5,7 +5,19 @@ import numpy as np
 import pytest
 
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
-from studylib.comparison import gather, identity, measures, number, percent, points, won_back
+from studylib.comparison import (
+    FULL,
+    Setting,
+    gather,
+    identity,
+    measures,
+    number,
+    percent,
+    points,
+    task_measures,
+    won_back,
+)
+from studylib.layers import Scheme
 from studylib.records import DIVERGED
 
 
@@ -16,7 +28,12 @@ def measure(records, name):
 
 def test_cells_are_ordered_and_repeated_records_count_once(picture):
     cells = gather([*reversed(picture), picture[0]])
-    assert list(cells)[:4] == [(FULL_PRECISION, "16-16-16"), (RTN, "8-8-8"), (LLM_QAT, "8-8-8"), (RTN, "8-8-4")]
+    assert [setting[:2] for setting in cells][:4] == [
+        (FULL_PRECISION, "16-16-16"),
+        (RTN, "8-8-8"),
+        (LLM_QAT, "8-8-8"),
+        (RTN, "8-8-4"),
+    ]
     assert all(len(cell.records) == 1 for cell in cells.values())
 
 
@@ -36,26 +53,26 @@ def test_measures_are_the_papers(picture):
         ("accuracy/mean", 200),
     ]
     cells = gather(picture)
-    assert measure(picture, "accuracy/mean").value(identity, cells[RTN, "4-8-4"]) == pytest.approx(30.0)
+    assert measure(picture, "accuracy/mean").value(identity, cells[Setting(RTN, "4-8-4")]) == pytest.approx(30.0)
 
 
 def test_differences_are_paired(picture):
     # All arms share their windows' noise, so that a ratio of perplexities has no spread at all.
     cells = gather(picture)
     found = measure(picture, "perplexity/wikipedia").interval(
-        lambda f, r: r / f, cells[FULL_PRECISION, "16-16-16"], cells[RTN, "4-8-4"]
+        lambda f, r: r / f, cells[FULL], cells[Setting(RTN, "4-8-4")]
     )
     assert (found.low, found.estimate, found.high) == pytest.approx((math.exp(1.2),) * 3)
 
 
 def test_the_share_won_back(picture):
     cells = gather(picture)
-    trio = cells[FULL_PRECISION, "16-16-16"], cells[RTN, "4-8-4"], cells[LLM_QAT, "4-8-4"]
+    trio = cells[FULL], cells[Setting(RTN, "4-8-4")], cells[Setting(LLM_QAT, "4-8-4")]
     loss, share = won_back(measure(picture, "perplexity/c4"), *trio)
     f, r, q = np.exp([4.0, 5.2, 4.3])
     assert loss.estimate == pytest.approx(r - f) and share.estimate == pytest.approx((r - q) / (r - f))
     # At 8 bits nothing is lost in accuracy: there is nothing to win back.
-    assert won_back(measure(picture, "accuracy/mean"), trio[0], cells[RTN, "8-8-8"], trio[2])[1] is None
+    assert won_back(measure(picture, "accuracy/mean"), trio[0], cells[Setting(RTN, "8-8-8")], trio[2])[1] is None
 
 
 def test_records_that_cannot_be_compared(make_record):
@@ -67,6 +84,28 @@ def test_records_that_cannot_be_compared(make_record):
     longer = dataclasses.replace(trained.arm.training, steps=99)
     with pytest.raises(ValueError, match="different arms of LLM-QAT at 4-8-4; only seeds may differ"):
         gather([trained, dataclasses.replace(trained, key="x", arm=dataclasses.replace(trained.arm, training=longer))])
+
+
+def test_variants_are_cells_of_their_own_after_their_default(make_record):
+    changes = [{"corpus": "c4"}, {}, {"training": {"loss": "labels"}}, {"scheme": Scheme(grid="asymmetric")}]
+    cells = gather([make_record(LLM_QAT, "4-8-4", changes=change) for change in changes])
+    assert [setting.variant for setting in cells] == ["", "C4 text", "loss labels", "asymmetric MinMax"]
+    assert Setting(LLM_QAT, "4-8-4", "C4 text").title == "LLM-QAT at 4-8-4 (C4 text)"
+
+
+def test_few_shot_tasks_do_not_keep_arms_apart(make_record):
+    plain, few = make_record(RTN, "4-8-8"), make_record(RTN, "4-8-4")
+    evaluation = dataclasses.replace(few.arm.evaluation, tasks=(*few.arm.evaluation.tasks, "mmlu"))
+    few = dataclasses.replace(
+        few, arm=dataclasses.replace(few.arm, evaluation=evaluation), scores=few.scores | {"accuracy/mmlu": [0.0, 1.0]}
+    )
+    cells = gather([plain, few])
+    assert [each.name for each in measures([few, plain])] == ["perplexity/wikipedia", "perplexity/c4", "accuracy/mean"]
+    mmlu = task_measures([plain, few])[-1]
+    assert mmlu.name == "accuracy/mmlu" and [mmlu.covers(cell) for cell in cells.values()] == [False, True]
+    longer = dataclasses.replace(plain.arm, evaluation=dataclasses.replace(plain.arm.evaluation, windows=33))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        gather([few, dataclasses.replace(plain, arm=longer)])
 
 
 def test_diverged_runs_are_kept_apart(make_record):

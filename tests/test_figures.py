@@ -7,9 +7,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib import figures
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
+from studylib.comparison import Setting
 from studylib.records import DIVERGED
 
-ALL = [figures.bit_allocation, figures.recovery, figures.size_accuracy, figures.training_curve]
+DEFAULT = Setting(LLM_QAT, "4-8-4")
+
+
+def differences(records):
+    return figures.differences(records, DEFAULT)
+
+
+ALL = [
+    figures.bit_allocation,
+    figures.recovery,
+    figures.size_accuracy,
+    figures.learning_curve,
+    figures.cache_cost,
+    differences,
+]
+ROWS = [figures.bit_allocation, figures.recovery, differences]
 
 
 def texts(figure):
@@ -17,18 +33,22 @@ def texts(figure):
 
 
 @pytest.mark.parametrize("draw", ALL, ids=lambda draw: draw.__name__)
-def test_title_axes_and_legend(picture, draw, tmp_path):
-    figure = draw(picture)
+def test_title_axes_and_legend(ablations, draw, tmp_path):
+    figure = draw(ablations)
     figure.savefig(tmp_path / "x.png", dpi=50)
     assert (tmp_path / "x.png").stat().st_size > 1000
-    assert len(figure.get_suptitle()) > 30 and figure.legends
+    assert len(figure.get_suptitle()) > 30 and (figure.legends or draw is figures.learning_curve)
     assert all(ax.get_xlabel() for ax in figure.axes) and figure.axes[0].get_ylabel()
 
 
 def test_titles_say_the_finding(picture):
     assert "RTN multiplies perplexity on Wikipedia by 1.01 at 8-8-8" in flat(figures.bit_allocation(picture))
-    assert "At 4-8-4, LLM-QAT wins back, of what RTN loses: 85% [85%, 85%]" in flat(figures.recovery(picture))
-    assert "1.50 to 0.103 at 4-8-4" in flat(figures.training_curve(picture))
+    assert "Wikipedia that RTN loses at 4-8-4, LLM-QAT wins back 85% [85%, 85%]" in flat(figures.recovery(picture))
+    assert "still falls by 0.0149 to 0.0149 nats a token" in flat(figures.learning_curve(picture))
+    assert "Wikipedia changes most by: RTN +146.0% [+146.0%, +146.0%]" in flat(differences(picture[4:5] + picture[8:]))
+    assert "35% [35%, 35%] at 100% of the bytes (4 bits, scale a token, keys before rotary)" in flat(
+        figures.cache_cost([picture[0], picture[2]])
+    )
     assert "nothing is both smaller and better than" in flat(figures.size_accuracy(picture))
 
 
@@ -43,9 +63,22 @@ def test_every_setting_and_value_is_shown(picture):
     assert "8-4-8: 8,100" in texts(figures.size_accuracy(picture))
 
 
-@pytest.mark.parametrize("draw", [figures.bit_allocation, figures.recovery, figures.size_accuracy])
-def test_labels_do_not_cover_each_other(picture, draw):
-    figure = draw(picture)
+def test_differences_name_only_what_differs(ablations):
+    shown = texts(differences([r for r in ablations if r.arm.method == LLM_QAT and r.arm.bits == "4-8-4"]))
+    assert {"sampled", "greedy", "C4 text", "loss labels", "LSQ"} <= set(shown)
+    assert "LLM-QAT" not in " ".join(shown)
+
+
+@pytest.mark.parametrize("draw", [*ROWS, figures.learning_curve], ids=lambda draw: draw.__name__)
+def test_labels_do_not_cover_each_other(ablations, draw):
+    look(draw(ablations))
+
+
+def test_labels_of_points_do_not_cover_each_other(picture):
+    look(figures.size_accuracy(picture))
+
+
+def look(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()

@@ -11,8 +11,10 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from studylib.layers import QuantizedLinear, decoder_linears, freeze_weights, quantize_model
+from studylib import layers
+from studylib.layers import QuantizedLinear, Scheme, decoder_linears, freeze_weights, quantize_model
 from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
 from studylib.quantizers import Grid, fake_quantize, quantize
 
@@ -35,7 +37,7 @@ FAMILIES = {
 @pytest.fixture(params=FAMILIES)
 def model(request):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[request.param]).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[request.param])).eval()
 
 
 tokens = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -120,6 +122,91 @@ def test_keys_are_quantized_per_token_over_all_heads_before_rotary(model):
     assert quantize(seen["y"], Grid(4)).scale.shape == (*tokens.shape, 1)
 
 
+@torch.no_grad()
+def test_each_head_may_have_a_scale_of_its_own(model):
+    quantize_model(model, "16-16-4", Scheme(cache_scale="head"))
+    seen = {}
+    layer = model.model.layers[0].self_attn.v_proj
+    layer.register_forward_hook(lambda module, args, out: seen.update(x=args[0], y=out))
+    model(tokens)
+    plain = nn.functional.linear(seen["x"], layer.weight, layer.bias)
+    each = [fake_quantize(part, Grid(4)) for part in plain.unflatten(-1, (2, 16)).unbind(-2)]
+    assert torch.equal(seen["y"], torch.cat(each, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache_scale", ["token", "head"])
+def test_rotated_keys_are_those_that_transformers_rotates_then_rounded(model, cache_scale, monkeypatch):
+    seen = []
+    scheme = Scheme(keys="after-rotary", cache_scale=cache_scale)
+
+    def watched(module, query, key, *rest, **settings):
+        seen.append(key)
+        return sdpa_attention_forward(module, query, key, *rest, **settings)
+
+    monkeypatch.setattr(layers, "sdpa_attention_forward", watched)
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)  # the plain model's cache holds keys after rotary
+    keys = cache.layers[0].keys
+    quantize_model(model, "16-16-4", scheme)
+    assert model.model.layers[0].self_attn.k_proj.__class__ is nn.Linear
+    model(tokens[:, :12])
+    rows = keys.transpose(1, 2).flatten(2)
+    expected = fake_quantize(rows, Grid(4, group=16 if cache_scale == "head" else None))
+    torch.testing.assert_close(seen[0].transpose(1, 2).flatten(2), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rotated_keys_give_the_same_logits_step_by_step_as_in_one_pass(model):
+    quantize_model(model, "16-16-4", Scheme(keys="after-rotary"))
+    whole = model(tokens).logits
+    cache = DynamicCache(config=model.config)
+    steps = [model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(tokens.shape[1])]
+    apart = (torch.cat(steps, 1) - whole).abs().amax(-1)
+    assert (apart < 1e-4).float().mean() > 0.9
+    other = tokens.clone()
+    other[:, 12:] = 5
+    torch.testing.assert_close(model(other).logits[:, :12], whole[:, :12])
+
+
+def test_learned_scales_begin_where_lsq_says_and_learn(model):
+    plain = copy.deepcopy(model)
+    quantize_model(model, "4-8-4", Scheme(grid="lsq"), tokens=tokens)
+    layer, before = model.model.layers[0].self_attn.k_proj, plain.model.layers[0].self_attn.k_proj
+    with torch.no_grad():
+        x = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(tokens))
+    for step, values, high in (
+        (layer.weight_step, before.weight, 7),
+        (layer.activation_step, x, 127),
+        (layer.output_step, before(x), 7),
+    ):
+        mean = values.abs().mean(1) if values is before.weight else values.abs().mean()
+        torch.testing.assert_close(step.flatten(), (2 * mean / high**0.5).reshape(-1).detach())
+    model(tokens, labels=tokens).loss.backward()
+    learned = [p for name, p in model.named_parameters() if name.endswith("_step")]
+    assert len(learned) == 2 * (7 + 7 + 2) and all((p.grad != 0).all() for p in learned)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        torch.testing.assert_close(freeze_weights(model)(tokens).logits, whole, rtol=0, atol=0)
+
+
+def test_schemes_that_make_no_sense_are_refused(model):
+    for arguments, named in (
+        ({"grid": "minmax"}, "'minmax' is not known; use one of symmetric, asymmetric"),
+        ({"cache_scale": "layer"}, "'layer' is not known"),
+        ({"keys": "rotated"}, "'rotated' is not known"),
+        ({"grid": "lsq", "keys": "after-rotary"}, "does not go with the grid 'lsq'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Scheme(**arguments)
+    with pytest.raises(ValueError, match="'lsq' takes its first scales from them"):
+        quantize_model(model, "4-8-4", Scheme(grid="lsq"))
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="needs scaled dot-product attention"):
+        quantize_model(model, "4-8-4", Scheme(keys="after-rotary"))
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
 def test_gradients_are_those_of_the_plain_layer_at_the_quantized_point():
     torch.manual_seed(0)
     linear, x = nn.Linear(16, 8), torch.randn(4, 16, requires_grad=True)
@@ -143,9 +230,9 @@ def test_frozen_weights_give_the_same_outputs(model):
 def test_what_cannot_be_quantized_is_refused_and_left_as_it_was(model):
     modules = list(model.modules())
     with pytest.raises(ValueError, match="48 does not divide the row length 64"):
-        quantize_model(model, "4-8-4", weight_group=48)
+        quantize_model(model, "4-8-4", Scheme(weight_group=48))
     assert list(model.modules()) == modules
-    quantize_model(model, "4-8-4", weight_group=32)
+    quantize_model(model, "4-8-4", Scheme(weight_group=32))
     with pytest.raises(ValueError, match="quantized already"):
         quantize_model(model, "8-8-8")
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
@@ -164,6 +251,10 @@ def test_bytes_by_plan_equal_bytes_of_the_codes(model):
     assert weight_bytes(model, "16-8-4") == sum(p.numel() * 2 for p in model.parameters())
     assert cache_bytes_per_token(model, "4-8-4") == 2 * 2 * (32 // 2 + 4)  # layers x (k, v) x (codes + fp32 scale)
     assert cache_bytes_per_token(model, "4-8-16") == 2 * 2 * 32 * 2
+    assert cache_bytes_per_token(model, "4-8-4", Scheme(cache_scale="head")) == 2 * 2 * (32 // 2 + 2 * 4)
+    grouped = [quantize(l.weight.detach(), Grid(4, "asymmetric", 32)) for l in linears.values()]
+    packed = sum(q.codes.numel() // 2 + q.scale.nbytes + q.zero.numel() // 2 for q in grouped)
+    assert weight_bytes(model, "4-8-4", Scheme("asymmetric", 32)) == packed + rest
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():

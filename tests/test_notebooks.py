@@ -16,7 +16,12 @@ def notebook(request):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in ALL} >= {"03_bit_allocation", "04_ptq_vs_qat"}
+    assert [path.stem for path in ALL] == [
+        "01_sampling_strategy",
+        "02_distillation_loss",
+        "03_bit_allocation",
+        "04_ptq_vs_qat",
+    ]
 
 
 def test_committed_without_outputs_and_short(notebook):
@@ -57,7 +62,7 @@ def test_notebooks_are_found_by_number_or_name(tmp_path):
         "03_bit_allocation",
     ]
     assert find_notebooks([]) == ALL
-    with pytest.raises(ValueError, match="notebook: '99' is not known; use one of 03_bit_allocation"):
+    with pytest.raises(ValueError, match="notebook: '99' is not known; use one of 01_sampling"):
         find_notebooks(["99"])
     with pytest.raises(ValueError, match="there are none"):
         find_notebooks([], tmp_path)

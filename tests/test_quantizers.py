@@ -16,7 +16,12 @@ rows = hnp.arrays(
     st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 24])),
     elements=st.floats(-(2.0**99), 2.0**99, width=32),
 )
-grids = st.builds(Grid, bits=st.integers(2, 8), symmetric=st.booleans(), group=st.sampled_from([None, 2, 4]))
+grids = st.builds(
+    Grid,
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["symmetric", "asymmetric"]),
+    group=st.sampled_from([None, 2, 4]),
+)
 
 
 def numpy_values(x: np.ndarray, grid: Grid) -> np.ndarray:
@@ -39,11 +44,11 @@ def numpy_values(x: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [None, 16])
-def test_agrees_with_float64_numpy(bits, symmetric, group):
+def test_agrees_with_float64_numpy(bits, kind, group):
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-4, 4, 64)[:, None]
-    grid = Grid(bits, symmetric, group)
+    grid = Grid(bits, kind, group)
     ours, exact = fake_quantize(x, grid).double().numpy(), numpy_values(x.numpy(), grid)
     step = (np.abs(x.numpy()).max(-1, keepdims=True)) / (2 ** (bits - 1) - 1)
     # fp32 rounding of x / scale may flip a tie between two neighbouring levels; nothing else may differ.
@@ -53,10 +58,11 @@ def test_agrees_with_float64_numpy(bits, symmetric, group):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("symmetric", "group"), [(True, None), (True, 32), (False, None), (False, 32)])
-def test_agrees_with_torchao(bits, symmetric, group):
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [None, 32])
+def test_agrees_with_torchao(bits, kind, group):
     x = torch.randn(32, 128, generator=torch.Generator().manual_seed(7))
-    grid, block = Grid(bits, symmetric, group), (1, group or 128)
+    grid, block, symmetric = Grid(bits, kind, group), (1, group or 128), kind == "symmetric"
     mapping = MappingType.SYMMETRIC_NO_CLIPPING_ERR if symmetric else MappingType.ASYMMETRIC
     scale, zero = choose_qparams_affine(
         x,
@@ -118,13 +124,13 @@ def test_symmetric_grid_is_odd_and_scales_with_its_input(x, bits):
 def test_worked_examples_of_the_docstring():
     symmetric = quantize(torch.tensor([-3.5, 1.2]), Grid(4))
     assert symmetric.codes.tolist() == [-7, 2] and symmetric.scale.item() == 0.5
-    asymmetric = quantize(torch.tensor([-1.0, 14.0]), Grid(4, symmetric=False))
+    asymmetric = quantize(torch.tensor([-1.0, 14.0]), Grid(4, "asymmetric"))
     assert asymmetric.codes.tolist() == [0, 15] and asymmetric.zero.item() == 1 and asymmetric.scale.item() == 1
 
 
 def test_zero_rows_and_subnormal_rows_stay_finite():
     for x in (torch.zeros(2, 8), torch.full((2, 8), 1e-42)):
-        for grid in (Grid(4), Grid(4, symmetric=False)):
+        for grid in (Grid(4), Grid(4, "asymmetric")):
             assert torch.equal(fake_quantize(x, grid), torch.zeros_like(x))
 
 
@@ -136,6 +142,49 @@ def test_straight_through_gradient_and_the_official_mask():
     x.grad = None
     fake_quantize(x, Grid(4), mask=2.0).backward(upstream)
     assert x.grad.tolist() == [[0, 0, 3, 4, 5, 0]]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_statsq_clips_at_twice_the_mean_magnitude(bits):
+    x = torch.randn(16, 96, generator=torch.Generator().manual_seed(bits), requires_grad=True)
+    exact = x.detach().double().numpy()
+    clip = 2 * np.abs(exact).mean(1, keepdims=True)
+    step = clip / (2 ** (bits - 1) - 1)
+    exact = np.rint(np.clip(exact, -clip, clip) / step) * step
+    ours = fake_quantize(x, Grid(bits, "statsq"))
+    assert (np.abs(ours.detach().double().numpy() - exact) > 1e-5).mean() < 1e-3
+    assert torch.equal(ours, quantize(x.detach(), Grid(bits, "statsq")).dequantize())
+    ours.sum().backward()
+    assert torch.equal(x.grad == 0, x.detach().abs() > torch.from_numpy(clip).float())
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (1,)])
+def test_learned_steps_have_the_gradients_of_autograd(shape):
+    """LSQ written with detached roundings, as its authors' pseudo-code does, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 96, generator=generator).requires_grad_()
+    step = (0.1 + 0.2 * torch.rand(shape, generator=generator)).requires_grad_()
+    upstream = torch.randn(16, 96, generator=generator)
+    ours = fake_quantize(x, Grid(4, "lsq"), step=step)
+    ours.backward(upstream)
+
+    exact_x, exact_step = (t.detach().double().requires_grad_() for t in (x, step))
+    share = 1 / (96 * 7) ** 0.5
+    slowed = exact_step * share + (exact_step * (1 - share)).detach()
+    clipped = (exact_x / slowed).clamp(-7, 7)
+    exact = (clipped + (clipped.round() - clipped).detach()) * slowed
+    exact.backward(upstream.double())
+    assert ((exact_x / exact_step).abs() > 7).float().mean() > 0.01  # some are clipped
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.grad.double(), exact_step.grad, rtol=1e-4, atol=1e-5)
+    stored = quantize(x.detach(), Grid(4, "lsq"), step.detach())
+    assert torch.equal(stored.dequantize(), ours) and stored.codes.abs().max() == 7
+
+
+def test_a_learned_scale_must_be_given():
+    with pytest.raises(ValueError, match="'lsq' is learned"):
+        fake_quantize(torch.randn(2, 8), Grid(4, "lsq"))
 
 
 def test_not_finite_input_propagates_and_has_no_codes():
@@ -162,7 +211,15 @@ def test_bit_widths_round_trip(bits):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bits": 1}, {"bits": 9}, {"bits": 16}, {"bits": True}, {"bits": 4, "group": 0}, {"bits": 4, "group": 2.5}],
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 16},
+        {"bits": True},
+        {"bits": 4, "group": 0},
+        {"bits": 4, "group": 2.5},
+        {"bits": 4, "kind": "minmax"},
+    ],
 )
 def test_bad_grids_are_refused(arguments):
     with pytest.raises(ValueError, match=r"use|needs"):

@@ -5,7 +5,7 @@ import pytest
 
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
 from studylib.records import DIVERGED
-from studylib.tables import as_html, as_markdown, as_text, readable, scoreboard
+from studylib.tables import as_html, as_markdown, as_text, data_statistics, readable, samples, scoreboard
 
 
 def test_one_row_an_arm_with_plain_numbers(picture):
@@ -38,13 +38,29 @@ def test_seeds_and_divergence(make_record):
 
 def test_the_same_table_as_text_markdown_and_html(picture):
     board = scoreboard(picture)
-    text, markdown, page = as_text(board), as_markdown(board), as_html(readable(board))
+    text = as_text(readable(board, tasks=False))
+    markdown, page = as_markdown(readable(board)), as_html(readable(board))
     assert len(text.splitlines()) == 1 + len(picture) and len(markdown.splitlines()) == 2 + len(picture)
     assert len({len(line) for line in text.splitlines()}) == 1
     assert page.count("<tr>") == 1 + len(picture)
     for shown in (text, markdown, page):
         assert "66.7 [64." in shown
     assert "PIQA" in markdown and "PIQA" not in text
+
+
+def test_variants_have_a_column_of_words(ablations):
+    shown = readable(scoreboard(ablations))
+    assert list(shown)[:3] == ["Method", "W-A-KV", "Variant"] and "C4 text" in shown["Variant"].tolist()
+    assert "Perplexity, Alpaca responses" in shown
+    assert as_markdown(shown).splitlines()[1].startswith("| --- | --- | --- | ---: |")
+
+
+def test_what_the_data_are_like_is_told_once_a_data_set(ablations):
+    shown = data_statistics([r for r in ablations if r.arm.method == LLM_QAT and r.arm.bits == "4-8-4"])
+    assert shown["Data"].tolist() == ["hybrid", "sampled", "greedy", "Wikipedia text", "C4 text"]
+    assert shown["Distinct 2-grams, %"].tolist() == ["90.0"] * 5 and shown["Tokens"].tolist() == ["256"] * 5
+    text = samples(ablations)
+    assert text.count("````text\nsome | text with ``` in it\n````") == 5 and "**Wikipedia text**" in text
 
 
 def test_html_is_escaped(picture):
@@ -55,4 +71,4 @@ def test_html_is_escaped(picture):
 
 def test_nothing_finished(make_record):
     board = scoreboard([make_record(RTN, "4-8-4", status=DIVERGED)])
-    assert as_text(board).splitlines()[1].startswith("RTN")
+    assert as_text(readable(board)).splitlines()[1].startswith("RTN")

@@ -1,0 +1,93 @@
+"""Benchmark items a second: packed rows, beside lm-eval's own model in padded batches, in one run.
+
+Each is run twice, the second time in reversed order, and the faster time of each task counts.
+"""
+
+import functools
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from studylib import evaluation, models
+from studylib.evaluation import TASKS, PackedLM, task_scores
+from studylib.records import environment
+
+MODEL = "smollm2-135m"
+ITEMS = {"piqa": 12, "hellaswag": 10, "winogrande": 16, "arc_easy": 12, "openbookqa": 16, "boolq": 6, "mmlu": 3}
+RUNS = {  # name: (lm-eval's model class, its batch size, precision)
+    "lm-eval, batch 8": (HFLM, 8, torch.float32),
+    "packed": (PackedLM, None, torch.float32),
+    "lm-eval, batch 32": (HFLM, 32, torch.float32),
+    "lm-eval, batch 8, bf16": (HFLM, 8, torch.bfloat16),
+    "packed, bf16": (PackedLM, None, torch.bfloat16),
+}
+BASE = "lm-eval, batch 8"
+
+
+def timed(
+    model, tokenizer, kind: type[HFLM], batch: int | None, precision: torch.dtype
+) -> dict[str, tuple[float, np.ndarray]]:
+    """By task: the seconds from lm-eval's requests to their answers, and the scores of its items."""
+    seconds = []
+
+    class Timed(kind):
+        def loglikelihood(self, *args, **kwargs):
+            begun = time.perf_counter()
+            answers = super().loglikelihood(*args, **kwargs)
+            seconds.append(time.perf_counter() - begun)
+            return answers
+
+    settings = (
+        {"batch_size": batch, "mixed_precision_dtype": None if precision == torch.float32 else precision}
+        if kind is HFLM
+        else {}
+    )
+    with (
+        mock.patch.object(evaluation, "PackedLM", functools.partial(Timed, **settings)),
+        mock.patch.object(models, "compute_dtype", lambda: precision),
+    ):
+        scores = {task: task_scores(model, tokenizer, [task], n)[task][TASKS[task].metric] for task, n in ITEMS.items()}
+    return {task: (spent, scores[task]) for task, spent in zip(ITEMS, seconds, strict=True)}
+
+
+def main():
+    model, tokenizer = models.load_model(MODEL), models.load_tokenizer(MODEL)
+    task_scores(model, tokenizer, ["piqa"], 4)
+    seconds, scores = defaultdict(list), {}
+    for name in [*RUNS, *reversed(RUNS)]:
+        for task, (spent, values) in timed(model, tokenizer, *RUNS[name]).items():
+            seconds[name, task].append(spent)
+            scores[name, task] = values
+    fastest = {key: min(both) for key, both in seconds.items()}
+    for name in RUNS:
+        fastest[name, "all"] = sum(fastest[name, task] for task in ITEMS)
+        scores[name, "all"] = np.concatenate([scores[name, task] for task in ITEMS])
+    found = {
+        name: {
+            task: {
+                "items_per_second": round(len(scores[name, task]) / fastest[name, task], 2),
+                "times_lm_eval": round(fastest[BASE, task] / fastest[name, task], 2),
+                "equal_scores": round(float(np.mean(scores[name, task] == scores[BASE, task])), 4),
+            }
+            for task in [*ITEMS, "all"]
+        }
+        for name in RUNS
+    }
+    result = {"what": __doc__.partition("\n")[0], "items": ITEMS, "runs": found, "environment": environment()}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, by_task in found.items():
+        for task, of in by_task.items():
+            print(
+                f"{name:24} {task:12} {of['items_per_second']:7.2f} items/s {of['times_lm_eval']:6.2f} times {BASE}"
+                f" {of['equal_scores']:8.1%} equal scores"
+            )
+
+
+if __name__ == "__main__":
+    main()

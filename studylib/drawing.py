@@ -1,0 +1,160 @@
+"""What all figures share: colours, axes, a point with its interval, titles and legends."""
+
+import io
+import textwrap
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from studylib.arms import AWQ, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, TITLES
+from studylib.comparison import FULL, Cell, Cells, Measure, capital, identity
+from studylib.statistics import Interval
+
+# Okabe and Ito's colours for all kinds of colour vision; marker and filling tell the methods apart in grey.
+COLOURS = {
+    FULL_PRECISION: "#000000",
+    RTN: "#D55E00",
+    SMOOTHQUANT: "#E69F00",
+    GPTQ: "#009E73",
+    AWQ: "#CC79A7",
+    LLM_QAT: "#0072B2",
+    SMOOTHQUANT_QAT: "#56B4E9",
+}
+MARKERS = {FULL_PRECISION: "D", RTN: "s", SMOOTHQUANT: "^", GPTQ: "v", AWQ: "P", LLM_QAT: "o", SMOOTHQUANT_QAT: "X"}
+HOLLOW = (RTN, SMOOTHQUANT, GPTQ, AWQ)
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "studylib",
+}
+LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+HALO = withStroke(linewidth=2, foreground="white")
+OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows when a cell ends with it, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
+
+def new_panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = NotebookFigure(figsize=(width, height), layout="constrained", dpi=110)
+    axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    for ax in axes:
+        ax.grid(color="#E8E8E8", lw=0.7)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a log axis, without powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def axis_title(measure: Measure, scale: str = "") -> str:
+    if measure.is_perplexity:
+        return f"{capital(measure.title)} ({scale}lower is better)"
+    return "Mean accuracy, % (higher is better)"
+
+
+def empty_figure(why: str) -> Figure:
+    figure, (ax,) = new_panels(1, width=6, height=2)
+    ax.set_axis_off()
+    set_title(figure, why)
+    return figure
+
+
+def set_title(figure: Figure, text: str) -> None:
+    width = int(figure.get_figwidth() * 11.5)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+
+
+def finish(figure: Figure, title: str, cells: Cells, *further: Line2D) -> None:
+    present = [method for method in TITLES if any(cell.method == method for cell in cells.values())]
+    handles = [
+        Line2D([], [], color=COLOURS[method], marker=MARKERS[method], mfc=fill_of(method), ls="", label=TITLES[method])
+        for method in present
+    ]
+    figure.legend(handles=[*handles, *further], loc="outside lower center", ncols=5, title="Bars: 95% intervals")
+    set_title(figure, title)
+
+
+def fill_of(method: str) -> str:
+    return "#FFFFFF" if method in HOLLOW else COLOURS[method]
+
+
+def draw_point(ax: Axes, x: float, y: float, method: str, found: Interval, axis: str, limit: float) -> None:
+    """A marker with its interval along `axis`, cut at `limit`; an arrow head where the value itself lies beyond it."""
+    beyond = found.estimate > limit
+    if not beyond:
+        low, high = max(0, found.estimate - found.low), max(0, min(found.high, limit) - found.estimate)
+        bar = {f"{axis}err": [[low], [high]], "color": COLOURS[method], "lw": 1.2, "capsize": 2, "zorder": 2}
+        ax.errorbar(x, y, **bar, alpha=0.4 if axis == "y" else 1)  # points of equal size stand behind each other
+    marker = {"x": ">", "y": "^"}[axis] if beyond else MARKERS[method]
+    ax.plot(x, y, marker=marker, ms=5.5, color=COLOURS[method], mfc=fill_of(method), ls="", zorder=3)
+
+
+def draw_row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: float) -> None:
+    colour = COLOURS[cell.method]
+    if not cell.records:
+        say_diverged(ax, cell, row)
+        return
+    found = measure.interval(identity, cell)
+    x = min(found.estimate, limit)
+    draw_point(ax, x, row, cell.method, found, "x", limit)
+    ax.annotate(
+        measure.text(found.estimate),
+        (x if found.estimate > limit else min(found.high, limit), row),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        color=colour,
+        path_effects=[HALO],
+    )
+
+
+def say_diverged(ax: Axes, cell: Cell, row: float) -> None:
+    ax.text(0.99, row, f"{TITLES[cell.method]} diverged", transform=ax.get_yaxis_transform(), ha="right", va="center",
+            fontsize=7.5, color=COLOURS[cell.method])  # fmt: skip
+
+
+def draw_reference(ax: Axes, cells: Cells, measure: Measure) -> None:
+    """Full precision as a line with its interval as a band."""
+    full = cells.get(FULL)
+    if full and full.records:
+        found = measure.interval(identity, full)
+        ax.axvspan(found.low, found.high, color="#000000", alpha=0.06, lw=0, zorder=0)
+        ax.axvline(found.estimate, color="#000000", lw=1, zorder=1)
+        ax.plot(found.estimate, 1, marker="D", ms=5, color="#000000", transform=ax.get_xaxis_transform(), clip_on=False)
+
+
+def off_scale(cells: Cells, measure: Measure) -> float:
+    """Where the scale ends: OFF_SCALE times the best perplexity, if any is above that; accuracies have no end."""
+    if not measure.is_perplexity:
+        return np.inf
+    found = [measure.interval(identity, cell) for cell in cells.values() if cell.records]
+    return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
+
+
+def spread_labels(texts: list, ax: Axes) -> None:
+    """Move labels at the ends of lines apart, up and down only."""
+    low, high = ax.get_ylim()
+    step = (high - low) * 0.028
+    at = -np.inf
+    for text in sorted(texts, key=lambda text: text.get_position()[1]):
+        at = max(at + step, min(text.get_position()[1], high))
+        text.set_y(at)
