@@ -278,8 +278,8 @@ PROFILES = {
         seeds=(0,),
     ),
     "quick": Profile(
-        Sampling(count=40, length=256, batch=64),
-        Training(steps=40, batch=1, learning_rate=3e-4),
+        Sampling(count=32, length=256, batch=64),
+        Training(steps=32, batch=1, learning_rate=3e-4),
         Evaluation(
             ("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40, pairs=16
         ),

@@ -159,7 +159,8 @@ def response_losses(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], le
                 f"length: {length} tokens hold nothing of the response of pair {number}, which starts after {start}"
             )
         requests.append((tokens[:start], tokens[start:]))
-    answers = log_likelihoods(model, requests)
+    with autocast(model.device):
+        answers = log_likelihoods(model, requests)
     return np.array([-answer[0] / len(request[1]) for answer, request in zip(answers, requests, strict=True)])
 
 
@@ -252,7 +253,6 @@ def task_scores(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         sizes = {task: _archive_tasks(task, Path(folder)) for task in tasks if source == "archive"}
         stack.enter_context(_quiet())
-        stack.enter_context(autocast(model.device))
         evaluated = PackedLM(pretrained=model, tokenizer=tokenizer)
         manager = TaskManager(include_path=folder, include_defaults=source == "hub")
         for task in tasks:

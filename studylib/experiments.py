@@ -25,7 +25,7 @@ from studylib.distill import Log, keep_teacher_states, train_llm_qat
 from studylib.evaluation import TASKS, response_losses, task_scores, window_losses
 from studylib.layers import freeze_weights, quantize_model
 from studylib.losses import ATTENTION
-from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
+from studylib.memory import cache_bytes_per_token, keep_freed_memory, peak_memory, weight_bytes
 from studylib.ptq import awq, check_smoothable, gptq, round_to_nearest, smoothquant
 from studylib.records import (
     DATA_CODE,
@@ -48,7 +48,8 @@ TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, t
 GENERATION_WORK = 2  # and a generated one two, with its share of the teacher's pass over the finished text
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
 KEPT_STATES_BYTES = 8 * 2**30  # up to here the teacher's states on the training data are computed once and kept
-CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant, GPTQ and AWQ, whose time grows with them
+CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant and GPTQ, whose time grows with them
+AWQ_WINDOWS = 8  # and for AWQ, which runs each of them some twenty times through every layer
 PAIR_TOKENS = 512  # where an instruction with its response is cut
 HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
 SAMPLES, SAMPLE_TOKENS = 3, 96  # how much of the data a record shows
@@ -95,6 +96,7 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     that is not writable or a record that cannot be read.
     """
     store = Store(results)
+    keep_freed_memory()
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     for arm in missing:
         check(arm)
@@ -297,7 +299,7 @@ def _quantize(arm: Arm, model: PreTrainedModel, data: _Data | None) -> None:
     elif arm.method == GPTQ:
         gptq(model, arm.bits, calibration)
     elif arm.method == AWQ:
-        awq(model, arm.bits, calibration)
+        awq(model, arm.bits, calibration[:AWQ_WINDOWS])
 
 
 def _train(

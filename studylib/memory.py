@@ -1,6 +1,8 @@
 """Bytes: what a quantized model takes by plan, and what a piece of work took at its peak."""
 
 import contextlib
+import ctypes
+import platform
 import threading
 from collections.abc import Iterator
 
@@ -12,6 +14,7 @@ from studylib.layers import CACHE_PROJECTIONS, PER_HEAD, Scheme, decoder_linears
 from studylib.quantizers import OFF, BitWidths
 
 SCALE_BYTES = 4  # scales are fp32
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 FLOAT_BYTES = 2  # what is not quantized is counted at 16 bits
 
 
@@ -55,6 +58,18 @@ def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Schem
 def _packed(numbers: int, scales: int, bits: int, scheme: Scheme) -> int:
     zeros = scales if scheme.grid == "asymmetric" else 0
     return (numbers + zeros) * bits // 8 + scales * SCALE_BYTES
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that was freed, for the rest of the process; does nothing where it is not glibc.
+
+    It would give large blocks back to the system and fetch them anew, page by page, for every tensor of every step: a
+    fifth to a quarter of a training step on a CPU (benchmarks/training_step.py).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager

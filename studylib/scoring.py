@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from studylib.models import autocast
-
 ROW = 512  # tokens of a row, beyond those that the sequence added last shares with others
 CHUNK = 512  # positions whose fp32 logits are held at once
 MIXED = 0.05  # of the largest logit: rounding changes less, a token of another sequence more
@@ -104,30 +102,29 @@ def log_likelihoods(
     and whether greedy decoding would write it.
 
     Nothing is padded, a beginning that several requests have is computed once in a row, and the output head is applied
-    only where a continuation is predicted. Softmax in fp32; products in bf16 where the hardware computes in it.
+    only where a continuation is predicted. Softmax in fp32; products in the autocast type.
     """
     model.eval()
     asked = defaultdict(list)
     for number, (context, continuation) in enumerate(requests):
         asked[(*context, *continuation[:-1])].append(number)
     found = {}
-    with autocast(model.device):
-        for row in _rows(sorted(asked), _longest_packed(model)):
-            numbers = [number for sequence, _ in row.paths for number in asked[sequence]]
-            continuations = [requests[number][1] for number in numbers]
-            lengths = [len(continuation) for continuation in continuations]
-            paths = [path for sequence, path in row.paths for _ in asked[sequence]]
-            at = [index for path, length in zip(paths, lengths, strict=True) for index in path[-length:]]
-            at, target = torch.tensor([at, list(itertools.chain(*continuations))], device=model.device)
-            keep, at = at.unique(return_inverse=True)
-            logits = model(**row.inputs(model), use_cache=False, logits_to_keep=keep).logits[0]
-            normalizer, likeliest = [], []
-            for part in logits.split(CHUNK):
-                part = part.float()
-                normalizer.append(part.logsumexp(1))
-                likeliest.append(part.argmax(1))
-            values = (logits[at, target].float() - torch.cat(normalizer)[at]).cpu().split(lengths)
-            greedy = (torch.cat(likeliest)[at] == target).cpu().split(lengths)
-            for number, log_probs, hits in zip(numbers, values, greedy, strict=True):
-                found[number] = (log_probs.sum().item(), hits.all().item())
+    for row in _rows(sorted(asked), _longest_packed(model)):
+        numbers = [number for sequence, _ in row.paths for number in asked[sequence]]
+        continuations = [requests[number][1] for number in numbers]
+        lengths = [len(continuation) for continuation in continuations]
+        paths = [path for sequence, path in row.paths for _ in asked[sequence]]
+        at = [index for path, length in zip(paths, lengths, strict=True) for index in path[-length:]]
+        at, target = torch.tensor([at, list(itertools.chain(*continuations))], device=model.device)
+        keep, at = at.unique(return_inverse=True)
+        logits = model(**row.inputs(model), use_cache=False, logits_to_keep=keep).logits[0]
+        normalizer, likeliest = [], []
+        for part in logits.split(CHUNK):
+            part = part.float()
+            normalizer.append(part.logsumexp(1))
+            likeliest.append(part.argmax(1))
+        values = (logits[at, target].float() - torch.cat(normalizer)[at]).cpu().split(lengths)
+        greedy = (torch.cat(likeliest)[at] == target).cpu().split(lengths)
+        for number, log_probs, hits in zip(numbers, values, greedy, strict=True):
+            found[number] = (log_probs.sum().item(), hits.all().item())
     return [found[number] for number in range(len(requests))]
