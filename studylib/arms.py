@@ -187,8 +187,7 @@ def _training_words(training: Training | None) -> list[str]:
     words += [] if training.temperature == 1 else [f"KL at temperature {training.temperature:g}"]
     words += [] if training.scale == "token" else [f"loss scale {training.scale}"]
     words += [] if training.mask is None else [f"gradient mask ±{training.mask:g}"]
-    words += [] if training.masters == "fp32" else [f"{training.masters} masters"]
-    return words + [f"extended from {steps} steps" for steps in training.extended_from]
+    return words + ([] if training.masters == "fp32" else [f"{training.masters} masters"])
 
 
 def _scheme_words(scheme: Scheme) -> list[str]:
@@ -242,6 +241,16 @@ class Profile:
     evaluation: Evaluation
     seeds: tuple[int, ...]
     few_shot: tuple[str, ...] = ()
+
+    def extended(self, steps: int) -> "Profile":
+        """This budget with `steps` more for every training, which goes on from where it ended."""
+        if steps == 0:
+            return self
+        if steps < 0:
+            raise ValueError(f"extend: {steps} is not allowed; use 0 or more")
+        done = self.training.steps
+        longer = dict(steps=done + steps, extended_from=(*self.training.extended_from, done))
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, **longer))
 
     def arm(
         self,

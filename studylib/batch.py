@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pandas import DataFrame
 from traitlets.config import Config
 
+from studylib.comparison import listed
 from studylib.records import Record
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -44,25 +46,40 @@ def default_parameters(notebook: Path) -> dict:
     return found
 
 
-def check_parameters(notebook: Path, parameters: dict) -> None:
-    """Raise ValueError where a parameter's name or type is not one of the notebook's (papermill itself only warns)."""
-    defaults = default_parameters(notebook)
-    for name, value in parameters.items():
-        if name not in defaults:
-            raise ValueError(f"parameter: {name!r} is not one of {notebook.name}'s; allowed are {', '.join(defaults)}")
-        kind = type(defaults[name])
-        if type(value) is not kind:
-            raise ValueError(
-                f"parameter {name}: {value!r} is of type {type(value).__name__}; {notebook.name} "
-                f"takes {kind.__name__}, for example {defaults[name]!r}"
-            )
-        items = {type(item) for item in defaults[name]} if kind is list else set()
-        wrong = [item for item in value if type(item) not in items] if items else []
-        if wrong:
-            raise ValueError(
-                f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
-                f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it"
-            )
+def assign_parameters(notebooks: Sequence[Path], parameters: dict) -> dict[Path, dict]:
+    """What each notebook gets of `parameters`: those that it has (papermill itself would only warn of others).
+
+    Raises ValueError for a name that none of the notebooks has, or a type that is not its default's.
+    """
+    defaults = {notebook: default_parameters(notebook) for notebook in notebooks}
+    allowed = dict.fromkeys(name for own in defaults.values() for name in own)
+    for name in parameters:
+        if name not in allowed:
+            names = listed([notebook.name for notebook in notebooks])
+            raise ValueError(f"parameter: {name!r} is not one of {names}; allowed are {', '.join(allowed)}")
+    assigned = {
+        notebook: {name: parameters[name] for name in own if name in parameters} for notebook, own in defaults.items()
+    }
+    for notebook, own in assigned.items():
+        for name, value in own.items():
+            _check_type(notebook, name, value, defaults[notebook][name])
+    return assigned
+
+
+def _check_type(notebook: Path, name: str, value: object, default: object) -> None:
+    kind = type(default)
+    if type(value) is not kind:
+        raise ValueError(
+            f"parameter {name}: {value!r} is of type {type(value).__name__}; {notebook.name} "
+            f"takes {kind.__name__}, for example {default!r}"
+        )
+    items = {type(item) for item in default} if kind is list else set()
+    wrong = [item for item in value if type(item) not in items] if items else []
+    if wrong:
+        raise ValueError(
+            f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
+            f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it"
+        )
 
 
 def execute(notebook: Path, output: Path, parameters: dict) -> Path:

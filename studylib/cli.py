@@ -79,15 +79,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         "results": str(store.folder),
         "output": str(output),
     } | further
-    for notebook in notebooks:
-        batch.check_parameters(notebook, parameters)
+    assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
 
     executed = []
     for notebook in notebooks:
         print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
         try:
-            executed.append(batch.execute(notebook, output, parameters))
+            executed.append(batch.execute(notebook, output, assigned[notebook]))
         except PapermillExecutionError as error:
             print(
                 f"study: {notebook.name} failed: {error.ename}: {error.evalue}\n"

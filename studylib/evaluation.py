@@ -27,6 +27,7 @@ from studylib.sources import cache_folder, fetch
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
 GENERATED = 8  # answers of a batch, in tasks where the model writes them
+ANSWER_TOKENS = 24  # of an answer that never stops by itself; those of TriviaQA are shorter
 EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
 
 
@@ -108,6 +109,10 @@ class PackedLM(HFLM):
 
     def __init__(self, pretrained: PreTrainedModel, tokenizer):
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=GENERATED)
+
+    @property
+    def max_gen_toks(self) -> int:
+        return ANSWER_TOKENS
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
         cut = []

@@ -28,7 +28,7 @@ def test_an_arm_survives_json_and_keeps_its_key(bits, method, seed, name):
             {"sampling": st.sampled_from([{"strategy": "chat"}, {"top_k": 0}, {"temperature": 0.5}])}
         ),
     ),
-    st.sampled_from([{}, {"loss": "kl+hidden"}, {"masters": "bf16", "extended_from": (2,)}, {"mask": 2.0}]),
+    st.sampled_from([{}, {"loss": "kl+hidden"}, {"masters": "bf16"}, {"mask": 2.0}]),
     st.builds(Scheme, st.sampled_from(["symmetric", "statsq"]), st.none(), st.sampled_from(["token", "head"])),
 )
 @settings(deadline=None, max_examples=50)
@@ -51,6 +51,15 @@ def test_the_headline_settings_are_scored_on_few_shot_tasks_as_well():
         assert arm.evaluation.tasks == (*quick.evaluation.tasks, "mmlu", "triviaqa")
     for arm in (quick.arm("m", RTN, "4-8-8"), quick.arm("m", LLM_QAT, "4-8-4", sampling={"strategy": "greedy"})):
         assert arm.evaluation == quick.evaluation
+
+
+def test_an_extended_budget_goes_on_from_where_the_shorter_one_ends():
+    assert SMOKE.extended(0) == SMOKE
+    longer = SMOKE.extended(4).extended(2)
+    assert (longer.training.steps, longer.training.extended_from) == (10, (4, 8))
+    assert longer.arm("m", LLM_QAT, "4-8-4").variant == ""
+    with pytest.raises(ValueError, match="extend: -1"):
+        SMOKE.extended(-1)
 
 
 def test_seeds_share_the_record_of_a_method_that_draws_nothing():
