@@ -208,6 +208,11 @@ def points(value: float) -> str:
     return f"{round(value, 1) + 0.0:,.1f}".replace("-", "−")
 
 
+def signed(value: float, form: Callable[[float], str] = number) -> str:
+    """The value by `form`, with a plus where it is above zero."""
+    return ("+" if value > 0 else "") + form(value)
+
+
 def percent(share: float) -> str:
     """A share as text: 0.0375 is 3.8%, 0.628 is 63%, 2.06 is 206%."""
     return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"

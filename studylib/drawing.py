@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -150,11 +151,22 @@ def off_scale(cells: Cells, measure: Measure) -> float:
     return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
 
 
-def spread_labels(texts: list, ax: Axes) -> None:
-    """Move labels at the ends of lines apart, up and down only."""
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Labels (x, y, text, colour) to the right of the lines that end there, moved apart up and down where they meet."""
     low, high = ax.get_ylim()
-    step = (high - low) * 0.028
-    at = -np.inf
-    for text in sorted(texts, key=lambda text: text.get_position()[1]):
-        at = max(at + step, min(text.get_position()[1], high))
-        text.set_y(at)
+    ends = sorted(ends, key=lambda end: end[1])
+    wanted = np.clip([y for _, y, *_ in ends], low, high)
+    step = min((high - low) * 0.032, (high - low) / max(1, len(ends)))
+    # The nearest positions at least a step apart: those of equal labels, by pooling neighbours that violate it.
+    pools = []
+    for at, y in enumerate(wanted):
+        pools.append([y - at * step, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (y_last, n_last), (y_before, n_before) = pools.pop(), pools.pop()
+            pools.append([(y_last * n_last + y_before * n_before) / (n_last + n_before), n_last + n_before])
+    shifted = np.repeat([y for y, _ in pools], [n for _, n in pools]) + step * np.arange(len(ends))
+    right = max(x for x, *_ in ends)
+    for (x, y, text, colour), at in zip(ends, shifted, strict=True):
+        ax.plot([x, right * 1.03], [y, at], color=colour, lw=0.6)
+        ax.text(right * 1.035, at, text, fontsize=7.5, color=colour, va="center")
+    ax.set_xlim(right=right * 1.4)

@@ -30,6 +30,7 @@ from studylib.comparison import (
     number,
     percent,
     points,
+    signed,
     won_back,
 )
 from studylib.drawing import (
@@ -43,12 +44,12 @@ from studylib.drawing import (
     draw_row_point,
     empty_figure,
     finish,
+    label_ends,
     new_panels,
     off_scale,
     plain_ticks,
     say_diverged,
     set_title,
-    spread_labels,
 )
 from studylib.records import Record
 
@@ -249,7 +250,7 @@ def _difference(ax: Axes, measure: Measure, base: Cell, cell: Cell, row: float) 
     if not beyond:
         ax.plot([found.low, min(found.high, limit)], [row, row], color="#0072B2", lw=1.2, zorder=2)
     ax.plot(x, row, marker=">" if beyond else "o", ms=5.5, color="#0072B2", mfc=fill, ls="", zorder=3)
-    text = f"{'+' if found.estimate > 0 else ''}{points(found.estimate)}"
+    text = signed(found.estimate, points)
     ax.annotate(text, (x if beyond else min(found.high, limit), row), xytext=(5, 0), textcoords="offset points",
                 va="center", fontsize=7.5, color="#0072B2", path_effects=[HALO])  # fmt: skip
 
@@ -261,7 +262,7 @@ def _change(value: np.ndarray, base: np.ndarray) -> np.ndarray:
 def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
     def text(cell: Cell) -> str:
         found = measure.interval(lambda a, b: _change(b, a), base, cell)
-        return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: ('+' if x > 0 else '') + points(x) + '%')}"
+        return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: signed(x, points) + '%')}"
 
     if not others:
         return f"Nothing finished beside {base.title}"
@@ -321,13 +322,13 @@ def _cache_title(full: Cell, others: list[Cell], measure: Measure) -> str:
 
 
 def learning_curve(records: Sequence[Record]) -> Figure:
-    """Held-out loss over the tokens seen by each training: whether more of them would help."""
+    """Held-out loss over the tokens seen by each training, averaged over seeds: whether more of them would help."""
     cells = [cell for cell in gather(records).values() if cell.records and cell.records[0].curve]
     if not cells:
         return empty_figure("No arm was trained")
     with mpl.rc_context(STYLE):
-        figure, (ax,) = new_panels(1, width=9, height=5)
-        texts, left = [], {}
+        figure, (ax,) = new_panels(1, width=9.5, height=5)
+        ends, changes = [], {}
         for at, cell in enumerate(cells):
             tokens = np.array([entry["tokens"] for entry in cell.records[0].curve])
             losses = np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in cell.records])
@@ -336,22 +337,18 @@ def learning_curve(records: Sequence[Record]) -> Figure:
             ax.plot(tokens, mean, marker=".", lw=1.2, **style)
             if len(losses) > 1:
                 ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, lw=0)
-            left[cell.title] = mean[-2] - mean[-1]
             label = cell.setting.variant or f"{TITLES[cell.method]} {cell.bits}"
-            texts.append(ax.text(tokens[-1], mean[-1], f" {label}", fontsize=7.5, color=style["color"], va="center"))
-        finite = [line.get_ydata()[np.isfinite(line.get_ydata())] for line in ax.lines]
-        ends = np.array([values[-1] for values in finite if len(values)])
-        ax.set_ylim(ends.min() - 0.1, min(max(v.max() for v in finite if len(v)), 2 * ends.max()))
-        ax.set_xlim(right=ax.get_xlim()[1] * 1.3)
+            changes[label] = mean[-1] - mean[-2]
+            ends.append((tokens[-1], mean[-1], label, style["color"]))
+        drawn = np.concatenate([line.get_ydata() for line in ax.lines])
+        finite = drawn[np.isfinite(drawn)]
+        ax.set_ylim(finite.min() - 0.05 * np.ptp(finite), min(finite.max() + 0.05 * np.ptp(finite), 3 * finite.min()))
+        label_ends(ax, [end for end in ends if np.isfinite(end[1])])
         ax.set_xlabel("Tokens seen in training")
         ax.set_ylabel("Held-out loss, nats a token (lower is better)")
-        spread_labels(texts, ax)
-        most = max(left, key=left.get)
-        set_title(
-            figure,
-            f"In the last quarter of training the held-out loss still falls by {number(min(left.values()))} to "
-            f"{number(left[most])} nats a token (most: {most})",
-        )
+        ranked = sorted(changes, key=changes.get)
+        found = listed([f"{signed(changes[name])} ({name})" for name in dict.fromkeys((ranked[0], ranked[-1]))])
+        set_title(figure, f"Change of the held-out loss over the last quarter of training, nats a token: {found}")
     return figure
 
 
