@@ -79,7 +79,7 @@ def empty_figure(why: str) -> Figure:
 
 
 def set_title(figure: Figure, text: str) -> None:
-    width = int(figure.get_figwidth() * 11.5)
+    width = int(figure.get_figwidth() * 10.8)
     figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
 
 

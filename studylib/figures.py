@@ -139,8 +139,8 @@ def _recovery_title(cells: Cells, measure: Measure, bits: str) -> str:
     found = [(TITLES[cell.method], won_back(measure, full, rtn, cell)[1]) for cell in others]
     if any(share is None for _, share in found):
         return f"At {bits} RTN loses an undecided amount of {measure.title}: {loss.text(measure.text)}"
-    shares = listed([f"{title} wins back {share.text(percent)}" for title, share in found])
-    return f"Of the {measure.title} that RTN loses at {bits}, {shares}"
+    shares = listed([f"{title} {share.text(percent)}" for title, share in found])
+    return f"Won back of the {measure.title} that RTN loses at {bits}: by {shares}"
 
 
 def size_accuracy(records: Sequence[Record]) -> Figure:
@@ -250,7 +250,7 @@ def _difference(ax: Axes, measure: Measure, base: Cell, cell: Cell, row: float) 
     if not beyond:
         ax.plot([found.low, min(found.high, limit)], [row, row], color="#0072B2", lw=1.2, zorder=2)
     ax.plot(x, row, marker=">" if beyond else "o", ms=5.5, color="#0072B2", mfc=fill, ls="", zorder=3)
-    text = signed(found.estimate, points)
+    text = signed(found.estimate, _change_text)
     ax.annotate(text, (x if beyond else min(found.high, limit), row), xytext=(5, 0), textcoords="offset points",
                 va="center", fontsize=7.5, color="#0072B2", path_effects=[HALO])  # fmt: skip
 
@@ -259,16 +259,23 @@ def _change(value: np.ndarray, base: np.ndarray) -> np.ndarray:
     return 100 * (value / base - 1)
 
 
+def _change_text(value: float) -> str:
+    return points(value) if abs(value) < 99.95 else number(value)
+
+
 def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
     def text(cell: Cell) -> str:
         found = measure.interval(lambda a, b: _change(b, a), base, cell)
-        return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: signed(x, points) + '%')}"
+        return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: signed(x, _change_text) + '%')}"
 
     if not others:
         return f"Nothing finished beside {base.title}"
-    ranked = sorted(others, key=lambda cell: measure.value(identity, cell))
-    ends = [ranked[0]] if len(ranked) == 1 else [ranked[0], ranked[-1]]
-    return f"Beside {base.title}, {measure.title} changes most by: {listed([text(cell) for cell in ends])}"
+    ranked = sorted(
+        [cell for cell in others if cell.method == base.method] or others,
+        key=lambda cell: measure.value(identity, cell),
+    )
+    ends = [f"best {text(ranked[0])}"] + ([f"worst {text(ranked[-1])}"] if len(ranked) > 1 else [])
+    return f"{capital(measure.title)} beside {base.title}: {', '.join(ends)}"
 
 
 def cache_cost(records: Sequence[Record]) -> Figure:

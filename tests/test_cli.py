@@ -74,7 +74,7 @@ def test_list_and_show(finished, capsys):
     assert main(["list", "--results", str(finished[0])]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list((finished[0] / "records").glob("*.json")))
-    (line,) = [line for line in lines if "LLM-QAT 4-8-4  " in line]
+    (line,) = [line for line in lines if "  LLM-QAT 4-8-4  " in line]
     assert "seed 0  finished" in line and "wikipedia" in line
     assert main(["show", line.split()[0][:8], "--results", str(finished[0])]) == 0
     record = json.loads(capsys.readouterr().out)

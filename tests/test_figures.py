@@ -43,9 +43,11 @@ def test_title_axes_and_legend(ablations, draw, tmp_path):
 
 def test_titles_say_the_finding(picture):
     assert "RTN multiplies perplexity on Wikipedia by 1.01 at 8-8-8" in flat(figures.bit_allocation(picture))
-    assert "Wikipedia that RTN loses at 4-8-4, LLM-QAT wins back 85% [85%, 85%]" in flat(figures.recovery(picture))
+    assert "Wikipedia that RTN loses at 4-8-4: by LLM-QAT 85% [85%, 85%]" in flat(figures.recovery(picture))
     assert "last quarter of training, nats a token: −0.0149 (LLM-QAT 8-8-8)" in flat(figures.learning_curve(picture))
-    assert "Wikipedia changes most by: RTN +146.0% [+146.0%, +146.0%]" in flat(differences(picture[4:5] + picture[8:]))
+    assert "Wikipedia beside LLM-QAT at 4-8-4: best RTN +146% [+146%, +146%]" in flat(
+        differences(picture[4:5] + picture[8:])
+    )
     assert "35% [35%, 35%] at 100% of the bytes (4 bits, scale a token, keys before rotary)" in flat(
         figures.cache_cost([picture[0], picture[2]])
     )

@@ -96,4 +96,4 @@ def test_published_files(page, picture, tmp_path):
     }
     published = json.loads((folder / "published.json").read_text())
     assert published["records"] == [record.key for record in picture]
-    assert published["figures"]["recovery"].startswith("Of the perplexity on Wikipedia that RTN loses")
+    assert published["figures"]["recovery"].startswith("Won back of the perplexity on Wikipedia that RTN")
