@@ -157,10 +157,10 @@ def _best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
     for other in others:
         effect, _, text = _cost(measure, best, other)
         verdicts.append(_above(effect, 0))
-        texts.append(f"{_short(other)} is worse by {text.partition(' (tol')[0]}")
+        texts.append(f"{_short(other)} by {text.partition(' (tol')[0]}")
         effects.append(effect)
     smallest = min(effects, key=lambda effect: effect.estimate)
-    return smallest, _worst(verdicts), f"beside {best.title}, {listed(texts)}."
+    return smallest, _worst(verdicts), f"worse than {best.title}: {listed(texts)}."
 
 
 def _short(cell: Cell) -> str:
