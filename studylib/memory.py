@@ -64,7 +64,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep memory that was freed, for the rest of the process; does nothing where it is not glibc.
 
     It would give large blocks back to the system and fetch them anew, page by page, for every tensor of every step: a
-    fifth to a quarter of a training step on a CPU (benchmarks/training_step.py).
+    fifth of a training step of 256 tokens on two cores.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is not None:
