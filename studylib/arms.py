@@ -6,13 +6,13 @@ import typing
 from dataclasses import dataclass
 from types import NoneType, UnionType
 
-from studylib.corpora import check_corpus
 from studylib.distill import Training
-from studylib.evaluation import ZERO_SHOT, validate_tasks
+from studylib.evaluation import ZERO_SHOT, Evaluation
 from studylib.layers import AFTER_ROTARY, PER_HEAD, Scheme
 from studylib.losses import ATTENTION, KL
 from studylib.quantizers import BitWidths
 from studylib.sampling import Sampling
+from studylib.training_data import RealText
 
 METHODS = FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT = (
     "full-precision",
@@ -37,53 +37,6 @@ CALIBRATED = (SMOOTHQUANT, GPTQ, AWQ)
 HEADLINE = ("16-16-16", "4-8-4")  # the settings of the papers' main tables, which few-shot tasks are run at as well
 CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
 GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model is scored on: `windows` windows of `length` tokens of each corpus, `items` of each task (None: all),
-    and the responses of `pairs` held-out Alpaca pairs.
-
-    source "archive" reads the pinned benchmark files, "hub" lm-eval's own data sets.
-    """
-
-    corpora: tuple[str, ...]
-    windows: int
-    length: int
-    tasks: tuple[str, ...] = ()
-    items: int | None = None
-    pairs: int = 0
-    source: str = "archive"
-
-    def __post_init__(self):
-        for corpus in self.corpora:
-            check_corpus(corpus)
-        validate_tasks(self.tasks)
-        for name, least in (("windows", 1), ("length", 2), ("items", 1), ("pairs", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: {value!r} is not allowed; use {least} or more")
-        if self.source not in ("archive", "hub"):
-            raise ValueError(f"source: {self.source!r} is not known; use 'archive' or 'hub'")
-
-
-@dataclass(frozen=True)
-class RealText:
-    """Training windows of real text: `count` windows of `length` tokens of a corpus's training split, in random order.
-
-    Where the split has fewer, they come again, in another order.
-    """
-
-    corpus: str
-    count: int
-    length: int
-    seed: int = 0
-
-    def __post_init__(self):
-        check_corpus(self.corpus)
-        for name, least in (("count", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
 
 
 @dataclass(frozen=True)
@@ -151,8 +104,11 @@ class Arm:
         return TITLES[self.method] + bits + (f" ({self.variant})" if self.variant else "")
 
     def canonical(self) -> str:
-        """JSON with sorted keys: the same for equal arms."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """JSON with sorted keys: the same for equal arms.
+
+        Fields that are as by default are left out, so that a new one changes no arm that does not use it.
+        """
+        return json.dumps(_chosen(self), sort_keys=True)
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Arm":
@@ -195,6 +151,14 @@ def _scheme_words(scheme: Scheme) -> list[str]:
     words += [] if scheme.weight_group is None else [f"weight groups of {scheme.weight_group}"]
     words += ["cache scale a head"] if scheme.cache_scale == PER_HEAD else []
     return words + (["keys after rotary"] if scheme.keys == AFTER_ROTARY else [])
+
+
+def _chosen(value):
+    """A dataclass as a dictionary of the fields that are not as by default."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    named = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {field.name: _chosen(own) for field, own in named if own != field.default}
 
 
 def _build(cls, fields: dict, where: str):
@@ -290,7 +254,7 @@ PROFILES = {
         Sampling(count=32, length=256, batch=64),
         Training(steps=32, batch=1, learning_rate=3e-4),
         Evaluation(
-            ("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40, pairs=16
+            ("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40, pairs=32
         ),
         seeds=(0,),
         few_shot=("mmlu", "triviaqa"),
@@ -298,14 +262,14 @@ PROFILES = {
     "full": Profile(
         Sampling(count=4096, length=512, batch=128),
         Training(steps=512, batch=8, learning_rate=1e-4),
-        Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=ZERO_SHOT, items=1000, pairs=500),
+        Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=ZERO_SHOT, items=1000, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),
     ),
     "paper": Profile(
         Sampling(count=96_000, length=2048, batch=256),
         Training(steps=12_000, batch=8, learning_rate=2e-5),
-        Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=500),
+        Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),
     ),

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studylib.arms import FULL_PRECISION, METHODS, TITLES, Evaluation, corpus_title
-from studylib.evaluation import ZERO_SHOT
+from studylib.arms import FULL_PRECISION, METHODS, TITLES, corpus_title
+from studylib.evaluation import ZERO_SHOT, Evaluation
 from studylib.quantizers import BitWidths
 from studylib.records import FINISHED, Record
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean

@@ -13,6 +13,7 @@ from studylib.sources import fetch
 
 CORPORA = {"wikipedia": "wiki_demo.txt", "c4": "c4_demo.jsonl"}
 SPLITS = ("evaluation", "training")
+ALPACA = "alpaca"
 PAIRS = "alpaca_en_demo.json"
 INPUT = "\n\n### Input:\n"  # what joins an instruction and its input in Alpaca's prompts
 
@@ -75,21 +76,81 @@ def documents(corpus: str, split: str) -> list[str]:
     return chosen
 
 
-def instruction_pairs(split: str) -> list[Pair]:
-    """The Alpaca pairs of one split, by the rule of `documents`; repeated ones and empty responses are left out.
+def check_instructions(source: str) -> None:
+    """Raise ValueError unless `source` is "alpaca" or a local .json (a list) or .jsonl (a line each) file of pairs."""
+    if source != ALPACA and not (source.endswith((".json", ".jsonl")) and Path(source).is_file()):
+        raise ValueError(
+            f"instructions: {source!r} is not known; use {ALPACA}, or the path of a .json (a list) or .jsonl (a line "
+            'each) file of objects with "instruction", "output" and, if any, "input"'
+        )
 
-    Raises ValueError for an unknown split or a file that is no list of such pairs.
+
+def instruction_pairs(split: str, source: str = ALPACA) -> list[Pair]:
+    """The pairs of one split, by the rule of `documents`; repeated ones and empty responses are left out.
+
+    Raises ValueError for an unknown split or source, a file that holds no such pairs, or a split without any.
     """
     _check_split(split)
-    (path,) = fetch("corpora").rglob(PAIRS)
+    check_instructions(source)
+    path = Path(source) if source != ALPACA else next(fetch("corpora").rglob(PAIRS))
+    pairs = list(dict.fromkeys(_pair(row, path, number) for number, row in enumerate(_rows(path), 1)))
+    chosen = [pair for pair in pairs[SPLITS.index(split) :: 2] if pair.response]
+    if not chosen:
+        raise ValueError(f"instructions {source!r}: it has no pairs for {split} (it needs two with a response or more)")
+    return chosen
+
+
+def _rows(path: Path) -> list:
+    text = path.read_text(encoding="utf-8")
     try:
-        pairs = [
-            Pair(INPUT.join(filter(None, (row["instruction"].strip(), row["input"].strip()))), row["output"].strip())
-            for row in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is not a JSON list of objects with "instruction", "input" and "output"') from error
-    return [pair for pair in list(dict.fromkeys(pairs))[SPLITS.index(split) :: 2] if pair.response]
+        rows = (
+            [json.loads(line) for line in text.split("\n") if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except ValueError as error:
+        raise ValueError(f"instructions {path}: it is not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"instructions {path}: it is not a JSON list of pairs")
+    return rows
+
+
+def _pair(row: dict, path: Path, number: int) -> Pair:
+    try:
+        instruction = INPUT.join(filter(None, (row["instruction"].strip(), row.get("input", "").strip())))
+        return Pair(instruction, row["output"].strip())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'instructions {path}: entry {number} is no object with the texts "instruction" and "output"'
+        ) from error
+
+
+def conversation(tokenizer, pair: Pair) -> tuple[list[int], int]:
+    """The token ids of a pair, and how many of them come before the response, which ends with what closes it.
+
+    In the tokenizer's chat template, or in Alpaca's prompt where it has none.
+    """
+    if tokenizer.chat_template:
+        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+        messages = [{"role": "user", "content": pair.instruction}, {"role": "assistant", "content": mark}]
+        before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
+        response = pair.response + after.rstrip()
+    else:
+        given = ", paired with an input that provides further context" if INPUT in pair.instruction else ""
+        before = (
+            f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{pair.instruction}\n\n### Response:"
+        )
+        response = pair.response + (tokenizer.eos_token or "")
+    special = not tokenizer.chat_template  # a template writes them itself
+    start = len(tokenizer(before, add_special_tokens=special).input_ids)
+    return tokenizer(before + response, add_special_tokens=special).input_ids, start
+
+
+def evenly_spaced(count: int, available: int) -> Tensor:
+    """The indices of `count` of `available` things, evenly spaced; of all where there are fewer."""
+    count = min(count, available)
+    return torch.arange(count) * available // count
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,5 +175,4 @@ def windows(corpus: str, tokenizer, length: int, count: int | None, split: str) 
         raise ValueError(
             f"windows: {count} of {length} tokens are more than the {available} that {corpus!r} has for {split}"
         )
-    chosen = torch.arange(count) * available // count
-    return stream[: available * length].view(available, length)[chosen]
+    return stream[: available * length].view(available, length)[evenly_spaced(count, available)]

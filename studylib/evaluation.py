@@ -20,7 +20,8 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from studylib.corpora import INPUT, Pair
+from studylib.corpora import Pair, check_corpus, conversation, evenly_spaced, instruction_pairs
+from studylib.corpora import windows as corpus_windows
 from studylib.models import autocast
 from studylib.scoring import log_likelihoods
 from studylib.sources import cache_folder, fetch
@@ -28,6 +29,7 @@ from studylib.sources import cache_folder, fetch
 CHUNK = 512  # tokens whose fp32 logits are held at once
 GENERATED = 8  # answers of a batch, in tasks where the model writes them
 ANSWER_TOKENS = 24  # of an answer that never stops by itself; those of TriviaQA are shorter
+PAIR_TOKENS = 512  # where an instruction with its response is cut
 EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
 
 
@@ -85,6 +87,34 @@ def validate_tasks(tasks: Sequence[str]) -> None:
             raise ValueError(f"task: {task!r} is not known; use {', '.join(TASKS)}")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is scored on: `windows` windows of `length` tokens of each corpus, `items` of each task (None: all),
+    and the responses of `pairs` held-out Alpaca pairs.
+
+    source "archive" reads the pinned benchmark files, "hub" lm-eval's own data sets.
+    """
+
+    corpora: tuple[str, ...]
+    windows: int
+    length: int
+    tasks: tuple[str, ...] = ()
+    items: int | None = None
+    pairs: int = 0
+    source: str = "archive"
+
+    def __post_init__(self):
+        for corpus in self.corpora:
+            check_corpus(corpus)
+        validate_tasks(self.tasks)
+        for name, least in (("windows", 1), ("length", 2), ("items", 1), ("pairs", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: {value!r} is not allowed; use {least} or more")
+        if self.source not in ("archive", "hub"):
+            raise ValueError(f"source: {self.source!r} is not known; use 'archive' or 'hub'")
+
+
 @torch.no_grad()
 def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> np.ndarray:
     """Mean negative log-likelihood in nats of the tokens after the first, for each window: [N, T] ids -> [N] float64.
@@ -131,34 +161,17 @@ class PackedLM(HFLM):
         return answers
 
 
-def _conversation(tokenizer, pair: Pair) -> tuple[str, str]:
-    """The text before a response, and the response with the end that closes it."""
-    if tokenizer.chat_template:
-        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-        messages = [{"role": "user", "content": pair.instruction}, {"role": "assistant", "content": mark}]
-        before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
-        return before, pair.response + after.rstrip()
-    given = ", paired with an input that provides further context" if INPUT in pair.instruction else ""
-    prompt = (
-        f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
-        f"request.\n\n### Instruction:\n{pair.instruction}\n\n### Response:"
-    )
-    return prompt, pair.response + (tokenizer.eos_token or "")
-
-
 def response_losses(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int) -> np.ndarray:
     """Mean negative log-likelihood in nats of each response's tokens, its end token included, given the instruction:
     [N] float64.
 
-    Instructions stand in the tokenizer's chat template, or in Alpaca's prompt where it has none; what comes after
-    `length` tokens is left out. Raises ValueError where that leaves nothing of a response.
+    Pairs are written as corpora.conversation does; what comes after `length` tokens is left out. Raises ValueError
+    where that leaves nothing of a response.
     """
-    special = not tokenizer.chat_template  # a template writes them itself
     requests = []
     for number, pair in enumerate(pairs):
-        before, response = _conversation(tokenizer, pair)
-        start = len(tokenizer(before, add_special_tokens=special).input_ids)
-        tokens = tokenizer(before + response, add_special_tokens=special).input_ids[:length]
+        tokens, start = conversation(tokenizer, pair)
+        tokens = tokens[:length]
         if start >= len(tokens):
             raise ValueError(
                 f"length: {length} tokens hold nothing of the response of pair {number}, which starts after {start}"
@@ -224,13 +237,12 @@ def _quiet():
             logger.setLevel(level)
 
 
-def _evenly_spaced(sizes: dict[str, int], wanted: int | None) -> dict[str, list[int]]:
+def _choose(sizes: dict[str, int], wanted: int | None) -> dict[str, list[int]]:
     """Which items of each part are among `wanted` of all of them in the order of the parts' names; no part without."""
     everything = [(name, item) for name in sorted(sizes) for item in range(sizes[name])]
-    count = len(everything) if wanted is None else min(wanted, len(everything))
     chosen = defaultdict(list)
-    for i in range(count):
-        name, item = everything[i * len(everything) // count]
+    for i in evenly_spaced(len(everything) if wanted is None else wanted, len(everything)):
+        name, item = everything[i]
         chosen[name].append(item)
     return dict(chosen)
 
@@ -262,11 +274,11 @@ def task_scores(
         manager = TaskManager(include_path=folder, include_defaults=source == "hub")
         for task in tasks:
             if source == "archive":
-                chosen = _evenly_spaced(sizes[task], items)
+                chosen = _choose(sizes[task], items)
                 parts = manager.load(list(chosen))["tasks"]
             else:
                 parts = manager.load(TASKS[task].name)["tasks"]
-                chosen = _evenly_spaced({name: len(part.eval_docs) for name, part in parts.items()}, items)
+                chosen = _choose({name: len(part.eval_docs) for name, part in parts.items()}, items)
                 parts = {name: parts[name] for name in chosen}
             for part in parts.values():
                 part.set_config(key="num_fewshot", value=TASKS[task].shots)
@@ -278,3 +290,23 @@ def task_scores(
             rows = [row for name in chosen for row in sorted(samples[name], key=lambda row: row["doc_id"])]
             scores[task] = {metric: np.array([float(row[metric]) for row in rows]) for metric in rows[0]["metrics"]}
     return scores
+
+
+def score(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics by name and the per-item scores behind them, for what is wanted."""
+    metrics, scores = {}, {}
+    for corpus in wanted.corpora:
+        windows = corpus_windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+        losses = scores[f"loss/{corpus}"] = window_losses(model, windows)
+        with np.errstate(over="ignore"):
+            metrics[f"perplexity/{corpus}"] = float(np.exp(losses.mean()))
+    if wanted.tasks:
+        for task, by_metric in task_scores(model, tokenizer, wanted.tasks, wanted.items, wanted.source).items():
+            scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
+            scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
+            metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
+    if wanted.pairs:
+        pairs = instruction_pairs("evaluation")[: wanted.pairs]
+        scores["loss/responses"] = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
+        metrics["perplexity/responses"] = float(np.exp(scores["loss/responses"].mean()))
+    return metrics, scores

@@ -10,23 +10,20 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
-from studylib import corpora, models
-from studylib.arms import AWQ, CALIBRATED, GPTQ, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm, Evaluation, RealText
-from studylib.distill import Log, keep_teacher_states, train_llm_qat
-from studylib.evaluation import TASKS, response_losses, task_scores, window_losses
-from studylib.layers import freeze_weights, quantize_model
-from studylib.losses import ATTENTION
+from studylib import corpora, methods, models
+from studylib.arms import AWQ, CALIBRATED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
+from studylib.evaluation import TASKS, Evaluation, score
+from studylib.layers import quantize_model
 from studylib.memory import cache_bytes_per_token, keep_freed_memory, peak_memory, weight_bytes
-from studylib.ptq import awq, check_smoothable, gptq, round_to_nearest, smoothquant
+from studylib.ptq import check_smoothable
 from studylib.records import (
     DATA_CODE,
     DIVERGED,
@@ -40,19 +37,14 @@ from studylib.records import (
     digest,
     environment,
 )
-from studylib.sampling import chat_opening, check_length, generate_windows
+from studylib.sampling import CHAT, chat_opening, check_length
 from studylib.sources import fetch
-from studylib.text_statistics import text_statistics
+from studylib.training import Log
+from studylib.training_data import RealText, TrainingData, prepare
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
 GENERATION_WORK = 2  # and a generated one two, with its share of the teacher's pass over the finished text
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
-KEPT_STATES_BYTES = 8 * 2**30  # up to here the teacher's states on the training data are computed once and kept
-CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant and GPTQ, whose time grows with them
-AWQ_WINDOWS = 8  # and for AWQ, which runs each of them some twenty times through every layer
-PAIR_TOKENS = 512  # where an instruction with its response is cut
-HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
-SAMPLES, SAMPLE_TOKENS = 3, 96  # how much of the data a record shows
 
 Progress = Callable[[int], None]
 
@@ -67,7 +59,9 @@ def check(arm: Arm) -> None:
         check_length(skeleton, length)
     if arm.method in (SMOOTHQUANT, AWQ, SMOOTHQUANT_QAT):
         check_smoothable(skeleton)
-    if getattr(arm.data, "strategy", None) == "chat":
+    if isinstance(arm.data, RealText):
+        corpora.windows(arm.data.corpus, models.load_tokenizer(arm.model), arm.data.length, 1, "training")
+    elif arm.data and arm.data.strategy == CHAT:
         chat_opening(models.load_tokenizer(arm.model))
     _check_evaluation(arm.model, arm.evaluation)
 
@@ -155,14 +149,15 @@ def carry_out(
             tokens["data"] = data.windows.numel()
         if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
             with phase("quantize"):
-                _quantize(arm, model, data)
+                methods.quantize(arm, model, data and data.windows)
         if arm.training:
             with phase("train"):
-                log = _train(arm, model, tokenizer, data, store, keep_checkpoints, progress)
+                work = functools.partial(_times, progress, TRAINING_WORK)
+                log = methods.train(arm, model, tokenizer, data, _checkpoints(arm, store), keep_checkpoints, work)
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
         diverged = bool(log.steps) and not math.isfinite(log.steps[-1]["loss"])
         with phase("evaluate"), _counted(model, progress) as seen:
-            metrics, scores = ({}, {}) if diverged else score(arm, model, tokenizer)
+            metrics, scores = ({}, {}) if diverged else score(model, tokenizer, arm.evaluation)
         tokens["evaluated"] = seen["tokens"]
     del model
     gc.collect()
@@ -197,138 +192,26 @@ def _json_numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
-def score(arm: Arm, model: PreTrainedModel, tokenizer) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics by name and the per-item scores behind them, for what arm.evaluation asks for."""
-    wanted = arm.evaluation
-    metrics, scores = {}, {}
-    for corpus in wanted.corpora:
-        windows = corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
-        losses = scores[f"loss/{corpus}"] = window_losses(model, windows)
-        with np.errstate(over="ignore"):
-            metrics[f"perplexity/{corpus}"] = float(np.exp(losses.mean()))
-    if wanted.tasks:
-        for task, by_metric in task_scores(model, tokenizer, wanted.tasks, wanted.items, wanted.source).items():
-            scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
-            scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
-            metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
-    if wanted.pairs:
-        pairs = corpora.instruction_pairs("evaluation")[: wanted.pairs]
-        scores["loss/responses"] = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
-        metrics["perplexity/responses"] = float(np.exp(scores["loss/responses"].mean()))
-    return metrics, scores
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Windows [N, T] and what was found out about them; the teacher for training on them and its output matrix."""
-
-    windows: Tensor
-    statistics: dict[str, float]
-    samples: list[str]
-    teacher: np.ndarray | PreTrainedModel | None
-    head: Tensor
+def _times(progress: Progress, work: int, tokens: int) -> None:
+    progress(tokens * work)
 
 
 def _prepare_data(
     arm: Arm, model: PreTrainedModel, tokenizer, identity: dict, store: Store, progress: Progress
-) -> _Data:
-    """The arm's windows, made once for all arms that share them, with their statistics and the teacher's outputs."""
+) -> TrainingData:
+    """The arm's windows, made once for all arms that share them."""
     described = {
         "model": identity,
         "data": dataclasses.asdict(arm.data),
         "code": code_versions((*DATA_CODE, "corpora"), ("torch", "transformers")),
     }
     folder = store.data_folder(digest(json.dumps(described, sort_keys=True)))
+    states = folder / f"teacher_states-{code_hash('distill')[:8]}.npy"
+    teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
     with store.lock(f"data-{folder.name}"):
-        windows = _windows(arm, model, tokenizer, folder, progress)
+        data = prepare(model, tokenizer, arm.data, arm.training, folder, states, teacher, progress)
         (folder / "provenance.json").write_text(json.dumps(described | environment(), indent=1))
-        statistics = folder / "statistics.json"
-        if not statistics.exists():
-            with models.autocast(model.device):
-                found = text_statistics(model, windows)
-            partial = statistics.with_suffix(".partial")
-            partial.write_text(json.dumps(found))
-            os.replace(partial, statistics)
-        head = model.get_output_embeddings().weight.detach().clone()
-        teacher = _teacher(arm, model, windows, folder, progress)
-    shown = [tokenizer.decode(window[:SAMPLE_TOKENS]) for window in windows[:SAMPLES]]
-    return _Data(windows, json.loads(statistics.read_text()), shown, teacher, head)
-
-
-def _teacher(
-    arm: Arm, model: PreTrainedModel, windows: Tensor, folder: Path, progress: Progress
-) -> np.ndarray | PreTrainedModel | None:
-    """The teacher's kept hidden states where the loss needs no more and they fit, a second copy of the model where it
-    does, nothing where no loss reads the teacher."""
-    training = arm.training
-    if training is None or not (training.needs_teacher_states or training.features):
-        return None
-    width = model.get_output_embeddings().weight.shape[1]
-    if not training.features and windows.numel() * width * 4 <= KEPT_STATES_BYTES:
-        states = folder / f"teacher_states-{code_hash('distill')[:8]}.npy"
-        return keep_teacher_states(model, windows, states, progress=progress)
-    teacher = models.load_model(arm.model, models.compute_dtype()).requires_grad_(False)
-    if ATTENTION in training.features:
-        teacher.set_attn_implementation("eager")
-    return teacher
-
-
-def _windows(arm: Arm, model: PreTrainedModel, tokenizer, folder: Path, progress: Progress) -> Tensor:
-    if isinstance(arm.data, RealText):
-        folder.mkdir(parents=True, exist_ok=True)
-        return _real_windows(arm.data, tokenizer)
-    opening = chat_opening(tokenizer) if arm.data.strategy == "chat" else ()
-    return generate_windows(model, arm.data, folder, opening, progress)
-
-
-def _real_windows(data: RealText, tokenizer) -> Tensor:
-    windows = corpora.windows(data.corpus, tokenizer, data.length, None, "training")
-    shuffle = torch.Generator().manual_seed(data.seed)
-    rounds = -(-data.count // len(windows))
-    order = torch.cat([torch.randperm(len(windows), generator=shuffle) for _ in range(rounds)])
-    return windows[order[: data.count]]
-
-
-def _quantize(arm: Arm, model: PreTrainedModel, data: _Data | None) -> None:
-    """Everything that is done to the model before it is trained, or instead."""
-    calibration = data.windows[:CALIBRATION_WINDOWS] if data else None
-    if arm.method in (SMOOTHQUANT, SMOOTHQUANT_QAT):
-        smoothquant(model, calibration)
-    if arm.method in (RTN, SMOOTHQUANT):
-        round_to_nearest(model, arm.bits, arm.scheme)
-    elif arm.method == GPTQ:
-        gptq(model, arm.bits, calibration)
-    elif arm.method == AWQ:
-        awq(model, arm.bits, calibration[:AWQ_WINDOWS])
-
-
-def _train(
-    arm: Arm, model: PreTrainedModel, tokenizer, data: _Data, store: Store, keep: bool, progress: Progress
-) -> Log:
-    attention = model.config._attn_implementation
-    if ATTENTION in arm.training.features:
-        model.set_attn_implementation("eager")
-    quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask, tokens=data.windows[: arm.training.batch])
-    held_out = [
-        corpora.windows(corpus, tokenizer, arm.data.length, HELD_OUT_WINDOWS, "evaluation")
-        for corpus in arm.evaluation.corpora
-    ]
-    log = train_llm_qat(
-        model,
-        data.teacher,
-        data.head,
-        data.windows,
-        arm.training,
-        _checkpoints(arm, store),
-        seed=arm.seed,
-        held_out=torch.cat(held_out),
-        keep=keep,
-        progress=lambda n: progress(n * TRAINING_WORK),
-    )
-    if ATTENTION in arm.training.features:
-        model.set_attn_implementation(attention)
-    freeze_weights(model)
-    return log
+    return data
 
 
 def _checkpoints(arm: Arm, store: Store) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import platform
 import threading
 from collections.abc import Iterator
@@ -72,6 +73,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _give_back_freed_memory() -> None:
+    """So that what was freed before is not counted as in use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.libc_ver()[0] == "glibc" else None
+    if trim is not None:
+        trim(0)
+
+
 @contextlib.contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
     """Measure the peak of the work inside: {"bytes": int} is filled in at its end.
@@ -86,6 +95,7 @@ def peak_memory() -> Iterator[dict[str, int]]:
         finally:
             peak["bytes"] = torch.cuda.max_memory_allocated()
         return
+    _give_back_freed_memory()
     process, done = psutil.Process(), threading.Event()
 
     def watch():

@@ -149,14 +149,15 @@ def initial_step(magnitude: Tensor, grid: Grid) -> Tensor:
 
 
 def _levels(rows: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    levels = torch.round(rows.float() / scale)
+    levels = (rows.float() / scale).round_()
     if grid.kind == "symmetric":  # these cannot leave the range: |x| / (max|x| / high) rounds to at most `high` in fp32
         return levels
-    return (levels if zero is None else levels + zero).clamp(grid.low, grid.high)
+    return (levels if zero is None else levels.add_(zero)).clamp_(grid.low, grid.high)
 
 
 def _values(levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    return levels * scale if zero is None else (levels - zero) * scale
+    """Overwrites `levels`."""
+    return levels.mul_(scale) if zero is None else levels.sub_(zero).mul_(scale)
 
 
 def quantize(x: Tensor, grid: Grid, step: Tensor | None = None) -> Quantized:

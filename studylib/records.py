@@ -19,10 +19,10 @@ from filelock import FileLock
 
 from studylib.arms import CALIBRATED, SMOOTHQUANT_QAT, Arm
 
-COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory", "experiments")
-DATA_CODE = ("decoding", "sampling", "text_statistics")
-TRAINING_CODE = ("losses", "distill")
-PTQ_CODE = ("ptq",)
+COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory")
+DATA_CODE = ("decoding", "sampling", "text_statistics", "training_data")
+TRAINING_CODE = ("losses", "training", "distill", "methods")
+PTQ_CODE = ("ptq", "methods")
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
 PTQ_LIBRARIES = ("llmcompressor", "compressed-tensors")
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from studylib.corpora import evenly_spaced
 from studylib.models import autocast
 
 CHUNK = 256  # tokens whose fp32 logits are held at once: 256 x 49,152 x 4 bytes = 50 MB
@@ -23,7 +24,7 @@ def text_statistics(model: PreTrainedModel, windows: Tensor, limit: int = 16) ->
     """
     if windows.shape[1] < 4:
         raise ValueError(f"windows: {windows.shape[1]} tokens a window hold no 4-gram; use 4 or more")
-    entropy, loss = _entropy_and_loss(model, windows[_evenly_spaced(len(windows), limit)])
+    entropy, loss = _entropy_and_loss(model, windows[evenly_spaced(limit, len(windows))])
     pairs, fours = _pairs_and_fours(windows)
     ordered = fours.sort(1).values
     distinct_inside = 1 + (ordered.diff(dim=1) != 0).sum(1)  # (N,)
@@ -38,11 +39,6 @@ def text_statistics(model: PreTrainedModel, windows: Tensor, limit: int = 16) ->
     }
 
 
-def _evenly_spaced(count: int, limit: int) -> Tensor:
-    chosen = min(count, limit)
-    return torch.arange(chosen) * count // chosen
-
-
 def _pairs_and_fours(windows: Tensor) -> tuple[Tensor, Tensor]:
     """A number for each 2-gram [N, T - 1] and each 4-gram [N, T - 3]: equal n-grams have equal numbers."""
     found, pairs = (windows[:, :-1] * (windows.max() + 1) + windows[:, 1:]).unique(return_inverse=True)
@@ -51,14 +47,13 @@ def _pairs_and_fours(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _entropy_and_loss(model: PreTrainedModel, windows: Tensor) -> tuple[float, float]:
-    head = model.get_output_embeddings()
     entropies, losses = [], []
     with autocast(model.device):
         for window in windows.to(model.device):
-            hidden = model.base_model(window[None], use_cache=False).last_hidden_state[0]
+            logits = model(window[None], use_cache=False).logits[0]
             targets = F.pad(window[1:], (0, 1), value=-100)  # the last position has none
-            for states, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-                log_p = head(states).float().log_softmax(-1)
+            for part, ids in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
+                log_p = part.float().log_softmax(-1)
                 entropies.append(-(log_p.exp() * log_p).sum(-1))
                 losses.append(F.nll_loss(log_p, ids, ignore_index=-100, reduction="none")[ids >= 0])
     return torch.cat(entropies).double().mean().item(), torch.cat(losses).double().mean().item()

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -5,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studylib import corpora
-from studylib.corpora import Pair, check_corpus, documents, instruction_pairs, windows
+from studylib import corpora, models
+from studylib.corpora import Pair, check_corpus, conversation, documents, instruction_pairs, windows
 
 
 @pytest.mark.parametrize("corpus", ["wikipedia", "c4"])
@@ -77,13 +78,41 @@ def test_instruction_pairs_join_inputs_as_alpaca_does(own_pairs):
     assert instruction_pairs("training") == [Pair("b\n\n### Input:\nof b", "2"), Pair("d", "4")]
 
 
+def test_own_instruction_files(tmp_path):
+    rows = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(3)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    (tmp_path / "own.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    for name in ("own.json", "own.jsonl"):
+        assert instruction_pairs("evaluation", str(tmp_path / name)) == [Pair("q0", "a0"), Pair("q2", "a2")]
+        assert instruction_pairs("training", str(tmp_path / name)) == [Pair("q1", "a1")]
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "3", "[3]", '[{"instruction": "a"}]', '[{"instruction": 1, "input": ""}]']
+    ("content", "named"),
+    [
+        ("", "it is not JSON"),
+        ("{", "it is not JSON"),
+        ("3", "it is not a JSON list"),
+        ("[]", "it has no pairs for evaluation"),
+        ("[3]", "entry 1 is no object"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "entry 2 is no object"),
+        ('[{"instruction": 1, "output": ""}]', "entry 1 is no object"),
+    ],
 )
-def test_malformed_instruction_pairs(own_pairs, content):
-    own_pairs.write_text(content)
-    with pytest.raises(ValueError, match=r'alpaca_en_demo\.json is not a JSON list of objects with "instruction"'):
-        instruction_pairs("evaluation")
+def test_malformed_instruction_files(tmp_path, content, named):
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(ValueError, match=named) as caught:
+        instruction_pairs("evaluation", str(tmp_path / "own.json"))
+    assert "own.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [None, models.BYTE_TEMPLATE])
+def test_a_conversation_ends_with_the_response_and_what_closes_it(tiny_tokenizer, template):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    tokens, start = conversation(tokenizer, Pair("why?", "because"))
+    assert tokenizer.decode(tokens[start:]) == "because" + models.END
+    assert "why?" in tokenizer.decode(tokens[:start]) and "because" not in tokenizer.decode(tokens[:start])
 
 
 def test_bad_names_and_numbers(tiny_tokenizer):
@@ -94,5 +123,8 @@ def test_bad_names_and_numbers(tiny_tokenizer):
         documents("c4", "test")
     with pytest.raises(ValueError, match="split: 'test' is not known"):
         instruction_pairs("test")
+    for source in ("dolly", "missing.json", "/tmp"):
+        with pytest.raises(ValueError, match=f"instructions: '{source}' is not known; use alpaca"):
+            instruction_pairs("training", source)
     with pytest.raises(ValueError, match=r"windows: 100000 of 512 tokens are more than the \d+"):
         windows("c4", tiny_tokenizer, 512, 100000, "evaluation")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from studylib import experiments, models, records
+from studylib import experiments, methods, models, records, training_data
 from studylib.arms import FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Evaluation, profile
 from studylib.corpora import windows
 from studylib.evaluation import window_losses
@@ -90,12 +90,12 @@ def test_an_arm_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monkeypatch
     (alone,) = experiments.run([longer], tmp_path / "alone")
     experiments.run([TRAINED], tmp_path / "kept", keep_checkpoints=True)
     begun = []
-    original = experiments.train_llm_qat
+    original = methods.train_llm_qat
 
     def watched(*args, progress, **kwargs):
         return original(*args, progress=lambda n: (begun.append(n), progress(n)), **kwargs)
 
-    monkeypatch.setattr(experiments, "train_llm_qat", watched)
+    monkeypatch.setattr(methods, "train_llm_qat", watched)
     (extended,) = experiments.run([longer], tmp_path / "kept")
     assert begun[0] == 4 * 2 * 32
     assert without_cost(extended) == without_cost(alone)
@@ -131,8 +131,8 @@ def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
 
 SCRIPT = """
 import dataclasses, sys
-from studylib import distill, experiments
-distill.CHECKPOINT_SECONDS = 0
+from studylib import experiments, training
+training.CHECKPOINT_SECONDS = 0
 from studylib.arms import Arm
 import json
 experiments.run([Arm.from_dict(json.loads(t)) for t in json.loads(sys.argv[1])], sys.argv[2])
@@ -159,13 +159,13 @@ def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
     stamp = Store(tmp_path / "killed").path(arm_key(FP)).stat().st_mtime_ns
 
     resumed_from = []
-    original = experiments.train_llm_qat
+    original = methods.train_llm_qat
 
     def watched(*args, progress, **kwargs):
         return original(*args, progress=lambda n: (resumed_from.append(n), progress(n)), **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "train_llm_qat", watched)
+        patch.setattr(methods, "train_llm_qat", watched)
         resumed = experiments.run([FP, long], tmp_path / "killed")[1]
     assert resumed_from[0] >= 10 * 2 * 32
     assert without_cost(resumed) == without_cost(whole)
@@ -229,9 +229,16 @@ def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path
         experiments.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
 
 
+def test_a_corpus_without_a_single_training_window_is_refused_before_any_work(tmp_path):
+    (tmp_path / "short.txt").write_text("a\nfew words\n")
+    arm = BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", corpus=str(tmp_path / "short.txt"))
+    with pytest.raises(ValueError, match="windows: 1 of 32 tokens are more than the 0"):
+        experiments.check(arm)
+
+
 def test_a_live_teacher_gives_the_same_record_as_kept_states(fp32, tmp_path, monkeypatch):
     kept = experiments.run([TRAINED], tmp_path / "kept")[0]
-    monkeypatch.setattr(experiments, "KEPT_STATES_BYTES", 0)
+    monkeypatch.setattr(training_data, "KEPT_STATES_BYTES", 0)
     live = experiments.run([TRAINED], tmp_path / "live")[0]
     assert not list((tmp_path / "live").rglob("*.npy"))
     assert live.metrics["perplexity/wikipedia"] == pytest.approx(kept.metrics["perplexity/wikipedia"], rel=1e-3)
