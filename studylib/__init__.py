@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-# transformers imports torchao where it is installed, which reports kernels that this machine cannot load.
-for _name in ("torchao", "torch.utils._pytree"):
+# transformers imports torchao and bitsandbytes where they are, which report kernels that this machine cannot load.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text, in notebooks too

@@ -6,15 +6,19 @@ import typing
 from dataclasses import dataclass
 from types import NoneType, UnionType
 
+from studylib import adapters, merging
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, usual_format
 from studylib.distill import Training
 from studylib.evaluation import ZERO_SHOT, Evaluation
+from studylib.finetuning import Instructions, Tuning
+from studylib.formats import Format
 from studylib.layers import AFTER_ROTARY, PER_HEAD, Scheme
 from studylib.losses import ATTENTION, KL
 from studylib.quantizers import BitWidths
 from studylib.sampling import Sampling
 from studylib.training_data import RealText
 
-METHODS = FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT = (
+FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT, ENCODED = (
     "full-precision",
     "rtn",
     "smoothquant",
@@ -22,6 +26,7 @@ METHODS = FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT 
     "awq",
     "llm-qat",
     "smoothquant+llm-qat",
+    "encoded",
 )
 TITLES = {
     FULL_PRECISION: "full precision",
@@ -31,20 +36,48 @@ TITLES = {
     AWQ: "AWQ",
     LLM_QAT: "LLM-QAT",
     SMOOTHQUANT_QAT: "SmoothQuant + LLM-QAT",
+    ENCODED: "rounded to",
+    LORA: "LoRA",
+    QLORA: "QLoRA",
+    GPTQ_LORA: "GPTQ + LoRA",
+    QA_LORA: "QA-LoRA",
+    QAT_LORA: "QAT-LoRA",
+    L4Q: "L4Q",
+    QAT: "QAT",
 }
+METHODS = tuple(TITLES)
 TRAINED = (LLM_QAT, SMOOTHQUANT_QAT)
+TUNED = adapters.METHODS
+UNROUNDED = (FULL_PRECISION, LORA)
 CALIBRATED = (SMOOTHQUANT, GPTQ, AWQ)
-HEADLINE = ("16-16-16", "4-8-4")  # the settings of the papers' main tables, which few-shot tasks are run at as well
+HEADLINE = {  # the settings of the papers' main tables, which few-shot tasks are run at as well
+    FULL_PRECISION: ("16-16-16",),
+    RTN: ("4-8-4",),
+    LLM_QAT: ("4-8-4",),
+    LORA: ("16-16-16",),
+    QLORA: ("4-16-16",),
+    L4Q: ("4-16-16",),
+}
+RATES = {L4Q: 0.2, QAT_LORA: 0.2, QAT: 0.05}  # of the adapters' learning rate, for what trains scales or weights
 CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
 GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
+KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
+MERGE_TITLES = {
+    merging.DEQUANTIZED: "adapter merged, 16 bits",
+    merging.REQUANTIZED: "adapter merged, rounded again",
+    merging.MERGED_16: "adapter merged into the 16-bit weights",
+    merging.MERGED_QUANTIZED: "adapter merged into the 16-bit weights, then rounded",
+}
 
 
 @dataclass(frozen=True)
 class Arm:
     """One thing to measure. Two arms that are equal have the same result on the same machine.
 
-    method: one of METHODS; bits "W-A-KV"; scheme: grids and where they apply. data: what a method is calibrated or
-    trained on, for those that need any (all but full precision and RTN); training: for the trained ones only.
+    method: one of METHODS; bits "W-A-KV"; scheme: grids and where they apply. data: the text that a method is
+    calibrated or distilled on, training: the distillation, for methods that have them.
+    format: the number format of "encoded" weights, or of the base that the methods of TUNED fine-tune on
+    `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see merging.merge).
     seed draws the data; it is 0 for methods that draw nothing, so that all seeds share one record.
     """
 
@@ -55,25 +88,36 @@ class Arm:
     scheme: Scheme = Scheme()
     data: Sampling | RealText | None = None
     training: Training | None = None
+    format: Format | None = None
+    adapter: Adapter | None = None
+    instructions: Instructions | None = None
+    tuning: Tuning | None = None
+    merge: str = merging.ADAPTER
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method: {self.method!r} is not known; use one of {', '.join(METHODS)}")
         bits = BitWidths.parse(self.bits)
-        if (str(bits) == "16-16-16") != (self.method == FULL_PRECISION):
+        if (str(bits) == "16-16-16") != (self.method in UNROUNDED):
             raise ValueError(
-                f"bits: {self.bits} does not go with {self.method!r}; full precision is 16-16-16, "
+                f"bits: {self.bits} does not go with {self.method!r}; {' and '.join(UNROUNDED)} are 16-16-16, "
                 "every other method quantizes something"
             )
-        for name, users in (("data", TRAINED + CALIBRATED), ("training", TRAINED)):
+        for name, users in (
+            ("data", (*TRAINED, *CALIBRATED, GPTQ_LORA)),
+            ("training", TRAINED),
+            ("instructions", TUNED),
+            ("tuning", TUNED),
+        ):
             if (getattr(self, name) is None) == (self.method in users):
                 state = "is missing" if self.method in users else "is given"
                 raise ValueError(
                     f"{name}: {state}, but {self.method!r} is {'one' if self.method in users else 'none'} of "
                     f"the methods that need it: {', '.join(users)}"
                 )
-        if self.scheme != Scheme() and self.method in (FULL_PRECISION, GPTQ, AWQ):
+        if self.scheme != Scheme() and self.method not in (RTN, SMOOTHQUANT, *TRAINED):
             raise ValueError(f"scheme: {self.method!r} takes none; its grids are its own")
+        self._check_format(bits)
         if self.scheme.grid == "lsq" and self.method not in TRAINED:
             raise ValueError(
                 f"grid: 'lsq' is learned in training, which {self.method!r} has none of; use {' or '.join(TRAINED)}"
@@ -89,14 +133,44 @@ class Arm:
                 f"{AFTER_ROTARY!r} does not return"
             )
 
+    def _check_format(self, bits: BitWidths) -> None:
+        if self.method in TUNED:
+            merged_only = self.method == LORA and self.merge in merging.PACKED
+            adapters.check(self.method, None if merged_only else self.format, self.adapter)
+            merging.check_merge(self.method, self.merge, self.format)
+        else:
+            for name, given in (("adapter", self.adapter), ("merge", self.merge != merging.ADAPTER)):
+                if given:
+                    raise ValueError(f"{name}: is given, but {self.method!r} is not fine-tuned")
+            if (self.format is None) == (self.method == ENCODED):
+                state = "is missing" if self.format is None else "is given"
+                raise ValueError(
+                    f"format: {state}, but {self.method!r} is {'' if self.format is None else 'not '}{ENCODED!r}"
+                )
+        if self.format and self.method != LORA and str(bits) != f"{self.format.bits}-16-16":
+            raise ValueError(
+                f"bits: {self.bits} does not go with the format {self.format.title}; use {self.format.bits}-16-16"
+            )
+
     @property
     def seed(self) -> int:
-        return self.data.seed if self.data else 0
+        """What draws the data."""
+        source = self.instructions or self.data
+        return source.seed if source else 0
 
     @property
     def variant(self) -> str:
         """In words, what an arm of its method and bits is not by default: the data, loss, grid, ... being studied."""
-        return ", ".join(_data_words(self.data) + _training_words(self.training) + _scheme_words(self.scheme))
+        return ", ".join(
+            [
+                *_data_words(self.data),
+                *_training_words(self.training),
+                *_scheme_words(self.scheme),
+                *_format_words(self.method, self.format),
+                *_adapter_words(self.adapter),
+                *([MERGE_TITLES[self.merge]] if self.merge in MERGE_TITLES else []),
+            ]
+        )
 
     @property
     def title(self) -> str:
@@ -153,6 +227,23 @@ def _scheme_words(scheme: Scheme) -> list[str]:
     return words + (["keys after rotary"] if scheme.keys == AFTER_ROTARY else [])
 
 
+def _format_words(method: str, format: Format | None) -> list[str]:
+    if format is None or (method != ENCODED and format == usual_format(method, format.bits)):
+        return []
+    return [format.title]
+
+
+def _adapter_words(adapter: Adapter | None) -> list[str]:
+    if adapter is None:
+        return []
+    words = [] if adapter.kind == adapters.PLAIN else [KIND_TITLES[adapter.kind]]
+    words += [] if adapter.rank == Adapter().rank else [f"rank {adapter.rank}"]
+    words += [] if adapter.scaling == Adapter().scaling else [f"scaled by {adapter.scaling:g}"]
+    words += [] if adapter.dropout == 0 else [f"dropout {adapter.dropout:g}"]
+    words += [] if adapter.layers == adapters.ALL else [f"on {adapter.layers.replace('+', ' and ')} only"]
+    return words + ([] if adapter.init == Adapter().init else [f"{adapter.init} initialisation"])
+
+
 def _chosen(value):
     """A dataclass as a dictionary of the fields that are not as by default."""
     if not dataclasses.is_dataclass(value):
@@ -202,6 +293,8 @@ class Profile:
 
     sampling: Sampling
     training: Training
+    instructions: Instructions
+    tuning: Tuning
     evaluation: Evaluation
     seeds: tuple[int, ...]
     few_shot: tuple[str, ...] = ()
@@ -212,9 +305,11 @@ class Profile:
             return self
         if steps < 0:
             raise ValueError(f"extend: {steps} is not allowed; use 0 or more")
-        done = self.training.steps
-        longer = dict(steps=done + steps, extended_from=(*self.training.extended_from, done))
-        return dataclasses.replace(self, training=dataclasses.replace(self.training, **longer))
+        longer = {
+            name: dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
+            for name, own in (("training", self.training), ("tuning", self.tuning))
+        }
+        return dataclasses.replace(self, **longer)
 
     def arm(
         self,
@@ -227,17 +322,30 @@ class Profile:
         sampling: dict[str, object] | None = None,
         training: dict[str, object] | None = None,
         scheme: Scheme = Scheme(),
+        format: Format | None = None,
+        adapter: Adapter | None = None,
+        tuning: dict[str, object] | None = None,
+        merge: str = merging.ADAPTER,
     ) -> Arm:
-        """The arm of this budget. corpus: real text in place of generated; sampling, training: fields to change."""
-        data = trained = None
-        if method in TRAINED + CALIBRATED:
+        """The arm of this budget; adapter: by default Adapter(), for methods that have one.
+
+        corpus: real text in place of generated; sampling, training, tuning: fields to change.
+        """
+        data = trained = instructions = tuned = None
+        if method in (*TRAINED, *CALIBRATED, GPTQ_LORA):
             data = dataclasses.replace(self.sampling, **({"seed": seed} | (sampling or {})))
             if corpus is not None:
                 data = RealText(corpus, data.count, data.length, data.seed)
         if method in TRAINED:
             trained = dataclasses.replace(self.training, **(training or {}))
-        arm = Arm(model, method, bits, self.evaluation, scheme, data, trained)
-        if method in (FULL_PRECISION, RTN, LLM_QAT) and bits in HEADLINE and not arm.variant:
+        if method in TUNED:
+            instructions = dataclasses.replace(self.instructions, seed=seed)
+            rate = self.tuning.learning_rate * RATES.get(method, 1.0)
+            tuned = dataclasses.replace(self.tuning, **({"learning_rate": rate} | (tuning or {})))
+            adapter = adapter or (None if method == QAT else Adapter())
+        chosen = {"format": format, "adapter": adapter, "instructions": instructions, "tuning": tuned, "merge": merge}
+        arm = Arm(model, method, bits, self.evaluation, scheme, data, trained, **chosen)
+        if bits in HEADLINE.get(method, ()) and not arm.variant:
             evaluation = dataclasses.replace(self.evaluation, tasks=self.evaluation.tasks + self.few_shot)
             return dataclasses.replace(arm, evaluation=evaluation)
         return arm
@@ -247,12 +355,16 @@ PROFILES = {
     "smoke": Profile(
         Sampling(count=8, length=32, batch=4),
         Training(steps=4, batch=2, learning_rate=1e-3),
+        Instructions(length=128),
+        Tuning(steps=4, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4, pairs=2),
         seeds=(0,),
     ),
     "quick": Profile(
         Sampling(count=32, length=256, batch=64),
         Training(steps=32, batch=1, learning_rate=3e-4),
+        Instructions(length=256),
+        Tuning(steps=32, batch=4, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(
             ("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40, pairs=32
         ),
@@ -262,6 +374,8 @@ PROFILES = {
     "full": Profile(
         Sampling(count=4096, length=512, batch=128),
         Training(steps=512, batch=8, learning_rate=1e-4),
+        Instructions(length=512),
+        Tuning(steps=195, batch=32, learning_rate=5e-4, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=ZERO_SHOT, items=1000, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),
@@ -269,6 +383,8 @@ PROFILES = {
     "paper": Profile(
         Sampling(count=96_000, length=2048, batch=256),
         Training(steps=12_000, batch=8, learning_rate=2e-5),
+        Instructions(length=2048),
+        Tuning(steps=195, batch=128, learning_rate=2e-4, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),

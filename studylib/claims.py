@@ -3,53 +3,92 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from studylib.arms import LLM_QAT, RTN, SMOOTHQUANT_QAT
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA
+from studylib.arms import ENCODED, LLM_QAT, RTN, SMOOTHQUANT_QAT
 from studylib.comparison import (
     FULL,
-    Cell,
     Measure,
     Setting,
     capital,
     gather,
-    identity,
     listed,
     measures,
-    number,
-    percent,
-    points,
-    won_back,
-    won_back_share,
+    response_measures,
+    weight_measures,
 )
 from studylib.records import Record
+from studylib.rules import (
+    INCONCLUSIVE,
+    NOT_TESTED,
+    Outcome,
+    alike,
+    cache_breaks,
+    converges_faster,
+    explodes,
+    generalises,
+    is_best,
+    keeps_up,
+    layers_matter,
+    matches,
+    near_normal,
+    no_loss,
+    sampling_beats_greedy,
+    saves_bits,
+    small_gain,
+    small_groups_help,
+    smoothing,
+    wins_back,
+)
 from studylib.statistics import Interval
 
-REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
-    "reproduced",
-    "not reproduced",
-    "inconclusive",
-    "not tested here",
-)
 DEFAULT = Setting(LLM_QAT, "4-8-4")
-POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
-SHARE = 0.05  # tolerance in perplexity: five percent
-MOST = 0.5  # "most of the loss": more than this share
-EXPLODES = 2.0  # "explodes": at least this many times full precision's perplexity
+NF4, NF4_DQ, INT4, E2M1, E3M0 = (
+    Setting(ENCODED, "4-16-16", variant) for variant in ("NF4", "NF4 + DQ", "Int4", "FP4 (E2M1)", "FP4 (E3M0)")
+)
+UNIFORM = {4: "affine Int4", 3: "affine Int3"}  # what the L4Q paper marks with a star
 
-Outcome = tuple[Interval | None, str, str]
+
+def perplexities(records: Sequence[Record]) -> list[Measure]:
+    """Perplexity on each corpus."""
+    return [measure for measure in measures(records) if measure.is_perplexity]
+
+
+def accuracies(records: Sequence[Record]) -> list[Measure]:
+    """The mean accuracy on the zero-shot tasks."""
+    return [measure for measure in measures(records) if not measure.is_perplexity]
+
+
+def learned(records: Sequence[Record]) -> list[Measure]:
+    """What fine-tuning is for: the responses that were held out, and the zero-shot tasks."""
+    return response_measures(records) + accuracies(records)
+
+
+def stored_bits(records: Sequence[Record]) -> list[Measure]:
+    """Bits of a weight, counted from what is stored."""
+    return [measure for measure in weight_measures(records) if measure.name == "bits"]
+
+
+def normality(records: Sequence[Record]) -> list[Measure]:
+    """The share of neurons that fail a test for normal weights."""
+    return [measure for measure in weight_measures(records) if measure.name != "bits"]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of a paper, the arms that test it (needs; optional: used where they were run) and its rule in words."""
+    """A claim of a paper, the arms that test it (needs; optional: used where they were run) and its rule in words.
+
+    measures: what it is judged by. untested: what it would take, for a claim that no record can test yet.
+    """
 
     id: str
     statement: str
     paper: str
     rule: str
-    needs: tuple[Setting, ...]
-    test: Callable[..., Outcome]
+    needs: tuple[Setting, ...] = ()
+    test: Callable[..., Outcome] | None = None
     optional: tuple[Setting, ...] = ()
-    perplexity_only: bool = False
+    measures: Callable[[Sequence[Record]], list[Measure]] = measures
+    untested: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +107,8 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
 
     Intervals resample the items that all arms of the claim share; with several seeds, scores are averaged over them.
     """
+    if claim.untested:
+        return [Finding(claim.id, "", NOT_TESTED, None, f"Not tested here: {claim.untested}.")]
     cells = gather(records)
     missing = [setting.title for setting in claim.needs if setting not in cells]
     if missing:
@@ -81,7 +122,7 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
             for cell in diverged
         )
         return [Finding(claim.id, "", INCONCLUSIVE, None, f"{counts}. Inconclusive.")]
-    wanted = [measure for measure in measures(records) if measure.is_perplexity or not claim.perplexity_only]
+    wanted = [m for m in claim.measures(records) if all(cell is None or m.covers(cell) for cell in used)]
     if not wanted:
         return [Finding(claim.id, "", NOT_TESTED, None, "Not tested here: nothing was measured that it speaks of.")]
     findings = []
@@ -93,128 +134,6 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     return findings
 
 
-def _above(interval: Interval, bound: float) -> str:
-    """Reproduced where the whole interval lies above the bound, not reproduced where it lies below."""
-    if interval.low > bound:
-        return REPRODUCED
-    return NOT_REPRODUCED if interval.high < bound else INCONCLUSIVE
-
-
-def _wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
-    loss, share = won_back(measure, full, rtn, qat)
-    if share is None:
-        text = f"RTN at {rtn.bits} loses {_interval(measure, loss)}, which is not clearly above zero"
-        return loss, INCONCLUSIVE, f"{text}: what share of it LLM-QAT wins back cannot be told."
-    # The share's interval is only shown: the rule is linear, so that no division can blow it up.
-    rule = measure.interval(lambda f, r, q: measure.loss(q, r) - MOST * measure.loss(f, r), full, rtn, qat)
-    values = ", ".join(f"{cell.title} {measure.text(measure.value(identity, cell))}" for cell in (full, rtn, qat))
-    seeds = _seeds(measure, won_back_share, percent, full, rtn, qat)
-    text = f"{values}: LLM-QAT wins back {share.text(percent)} of what RTN loses{seeds}."
-    return share, _above(rule, 0), text
-
-
-def _cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) -> Outcome:
-    effect, tolerance, cost = _cost(measure, eight, four)
-    verdict, text = _above(effect, tolerance), f"with RTN, going from {eight.bits} to {four.bits} costs {cost}."
-    if qat is None:
-        return effect, verdict, f"{text} LLM-QAT at {four.bits} was not run, so only this half of the claim is tested."
-
-    def gained(r, q):
-        return measure.loss(q, r)
-
-    gain = measure.interval(gained, four, qat)
-    text += f" LLM-QAT wins back {_interval(measure, gain)}{_seeds(measure, gained, measure.text, four, qat)}."
-    return effect, _worst([verdict, _above(gain, 0)]), text
-
-
-def _small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4: Cell | None) -> Outcome:
-    effect, tolerance, worse = _cost(measure, qat, rtn)
-    text = f"RTN at {rtn.bits} is worse than LLM-QAT by {worse}"
-    if rtn_4 and qat_4:
-        text += f", at {rtn_4.bits} by {_cost(measure, qat_4, rtn_4)[2]}"
-    verdict = REPRODUCED if effect.high < tolerance else NOT_REPRODUCED if effect.low > tolerance else INCONCLUSIVE
-    return effect, verdict, f"{text}."
-
-
-def _no_loss(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
-    effect, tolerance, cost = _cost(measure, full, rtn)
-    if -tolerance < effect.low and effect.high < tolerance:
-        verdict = REPRODUCED
-    else:
-        verdict = NOT_REPRODUCED if effect.low > tolerance or effect.high < -tolerance else INCONCLUSIVE
-    return effect, verdict, f"RTN at {rtn.bits} costs {cost}."
-
-
-def _explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
-    effect = measure.interval(lambda f, c: c / f, full, cell)
-    text = f"{cell.title} has {effect.text(number)} times full precision's."
-    return effect, _above(effect, EXPLODES), text
-
-
-def _best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
-    """Whether `best` is better than each of the others."""
-    verdicts, texts, effects = [], [], []
-    for other in others:
-        effect, _, text = _cost(measure, best, other)
-        verdicts.append(_above(effect, 0))
-        texts.append(f"{_short(other)} by {text.partition(' (tol')[0]}")
-        effects.append(effect)
-    smallest = min(effects, key=lambda effect: effect.estimate)
-    return smallest, _worst(verdicts), f"worse than {best.title}: {listed(texts)}."
-
-
-def _short(cell: Cell) -> str:
-    return cell.setting.variant or cell.title
-
-
-def _worst(verdicts: Sequence[str]) -> str:
-    """What parts of a claim say together: reproduced only if all are, not reproduced if any is not."""
-    return next((verdict for verdict in (NOT_REPRODUCED, INCONCLUSIVE) if verdict in verdicts), REPRODUCED)
-
-
-def _generalises(measure: Measure, generated: Cell, wikipedia: Cell, c4: Cell) -> Outcome:
-    """Real text is compared where it was not trained on: elsewhere, and on the tasks."""
-    own = {"perplexity/wikipedia": wikipedia, "perplexity/c4": c4}.get(measure.name)
-    return _best(measure, generated, *(cell for cell in (wikipedia, c4) if cell is not own))
-
-
-def _sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy: Cell) -> Outcome:
-    parts = [_cost(measure, cell, greedy) for cell in (hybrid, sampled)]
-    beside = listed(
-        [
-            f"{text.partition(' (tol')[0]} beside {name}"
-            for (*_, text), name in zip(parts, ("hybrid", "sampled"), strict=True)
-        ]
-    )
-    return parts[0][0], _worst([_above(effect, 0) for effect, *_ in parts]), f"greedy text is worse by {beside}."
-
-
-def _smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eight_smooth: Cell) -> Outcome:
-    gain, _, at_four = _cost(measure, four_smooth, four)
-    other, tolerance, at_eight = _cost(measure, eight_smooth, eight)
-    little = REPRODUCED if other.high < tolerance else NOT_REPRODUCED if other.low > tolerance else INCONCLUSIVE
-    text = f"without SmoothQuant, LLM-QAT at {four.bits} is worse by {at_four}, at {eight.bits} by {at_eight}."
-    return gain, _worst([_above(gain, 0), little]), text
-
-
-def _cost(measure: Measure, a: Cell, b: Cell) -> tuple[Interval, float, str]:
-    """How much worse b is than a, as a share of the perplexity or in points; the tolerance; the cost as text."""
-    if measure.is_perplexity:
-        effect = measure.interval(lambda x, y: y / x - 1, a, b)
-        return effect, SHARE, f"{effect.text(percent)} (tolerance {percent(SHARE)})"
-    effect = measure.interval(measure.loss, a, b)
-    return effect, POINTS, f"{_interval(measure, effect)} (tolerance {points(POINTS)})"
-
-
-def _interval(measure: Measure, interval: Interval) -> str:
-    return interval.text(measure.text) + ("" if measure.is_perplexity else " points")
-
-
-def _seeds(measure: Measure, contrast, form: Callable[[float], str], *cells: Cell) -> str:
-    found = measure.over_seeds(contrast, *cells)
-    return f" (single seeds: {form(found[0])} to {form(found[1])})" if found else ""
-
-
 CLAIMS = {
     claim.id: claim
     for claim in (
@@ -224,7 +143,7 @@ CLAIMS = {
             "LLaMA-7B, mean of 8 zero-shot tasks: full precision 66.2, RTN 41.2, LLM-QAT 60.7",
             "LLM-QAT wins back more than half of what RTN loses at 4-8-4; undecided unless that loss is above 0",
             (FULL, Setting(RTN, "4-8-4"), Setting(LLM_QAT, "4-8-4")),
-            _wins_back,
+            wins_back,
         ),
         Claim(
             "A2",
@@ -232,7 +151,7 @@ CLAIMS = {
             "LLaMA-30B at 8-8-4, zero-shot: SmoothQuant 50.7, LLM-QAT 69.7 (RTN stands in for SmoothQuant here)",
             "From 8-8-8 to 8-8-4 RTN loses more than 5% perplexity, or 2 points; LLM-QAT there, where run, is better",
             (Setting(RTN, "8-8-8"), Setting(RTN, "8-8-4")),
-            _cache_breaks,
+            cache_breaks,
             optional=(Setting(LLM_QAT, "8-8-4"),),
         ),
         Claim(
@@ -241,7 +160,7 @@ CLAIMS = {
             "LLaMA-30B at 4-8-8, zero-shot: RTN 69.1, LLM-QAT 70.5",
             "RTN's perplexity at 4-8-8 is less than 5% above LLM-QAT's, or its accuracy less than 2 points below",
             (Setting(RTN, "4-8-8"), Setting(LLM_QAT, "4-8-8")),
-            _small_gain,
+            small_gain,
             optional=(Setting(RTN, "4-8-4"), Setting(LLM_QAT, "4-8-4")),
         ),
         Claim(
@@ -251,7 +170,14 @@ CLAIMS = {
             "RTN at 8-8-8 stays within 5% of full precision's perplexity, or 2 points: the whole interval inside is "
             "reproduced, the whole interval outside is not",
             (FULL, Setting(RTN, "8-8-8")),
-            _no_loss,
+            no_loss,
+        ),
+        Claim(
+            "A5",
+            "Rather 8 bits than a smaller model, and rather 4 bits by LLM-QAT than 8 bits of half the size",
+            "A recommendation, from LLaMA-7B, 13B and 30B",
+            "At equal bytes, the larger model at fewer bits is better",
+            untested="it takes two sizes of one family; the package index has one",
         ),
         Claim(
             "A6",
@@ -259,8 +185,8 @@ CLAIMS = {
             "LLaMA-7B, WikiText-2: full precision 10.4, RTN 151.4",
             "RTN's perplexity at 4-8-4 is at least twice full precision's",
             (FULL, Setting(RTN, "4-8-4")),
-            _explodes,
-            perplexity_only=True,
+            explodes,
+            measures=perplexities,
         ),
         Claim(
             "A7",
@@ -269,7 +195,7 @@ CLAIMS = {
             "LLM-QAT on generated text is better than on as many tokens of Wikipedia or C4, on the tasks and on the "
             "corpus that the real text was not from",
             (DEFAULT, Setting(LLM_QAT, "4-8-4", "Wikipedia text"), Setting(LLM_QAT, "4-8-4", "C4 text")),
-            _generalises,
+            generalises,
         ),
         Claim(
             "A8",
@@ -277,7 +203,7 @@ CLAIMS = {
             "direction only; the hybrid (first 3 to 5 tokens greedy, then sampled) is the default",
             "LLM-QAT on greedy text is worse than on hybrid and than on sampled text",
             (DEFAULT, Setting(LLM_QAT, "4-8-4", "sampled"), Setting(LLM_QAT, "4-8-4", "greedy")),
-            _sampling_beats_greedy,
+            sampling_beats_greedy,
         ),
         Claim(
             "A9",
@@ -288,7 +214,7 @@ CLAIMS = {
                 DEFAULT,
                 *(Setting(LLM_QAT, "4-8-4", f"loss {loss}") for loss in ("labels", "kl+attention", "kl+hidden")),
             ),
-            _best,
+            is_best,
         ),
         Claim(
             "A10",
@@ -296,7 +222,7 @@ CLAIMS = {
             "LSQ about 13 points worse; clipping starts at perplexity above 10,000",
             "LLM-QAT on symmetric MinMax grids is better than on StatsQ and on LSQ",
             (DEFAULT, Setting(LLM_QAT, "4-8-4", "StatsQ clipping"), Setting(LLM_QAT, "4-8-4", "LSQ")),
-            _best,
+            is_best,
         ),
         Claim(
             "A11",
@@ -309,7 +235,7 @@ CLAIMS = {
                 DEFAULT,
                 Setting(SMOOTHQUANT_QAT, "4-8-4"),
             ),
-            _smoothing,
+            smoothing,
         ),
         Claim(
             "A12",
@@ -317,8 +243,168 @@ CLAIMS = {
             "LLaMA-7B, six tasks at W4A4: LLM-QAT 41.3",
             "LLM-QAT's perplexity at 4-4-16 is at least twice full precision's",
             (FULL, Setting(LLM_QAT, "4-4-16")),
-            _explodes,
-            perplexity_only=True,
+            explodes,
+            measures=perplexities,
+        ),
+        Claim(
+            "B1",
+            "NF4 beats FP4 and Int4",
+            "Mean Pile-CC perplexity of models from 125M to 13B: Int4 34.34, FP4 (E2M1) 31.07, FP4 (E3M0) 29.48, NF4 + "
+            "double quantization 27.41",
+            "Weights rounded to NF4 with double quantization have a lower perplexity than to Int4 and both FP4, all in "
+            "blocks of 64",
+            (NF4_DQ, INT4, E2M1, E3M0),
+            is_best,
+            measures=perplexities,
+        ),
+        Claim(
+            "B2",
+            "NF4 is better than FP4 at zero-shot tasks, and double quantization costs nothing",
+            "Figure only",
+            "NF4 with double quantization stays within 5% of perplexity or 2 points of NF4; FP4 (E2M1) is worse",
+            (NF4, NF4_DQ, E2M1),
+            matches,
+        ),
+        Claim(
+            "B3",
+            "Double quantization saves 0.373 bits a parameter",
+            "32/64 = 0.5 bits of scales become 8/64 + 32/(64 x 256) = 0.127",
+            "What is stored for a weight shrinks by 0.373 bits, to within 0.01",
+            (NF4, NF4_DQ),
+            saves_bits(0.373),
+            measures=stored_bits,
+        ),
+        Claim(
+            "B4",
+            "LoRA on NF4 with double quantization matches LoRA on 16 bits; on FP4 it is about one point behind",
+            "MMLU, 5-shot, mean over LLaMA-7B to 65B, Alpaca and FLAN v2: BF16 53.0, FP4 52.2, NF4 + DQ 53.1",
+            "QLoRA stays within 5% of perplexity or 2 points of LoRA; on FP4, where run, it is worse than on NF4",
+            (Setting(LORA, "16-16-16"), Setting(QLORA, "4-16-16")),
+            matches,
+            optional=(Setting(QLORA, "4-16-16", "FP4 (bitsandbytes)"),),
+            measures=learned,
+        ),
+        Claim(
+            "B5",
+            "LoRA must be on all linear layers; its rank hardly matters",
+            "Figure only",
+            "QLoRA on the query and value projections only is worse than on all layers; ranks 4 and 64 stay within 5% "
+            "of perplexity or 2 points of rank 16",
+            (
+                Setting(QLORA, "4-16-16"),
+                Setting(QLORA, "4-16-16", "on q_proj and v_proj only"),
+                Setting(QLORA, "4-16-16", "rank 4"),
+                Setting(QLORA, "4-16-16", "rank 64"),
+            ),
+            layers_matter,
+            measures=learned,
+        ),
+        Claim(
+            "B8",
+            "Paged optimizers survive memory spikes at the same speed",
+            "65B on a 48 GB GPU at batch 16 (claimed, not measured)",
+            "A run whose spike does not fit finishes with paging, at no less than 0.9 of the speed",
+            untested="paging needs a CUDA device; an arm with tuning.paged on one makes it testable",
+        ),
+        Claim(
+            "B9",
+            "Trained weights are near-normal",
+            "7.5% of LLaMA-7B's neurons fail Shapiro-Wilk at 5%",
+            "At most 10% of the neurons fail at 5%, of which 5% of exactly normal ones would",
+            (NF4_DQ,),
+            near_normal,
+            measures=normality,
+        ),
+        Claim(
+            "B10",
+            "Left open: 3-bit bases",
+            "No numbers: the authors leave it to others",
+            "QLoRA on NF3 stays within 5% of perplexity or 2 points of LoRA on 16 bits",
+            (Setting(LORA, "16-16-16"), Setting(QLORA, "3-16-16")),
+            keeps_up,
+            measures=learned,
+        ),
+        *(
+            Claim(
+                name,
+                f"L4Q is the best of the methods that leave weights at {bits} bits",
+                paper,
+                f"At {bits} bits L4Q is better than LoRA on GPTQ, QLoRA on integers (QLoRA*), QA-LoRA and QAT-LoRA",
+                (
+                    Setting(L4Q, f"{bits}-16-16"),
+                    Setting(GPTQ_LORA, f"{bits}-16-16"),
+                    Setting(QLORA, f"{bits}-16-16", UNIFORM[bits]),
+                    Setting(QA_LORA, f"{bits}-16-16"),
+                    Setting(QAT_LORA, f"{bits}-16-16"),
+                ),
+                is_best,
+                measures=learned,
+            )
+            for name, bits, paper in (
+                (
+                    "C1",
+                    4,
+                    "LLaMA-2-7B, 7 tasks: GPTQ 60.7, LoftQ* 61.7, QLoRA* 61.3, QA-LoRA 61.0, QAT-LoRA 61.9, L4Q 63.6",
+                ),
+                (
+                    "C2",
+                    3,
+                    "LLaMA-2-7B, 7 tasks: GPTQ 57.6, LoftQ* 34.7, QLoRA* 57.6, QA-LoRA 56.3, QAT-LoRA 57.4, L4Q 61.3",
+                ),
+            )
+        ),
+        Claim(
+            "C4",
+            "L4Q trains in about the time of QLoRA in total",
+            "7B: QLoRA* 9.9 hours, L4Q 10.1 at half the iterations: about 1.9 to 2.0 times as long for each",
+            "A step of L4Q takes at most twice one of QLoRA*",
+            untested="times of these shared machines say nothing; benchmarks/l4q_step.py measures steps side by side",
+        ),
+        Claim(
+            "C5",
+            "A fully quantized model decodes faster than quantized weights with a 16-bit adapter",
+            "Speed-up over FP16 of L4Q and QLoRA*: 7B 1.81 and 1.33, 13B 1.92 and 1.41, 30B 2.25 and 1.44",
+            "L4Q decodes at least 1.2 times as fast as QLoRA* on real low-bit kernels",
+            untested="it takes a runtime that executes 4-bit weights",
+        ),
+        Claim(
+            "C6",
+            "L4Q's initialisation of scales is the best of four",
+            "MMLU, 5-shot, LLaMA-2-7B: LSQ+ 25.7, symmetric 43.5, asymmetric 44.2, L4Q 45.3",
+            "L4Q started from its own scales is better than from those of LSQ+, symmetric and asymmetric MinMax",
+            (
+                Setting(L4Q, "4-16-16"),
+                *(Setting(L4Q, "4-16-16", f"{name} initialisation") for name in ("lsq+", "symmetric", "asymmetric")),
+            ),
+            is_best,
+            measures=learned,
+        ),
+        Claim(
+            "C7",
+            "Ranks beyond 4 barely help",
+            "Mean of 7 tasks at rank 1 to 128: 62.6 62.6 63.0 63.1 62.8 63.2 63.1 63.0",
+            "L4Q at rank 16 and 64 stays within 5% of perplexity or 2 points of rank 4",
+            (Setting(L4Q, "4-16-16", "rank 4"), Setting(L4Q, "4-16-16"), Setting(L4Q, "4-16-16", "rank 64")),
+            alike,
+            measures=learned,
+        ),
+        Claim(
+            "C8",
+            "Smaller groups help a little",
+            "Mean of 7 tasks in groups of 128, 64 and 32: 63.6, 63.7, 63.9",
+            "L4Q in groups of 32 is better than in groups of 64, by less than 5% of perplexity or 2 points",
+            (Setting(L4Q, "4-16-16"), Setting(L4Q, "4-16-16", "affine Int4, block 32")),
+            small_groups_help,
+            measures=learned,
+        ),
+        Claim(
+            "C9",
+            "L4Q converges faster than QLoRA",
+            "Figure only",
+            "Half-way through training, the validation loss of L4Q is below that of QLoRA* for every seed",
+            (Setting(L4Q, "4-16-16"), Setting(QLORA, "4-16-16", UNIFORM[4])),
+            converges_faster,
+            measures=lambda records: response_measures(records),
         ),
     )
 }

@@ -75,10 +75,11 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     parameters = {
         "model": models.absolute_name(options.model),
         "profile": options.profile,
-        "seeds": options.seeds or list(arms.profile(options.profile).seeds),
         "results": str(store.folder),
         "output": str(output),
     } | further
+    if options.seeds or any("seeds" in batch.default_parameters(notebook) for notebook in notebooks):
+        parameters["seeds"] = options.seeds or list(arms.profile(options.profile).seeds)
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
 

@@ -120,8 +120,9 @@ def _order(record: Record) -> tuple:
 def _seedless(record: Record) -> str:
     fields = asdict(record.arm)
     fields["evaluation"]["tasks"] = _shared(record.arm.evaluation).tasks
-    if fields["data"]:
-        fields["data"]["seed"] = 0
+    for source in ("data", "instructions"):
+        if fields[source]:
+            fields[source]["seed"] = 0
     return str(fields)
 
 
@@ -129,8 +130,8 @@ def _seedless(record: Record) -> str:
 class Measure:
     """A number that arms are compared by.
 
-    name: "perplexity/<corpus>" or "perplexity/responses", "accuracy/mean" (zero-shot tasks, each weighing the same) or
-    "accuracy/<task>", in %.
+    name: "perplexity/<corpus>" or "perplexity/responses"; "accuracy/mean" (zero-shot tasks, each weighing the same) or
+    "accuracy/<task>", in %; "share/<of what>", in %; "bits", stored bits a weight.
     parts: the scores behind it. sizes: items of each part.
     """
 
@@ -151,13 +152,17 @@ class Measure:
     def items(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def higher_is_better(self) -> bool:
+        return self.name.startswith("accuracy/")
+
     def loss(self, reference: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """How much worse `value` is than `reference`, in perplexity or in points of accuracy; negative if better."""
-        return value - reference if self.is_perplexity else reference - value
+        """How much worse `value` is than `reference`, in the measure's unit; negative if better."""
+        return reference - value if self.higher_is_better else value - reference
 
     def text(self, value: float) -> str:
-        """The value as people read it: three digits of a perplexity, one decimal of a percentage."""
-        return number(value) if self.is_perplexity else points(value)
+        """The value as people read it: one decimal of a percentage, three digits of others."""
+        return points(value) if self.name.startswith(("accuracy/", "share/")) else number(value)
 
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
         """95% interval of contrast(value of each cell), resampling the items that all of them were scored on."""
@@ -186,8 +191,8 @@ class Measure:
         if self.is_perplexity:
             return None, perplexity
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        mean = stratified_mean(strata)
-        return strata, lambda scores: 100 * mean(scores)
+        mean, unit = stratified_mean(strata), 1 if self.name == "bits" else 100
+        return strata, lambda scores: unit * mean(scores)
 
 
 def number(value: float) -> str:
@@ -261,6 +266,18 @@ def response_measures(records: Sequence[Record]) -> list[Measure]:
         return []
     title = "perplexity of held-out Alpaca responses"
     return [Measure("perplexity/responses", title, ("loss/responses",), (record.arm.evaluation.pairs,))]
+
+
+def weight_measures(records: Sequence[Record]) -> list[Measure]:
+    """What encoded weights were scored on: neurons that are not normal, stored bits; empty where no arm has them."""
+    record = next((record for record in records if "non_normal" in record.scores), None)
+    if record is None:
+        return []
+    title = "share of neurons whose weights are not normal, %"
+    return [
+        Measure("share/non_normal", title, ("non_normal",), (len(record.scores["non_normal"]),)),
+        Measure("bits", "stored bits a weight", ("bits",), (1,)),
+    ]
 
 
 def task_measures(records: Sequence[Record]) -> list[Measure]:

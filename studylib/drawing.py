@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from studylib.arms import AWQ, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, TITLES
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA
+from studylib.arms import AWQ, ENCODED, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, TITLES
 from studylib.comparison import FULL, Cell, Cells, Measure, capital, identity
 from studylib.statistics import Interval
 
@@ -25,9 +26,17 @@ COLOURS = {
     AWQ: "#CC79A7",
     LLM_QAT: "#0072B2",
     SMOOTHQUANT_QAT: "#56B4E9",
+    ENCODED: "#D55E00",
+    LORA: "#000000",
+    QLORA: "#0072B2",
+    GPTQ_LORA: "#009E73",
+    QA_LORA: "#E69F00",
+    QAT_LORA: "#56B4E9",
+    L4Q: "#D55E00",
+    QAT: "#CC79A7",
 }
-MARKERS = {FULL_PRECISION: "D", RTN: "s", SMOOTHQUANT: "^", GPTQ: "v", AWQ: "P", LLM_QAT: "o", SMOOTHQUANT_QAT: "X"}
-HOLLOW = (RTN, SMOOTHQUANT, GPTQ, AWQ)
+MARKERS = dict(zip(TITLES, "Ds^vPoXsDo^vpXP", strict=True))
+HOLLOW = (RTN, SMOOTHQUANT, GPTQ, AWQ, ENCODED)
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

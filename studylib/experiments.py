@@ -19,10 +19,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from studylib import corpora, methods, models
-from studylib.arms import AWQ, CALIBRATED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
+from studylib.adapters import LORA, adapted_layers, check_paging
+from studylib.arms import AWQ, CALIBRATED, ENCODED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
 from studylib.evaluation import TASKS, Evaluation, score
-from studylib.layers import quantize_model
+from studylib.finetuning import encode
+from studylib.formats import decode_model, encode_model, stored_bytes
+from studylib.layers import decoder_linears, quantize_model
 from studylib.memory import cache_bytes_per_token, keep_freed_memory, peak_memory, weight_bytes
+from studylib.merging import inference_bytes
 from studylib.ptq import check_smoothable
 from studylib.records import (
     DATA_CODE,
@@ -41,6 +45,8 @@ from studylib.sampling import CHAT, chat_opening, check_length
 from studylib.sources import fetch
 from studylib.training import Log
 from studylib.training_data import RealText, TrainingData, prepare
+from studylib.tuned import training_pairs, tune
+from studylib.weight_statistics import weight_scores
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
 GENERATION_WORK = 2  # and a generated one two, with its share of the teacher's pass over the finished text
@@ -53,6 +59,16 @@ def check(arm: Arm) -> None:
     """Everything that can be wrong with an arm beyond its fields, found before any long work starts: ValueError."""
     with torch.device("meta"):
         skeleton = models.skeleton(models.load_config(arm.model))
+    if arm.adapter:
+        adapted_layers(skeleton, arm.adapter.layers)
+    if arm.instructions:
+        encode(models.load_tokenizer(arm.model), training_pairs(arm.instructions.source)[0], arm.instructions.length)
+    if arm.format:
+        for name, linear in decoder_linears(skeleton).items():
+            if linear.in_features % (arm.format.block or 1):
+                raise ValueError(f"block: {arm.format.block} does not divide the {linear.in_features} inputs of {name}")
+    if arm.tuning and arm.tuning.paged:
+        check_paging()
     grid = "symmetric" if arm.scheme.grid == "lsq" else arm.scheme.grid  # the same shapes, without a pass over data
     quantize_model(skeleton, arm.bits, dataclasses.replace(arm.scheme, grid=grid))
     for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
@@ -139,14 +155,19 @@ def carry_out(
             model = models.load_model(arm.model)
             tokenizer = models.load_tokenizer(arm.model)
         identity = models.identity(arm.model)
+        about_weights = {}
+        if arm.method == ENCODED:
+            with phase("quantize"):
+                about_weights = weight_scores(models.load_model(arm.model), encode_model(model, arm.format))
         sizes = {
-            "bytes/weights": weight_bytes(model, arm.bits, arm.scheme),
+            "bytes/weights": _weight_bytes(arm, model),
             "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits, arm.scheme),
         }
         if arm.data:
             with phase("data"):
                 data = _prepare_data(arm, model, tokenizer, identity, store, progress)
             tokens["data"] = data.windows.numel()
+        decode_model(model)
         if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
             with phase("quantize"):
                 methods.quantize(arm, model, data and data.windows)
@@ -155,9 +176,17 @@ def carry_out(
                 work = functools.partial(_times, progress, TRAINING_WORK)
                 log = methods.train(arm, model, tokenizer, data, _checkpoints(arm, store), keep_checkpoints, work)
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
+        if arm.tuning:
+            with phase("train"):
+                work = functools.partial(_times, progress, TRAINING_WORK)
+                load = functools.partial(models.load_model, arm.model)
+                checkpoints, trained = store.checkpoint_folder(arm_key(arm)), store.adapter_file(_adapter_key(arm))
+                log = tune(arm, model, tokenizer, data and data.windows, load, checkpoints, trained, work)
+            tokens["trained"] = log.curve[-1]["tokens"]
         diverged = bool(log.steps) and not math.isfinite(log.steps[-1]["loss"])
         with phase("evaluate"), _counted(model, progress) as seen:
             metrics, scores = ({}, {}) if diverged else score(model, tokenizer, arm.evaluation)
+        scores |= {name: np.array(values) for name, values in about_weights.items()}
         tokens["evaluated"] = seen["tokens"]
     del model
     gc.collect()
@@ -190,6 +219,20 @@ def _json_entries(numbers: dict[str, float]) -> dict[str, float | None]:
 
 def _json_numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def _weight_bytes(arm: Arm, model: PreTrainedModel) -> int:
+    if arm.tuning:
+        return inference_bytes(model, arm.method, arm.format, arm.adapter, arm.merge)
+    return stored_bytes(model) if arm.format else weight_bytes(model, arm.bits, arm.scheme)
+
+
+def _adapter_key(arm: Arm) -> str:
+    """What arms share that are trained alike, however they are deployed and evaluated."""
+    alike = {"evaluation": None, "merge": None} | ({"format": None} if arm.method == LORA else {})
+    return digest(
+        json.dumps(dataclasses.asdict(arm) | alike, sort_keys=True), json.dumps(arm_code(arm), sort_keys=True)
+    )
 
 
 def _times(progress: Progress, work: int, tokens: int) -> None:
@@ -248,6 +291,8 @@ def _work(arm: Arm) -> int:
     wanted = arm.evaluation
     work = (len(wanted.corpora) * wanted.windows + wanted.pairs) * wanted.length
     work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
+    if arm.tuning:
+        work += TRAINING_WORK * arm.tuning.steps * arm.tuning.batch * arm.instructions.length
     if arm.training:
         work += GENERATION_WORK * arm.data.count * arm.data.length
         work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.data.length

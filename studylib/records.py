@@ -17,13 +17,17 @@ import psutil
 import torch
 from filelock import FileLock
 
-from studylib.arms import CALIBRATED, SMOOTHQUANT_QAT, Arm
+from studylib.adapters import GPTQ_LORA
+from studylib.arms import CALIBRATED, ENCODED, SMOOTHQUANT_QAT, Arm
 
 COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory")
 DATA_CODE = ("decoding", "sampling", "text_statistics", "training_data")
+TUNING_CODE = ("losses", "training", "distill", "formats", "l4q", "adapters", "finetuning", "merging", "tuned")
 TRAINING_CODE = ("losses", "training", "distill", "methods")
 PTQ_CODE = ("ptq", "methods")
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
+ENCODING_CODE = ("formats", "weight_statistics")
+TUNING_LIBRARIES = ("peft", "bitsandbytes")
 PTQ_LIBRARIES = ("llmcompressor", "compressed-tensors")
 
 FINISHED, DIVERGED = "finished", "diverged"
@@ -59,14 +63,21 @@ def code_versions(modules: Sequence[str], libraries: Sequence[str] = LIBRARIES) 
 
 def arm_code(arm: Arm) -> dict[str, str]:
     """The versions of the code that an arm runs through."""
-    modules = COMMON_CODE + (DATA_CODE if arm.data else ()) + (TRAINING_CODE if arm.training else PTQ_CODE)
-    if arm.method == SMOOTHQUANT_QAT:
+    modules, libraries = COMMON_CODE + (DATA_CODE if arm.data else ()), LIBRARIES
+    if arm.tuning or arm.method == ENCODED:
+        modules += TUNING_CODE if arm.tuning else ENCODING_CODE
+        libraries += TUNING_LIBRARIES if arm.tuning else ()
+    else:
+        modules += TRAINING_CODE if arm.training else PTQ_CODE
+    if arm.method in (SMOOTHQUANT_QAT, GPTQ_LORA):
         modules += PTQ_CODE
-    return code_versions(modules, LIBRARIES + (PTQ_LIBRARIES if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT) else ()))
+    if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, GPTQ_LORA):
+        libraries += PTQ_LIBRARIES
+    return code_versions(modules, libraries)
 
 
 # Taken when the process starts, so that editing a module during a long run cannot mislabel its records.
-for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE:
+for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE + TUNING_CODE + ENCODING_CODE:
     code_hash(_module)
 
 
@@ -111,12 +122,12 @@ class Record:
 
 
 class Store:
-    """The folder results/runs: records/<key>.json, locks, generated data and checkpoints."""
+    """The folder results/runs: records/<key>.json, locks, generated data, checkpoints and trained adapters."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            for name in ("records", "locks", "data", "checkpoints"):
+            for name in ("records", "locks", "data", "checkpoints", "adapters"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
             probe = self.folder / "locks" / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
@@ -134,6 +145,9 @@ class Store:
 
     def checkpoint_folder(self, key: str) -> Path:
         return self.folder / "checkpoints" / key
+
+    def adapter_file(self, key: str) -> Path:
+        return self.folder / "adapters" / f"{key}.safetensors"
 
     def lock(self, name: str) -> FileLock:
         """Held by the process that computes `name`; another one waits for it and then finds its result."""

@@ -10,9 +10,10 @@ import jinja2
 
 from studylib.arms import corpus_title
 from studylib.batch import read_published
-from studylib.claims import CLAIMS, VERDICTS, Finding, judge
+from studylib.claims import CLAIMS, Finding, judge
 from studylib.comparison import Cell, gather, measures, number
 from studylib.records import Record
+from studylib.rules import VERDICTS
 from studylib.tables import as_html, as_markdown, readable, scoreboard
 
 QUESTIONS = {

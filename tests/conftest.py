@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this is for those that they start
 
 from studylib import models
-from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Evaluation, profile
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA, Adapter
+from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Evaluation, profile
+from studylib.formats import Format, bits_per_parameter
 from studylib.layers import Scheme
 from studylib.records import FINISHED, Record, arm_key
 
@@ -75,10 +77,13 @@ def make_record():
             metrics[f"perplexity/{corpus}"] = math.exp(np.mean(scores[f"loss/{corpus}"]))
         if arm.evaluation.pairs:
             scores["loss/responses"] = np.linspace(loss - 0.5, loss + 0.5, arm.evaluation.pairs).tolist()
+        if arm.method == ENCODED:
+            scores["bits"] = [bits_per_parameter(arm.format)]
+            scores |= {"non_normal": [0.05, 0.06] * 20, "error/q_proj": [0.1, 0.1], "error/up_proj": [0.1, 0.2]}
         for task in arm.evaluation.tasks:
             scores[f"accuracy/{task}"] = [float(item < accuracy * 100) for item in range(100)]
             metrics[f"accuracy/{task}"] = accuracy
-        trained = arm.training is not None
+        trained = arm.training is not None or arm.tuning is not None
         steps = [{"step": step, "loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(1, 21)]
         curve = [{"step": step, "tokens": 256 * step, "loss": loss + 1 / (1 + step)} for step in (0, 5, 10, 15, 20)]
         statistics = dict.fromkeys(("entropy", "loss"), 2.5) | dict.fromkeys(("distinct_2", "distinct_4"), 0.9)
@@ -127,6 +132,50 @@ def picture(make_record):
         make_record(LLM_QAT, "8-8-8", loss=3.02, accuracy=0.60),
         make_record(LLM_QAT, "4-8-8", loss=3.1, accuracy=0.56),
         make_record(LLM_QAT, "4-8-4", loss=3.3, accuracy=0.52),
+    ]
+
+
+@pytest.fixture
+def tuned(make_record):
+    """The papers' picture of QLoRA and L4Q: NF4 keeps up with 16 bits, L4Q is ahead of all others at low bits."""
+    formats = [
+        ("nf", False, 3.01),
+        ("nf", True, 3.01),
+        ("int", False, 3.2),
+        ("fp-e2m1", False, 3.15),
+        ("fp-e3m0", False, 3.3),
+    ]
+    records = [
+        make_record(ENCODED, "4-16-16", loss, 0.6 - (loss - 3), changes={"format": Format(kind, 4, 64, double)})
+        for kind, double, loss in formats
+    ]
+    nf, nf3 = Format("nf", 4, 64, True), Format("nf", 3, 64, True)
+    variants = [
+        (LORA, "16-16-16", 2.80, {}),
+        (QLORA, "4-16-16", 2.80, {"format": nf}),
+        (QLORA, "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64)}),
+        (QLORA, "4-16-16", 2.95, {"format": nf, "adapter": Adapter(layers="q_proj+v_proj")}),
+        (QLORA, "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
+        (QLORA, "4-16-16", 2.80, {"format": nf, "adapter": Adapter(64, 64)}),
+        (QLORA, "3-16-16", 2.805, {"format": nf3}),
+        (L4Q, "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(4, 4)}),
+        (L4Q, "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(64, 64)}),
+        (L4Q, "4-16-16", 2.73, {"format": Format("affine", 4, 32)}),
+        *(
+            (L4Q, "4-16-16", 2.85, {"format": Format("affine", 4), "adapter": Adapter(init=init)})
+            for init in ("lsq+", "symmetric", "asymmetric")
+        ),
+    ]
+    for bits, worse in ((4, 0.0), (3, 0.2)):
+        variants.append((GPTQ_LORA, f"{bits}-16-16", 2.95 + worse, {"format": Format("int", bits, None)}))
+        variants += [
+            (method, f"{bits}-16-16", loss + worse, {"format": Format("affine", bits)})
+            for method, loss in ((L4Q, 2.75), (QLORA, 2.85), (QA_LORA, 2.9), (QAT_LORA, 2.87))
+        ]
+    return records + [
+        make_record(method, bits, loss, 0.55 - (loss - 2.75) * 0.5, seed, spread=0.02, changes=changes)
+        for method, bits, loss, changes in variants
+        for seed in (0, 1)
     ]
 
 

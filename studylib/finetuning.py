@@ -1,0 +1,139 @@
+"""Fine-tuning on instruction pairs: what the adapters of QLoRA, L4Q and their baselines learn from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from studylib.adapters import PAGED_ADAMW, check_paging
+from studylib.corpora import ALPACA, Pair, check_instructions, conversation
+from studylib.distill import last_hidden
+from studylib.losses import label_loss
+from studylib.training import Budget, Log, fit
+
+IGNORED = -100  # the label of a position whose next token is not learned
+PADDED_TO = 64  # rows are padded to a multiple of it, so that compiled layers see few shapes
+OPTIMIZER = "adamw_torch_fused"
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What is learned: the training pairs of `source` (see corpora.instruction_pairs) in a random order, each cut after
+    `length` tokens."""
+
+    source: str = ALPACA
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        check_instructions(self.source)
+        if self.length < 2:
+            raise ValueError(f"length: {self.length!r} is not allowed; use 2 or more")
+
+
+@dataclass(frozen=True)
+class Tuning(Budget):
+    """Budget of one fine-tuning; the loss is the cross-entropy of the responses' tokens.
+
+    checkpointing: recompute each decoder layer in the backward pass (Chen et al. 2016). paged: keep the optimizer's
+    states in memory that CUDA may page out to the host (QLoRA, section 3).
+    """
+
+    checkpointing: bool = False
+    paged: bool = False
+
+
+def encode(tokenizer, pairs: Sequence[Pair], length: int) -> list[dict[str, list[int]]]:
+    """Token ids and labels of each pair: labels[t] is the token after t where the response has it, else IGNORED.
+
+    Pairs whose response starts after `length` tokens teach nothing and are left out; ValueError where all are.
+    """
+    rows = []
+    for tokens, start in (conversation(tokenizer, pair) for pair in pairs):
+        tokens = tokens[:length]
+        if start < len(tokens):
+            labels = [IGNORED] * (start - 1) + tokens[start:] + [IGNORED]
+            rows.append({"tokens": tokens, "labels": labels})
+    if not rows:
+        raise ValueError(f"length: {length} tokens hold nothing of any response; use more")
+    return rows
+
+
+def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Rows padded at their end: tokens and labels [B, T]. Attention is causal, so that no token sees the padding."""
+    longest = max(len(row["tokens"]) for row in rows)
+    width = -(-longest // PADDED_TO) * PADDED_TO
+    padding = {"tokens": 0, "labels": IGNORED}
+    return {
+        name: torch.stack([F.pad(torch.tensor(row[name]), (0, width - len(row[name])), value=fill) for row in rows])
+        for name, fill in padding.items()
+    }
+
+
+def response_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the labelled tokens [B, T]; logits are held for a few of them at a time."""
+    learned = labels != IGNORED
+    hidden = last_hidden(model, tokens)[learned]
+    return label_loss(hidden, model.get_output_embeddings().weight, labels[learned])
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer,
+    pairs: Sequence[Pair],
+    instructions: Instructions,
+    settings: Tuning,
+    folder: str | Path,
+    *,
+    held_out: Sequence[Pair] = (),
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Log:
+    """Train the parameters of `model` that require gradients (see adapters.attach) on `pairs`, in place.
+
+    Examples come in one random order, drawn by instructions.seed, again and again. held_out: pairs whose response loss
+    is measured as training goes on. folder, and what happens to a killed training: as training.fit.
+    Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no parameters that require gradients; attach an adapter first")
+    if settings.paged:
+        check_paging()
+    rows = encode(tokenizer, pairs, instructions.length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(instructions.seed))
+    examples = [rows[i] for i in order]
+    measured = collate(encode(tokenizer, held_out, instructions.length)) if held_out else None
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def held_out_loss() -> Tensor:
+        parts = zip(
+            *(measured[name].to(model.device).split(settings.batch) for name in ("tokens", "labels")), strict=True
+        )
+        losses, counts = [], []
+        for tokens, labels in parts:
+            counts.append((labels != IGNORED).sum())
+            losses.append(response_loss(model, tokens, labels) * counts[-1])
+        return torch.stack(losses).sum() / torch.stack(counts).sum()
+
+    try:
+        return fit(
+            model,
+            lambda tokens, labels: {"loss": response_loss(model, tokens, labels)},
+            examples,
+            settings,
+            folder,
+            tokens_per_step=settings.batch * sum(len(row["tokens"]) for row in rows) // len(rows),
+            held_out_loss=held_out_loss if held_out else None,
+            collate=collate,
+            compiled=not settings.checkpointing,
+            optimizer=PAGED_ADAMW if settings.paged else OPTIMIZER,
+            seed=instructions.seed,
+            progress=progress,
+        )
+    finally:
+        if settings.checkpointing:
+            model.gradient_checkpointing_disable()

@@ -1,0 +1,232 @@
+"""Tables and figures of number formats and of fine-tuning on low-bit weights; titles are computed from the numbers."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from adjustText import adjust_text
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from studylib.arms import ENCODED, FULL_PRECISION, TUNED
+from studylib.comparison import (
+    EMPTY,
+    FULL,
+    Cell,
+    Measure,
+    capital,
+    gather,
+    identity,
+    listed,
+    measures,
+    percent,
+    points,
+    response_measures,
+)
+from studylib.drawing import (
+    HALO,
+    LINES,
+    STYLE,
+    axis_title,
+    draw_reference,
+    draw_row_point,
+    empty_figure,
+    finish,
+    new_panels,
+    off_scale,
+    plain_ticks,
+    set_title,
+)
+from studylib.formats import bits_per_parameter
+from studylib.records import Record
+from studylib.weight_statistics import normal_error
+
+
+def tuning_panels(records: Sequence[Record]) -> list[Measure]:
+    """What a fine-tuned model is judged by: the responses it has not seen, what it forgot, and the tasks."""
+    known = measures(records)
+    return (
+        response_measures(records)
+        + [m for m in known if m.is_perplexity][:1]
+        + [m for m in known if not m.is_perplexity]
+    )
+
+
+def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
+    """A row for each arm that is not full precision, in the order of its bits; a panel for each measure."""
+    cells = gather(records)
+    shown = [cell for cell in cells.values() if cell.method != FULL_PRECISION]
+    if not panels or not shown:
+        return empty_figure("No arm finished")
+    with mpl.rc_context(STYLE):
+        figure, axes = new_panels(len(panels), width=12, height=1.8 + 0.3 * len(shown), sharey=True)
+        for ax, measure in zip(axes, panels, strict=True):
+            draw_reference(ax, cells, measure)
+            limit = off_scale(cells, measure)
+            for row, cell in enumerate(shown):
+                draw_row_point(ax, cell, measure, row, limit)
+                if row and cell.bits != shown[row - 1].bits:
+                    ax.axhline(row - 0.5, color="#AAAAAA", lw=0.8)
+            if measure.is_perplexity:
+                ax.set_xscale("log")
+                plain_ticks(ax.xaxis)
+            ax.margins(x=0.2)
+            ax.set_xlabel(axis_title(measure).replace(" (", "\n("))
+        axes[0].set_yticks(range(len(shown)), [cell.title for cell in shown])
+        axes[0].set_ylim(len(shown) - 0.5, -0.5)
+        finish(figure, _rows_title(panels[0], shown), cells)
+    return figure
+
+
+def _rows_title(measure: Measure, shown: list[Cell]) -> str:
+    """The best of each width, with the interval of its lead over the next."""
+    found = []
+    for bits in dict.fromkeys(cell.bits for cell in shown):
+        ranked = sorted(
+            (cell for cell in shown if cell.bits == bits and cell.records),
+            key=lambda cell: measure.value(identity, cell),
+        )
+        if len(ranked) > 1:
+            lead = measure.interval(lambda best, next: next / best - 1, *ranked[:2])
+            found.append(f"{ranked[0].title} ({ranked[1].title} is {lead.text(percent)} worse)")
+        elif ranked and ranked[0].method in TUNED:
+            found.append(ranked[0].title)
+    return f"Lowest {measure.title}: {listed(found)}" if found else capital(measure.title)
+
+
+def _encoded(records: Sequence[Record]) -> list[Cell]:
+    return [cell for cell in gather(records).values() if cell.method == ENCODED and cell.records]
+
+
+def _errors(cell: Cell) -> dict[str, np.ndarray]:
+    """Relative errors of the decoder's layers, by the kind of layer."""
+    scores = cell.records[0].scores
+    return {name.partition("/")[2]: np.array(scores[name]) for name in scores if name.startswith("error/")}
+
+
+def format_table(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a format, as text: bits by formula and as stored, errors on normal numbers and weights, what it costs."""
+    full, shown = gather(records).get(FULL), []
+    for cell in _encoded(records):
+        format = cell.records[0].arm.format
+        row = {
+            "Format": format.title,
+            "Bits, formula": EMPTY if format.block is None else f"{bits_per_parameter(format):.3f}",
+            "Bits, stored": f"{cell.records[0].scores['bits'][0]:.3f}",
+            "Error, N(0,1)": EMPTY if format.block is None else f"{normal_error(format):.4f}",
+            "Error, weights, %": points(100 * np.mean(np.concatenate(list(_errors(cell).values())))),
+        }
+        for measure in measures(records):
+            name = capital(measure.title)
+            if full is None or not full.records:
+                row[name] = measure.text(measure.value(identity, cell))
+            elif measure.is_perplexity:
+                row[name] = measure.text(measure.value(identity, cell))
+                row[f"{name}: cost"] = measure.interval(lambda f, c: c / f - 1, full, cell).text(percent)
+            else:
+                row[f"{name}: loss, points"] = measure.interval(measure.loss, full, cell).text(points)
+        shown.append(row)
+    return pd.DataFrame(shown)
+
+
+def format_frontier(records: Sequence[Record]) -> Figure:
+    """Stored bits of a weight against each perplexity; dashed: the formats that none is smaller and better than."""
+    cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
+    shown = _encoded(records)
+    if not panels or not shown:
+        return empty_figure("No weights were rounded")
+    bits = np.array([cell.records[0].scores["bits"][0] for cell in shown])
+    with mpl.rc_context(STYLE):
+        figure, axes = new_panels(len(panels), width=12, height=6.5)
+        for ax, measure in zip(axes, panels, strict=True):
+            values, limit = np.array([measure.value(identity, cell) for cell in shown]), off_scale(cells, measure)
+            heights = np.minimum(values, limit)
+            for kind, colour in zip(
+                dict.fromkeys(cell.records[0].arm.format.kind for cell in shown), LINES, strict=False
+            ):
+                own = np.array([cell.records[0].arm.format.kind == kind for cell in shown])
+                ax.plot(bits[own], heights[own], marker="o", ms=5, ls="", color=colour, zorder=3)
+            best = np.minimum.accumulate(values[np.lexsort((values, bits))]) == values[np.lexsort((values, bits))]
+            order = np.lexsort((values, bits))[best]
+            ax.plot(bits[order], heights[order], color="#888888", lw=1, ls="--", zorder=1)
+            full = cells.get(FULL)
+            if full and full.records:
+                ax.axhline(measure.value(identity, full), color="#000000", lw=1)
+            ax.set_yscale("log")
+            plain_ticks(ax.yaxis)
+            ax.set_ylim(top=limit * 1.15)
+            ax.margins(x=0.1)
+            ax.set_xlabel("Stored bits a weight, scales included")
+            ax.set_ylabel(axis_title(measure, "log scale, "))
+            labels = [
+                cell.records[0].arm.format.title + (f": {measure.text(value)}" if value > limit else "")
+                for cell, value in zip(shown, values, strict=True)
+            ]
+            texts = [
+                ax.text(x, y, label, fontsize=7, path_effects=[HALO])
+                for x, y, label in zip(bits, heights, labels, strict=True)
+            ]
+            arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
+            adjust_text(
+                texts, x=list(bits), y=list(heights), ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.5)
+            )
+        handles = [
+            Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"),
+            Line2D([], [], color="#000000", lw=1, label="full precision"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        set_title(figure, _frontier_title(panels[0], shown, bits))
+    return figure
+
+
+def _frontier_title(measure: Measure, shown: list[Cell], bits: np.ndarray) -> str:
+    """The best affine integer of at most NF4's bits beside it: the question that users ask."""
+    normal = next((i for i, cell in enumerate(shown) if cell.records[0].arm.format.title == "NF4 + DQ"), None)
+    affine = [i for i, cell in enumerate(shown) if cell.records[0].arm.format.kind == "affine"]
+    if normal is None or not affine:
+        return f"{capital(measure.title)} by number format"
+    room = [i for i in affine if bits[i] <= bits[normal] + 0.25]
+    best = min(room or affine, key=lambda i: measure.value(identity, shown[i]))
+    cost = measure.interval(lambda nf, other: other / nf - 1, shown[normal], shown[best])
+    titles = [shown[i].records[0].arm.format.title for i in (normal, best)]
+    return (
+        f"{capital(measure.title)} beside {titles[0]} ({bits[normal]:.2f} bits): {titles[1]} ({bits[best]:.2f} bits) "
+        f"is {cost.text(percent)} higher"
+    )
+
+
+def error_by_layer(records: Sequence[Record]) -> Figure:
+    """The relative error of each kind of layer over the depth of the model, for the plain four-bit formats."""
+    shown = [
+        c
+        for c in _encoded(records)
+        if c.bits == "4-16-16" and "," not in c.setting.variant and "+" not in c.setting.variant
+    ]
+    if not shown:
+        return empty_figure("No weights were rounded to four bits")
+    with mpl.rc_context(STYLE):
+        kinds = list(_errors(shown[0]))
+        figure, (by_kind, by_depth) = new_panels(2, width=12, height=4.8)
+        for cell, colour in zip(shown, LINES, strict=False):
+            errors = _errors(cell)
+            spread = [100 * np.quantile(errors[kind], (0, 0.5, 1)) for kind in kinds]
+            low, middle, high = np.transpose(spread)
+            x = np.arange(len(kinds)) + 0.1 * (shown.index(cell) - len(shown) / 2)
+            by_kind.errorbar(
+                x, middle, [middle - low, high - middle], marker="o", ms=4, ls="", lw=1, capsize=2, color=colour
+            )
+            depth = 100 * np.mean([errors[kind] for kind in kinds], axis=0)
+            by_depth.plot(range(len(depth)), depth, marker=".", color=colour, label=cell.setting.variant)
+        by_kind.set_xticks(range(len(kinds)), kinds)
+        by_kind.set_xlabel("Kind of layer (bars: lowest and highest layer)")
+        by_depth.set_xlabel("Decoder layer")
+        for ax in (by_kind, by_depth):
+            ax.set_ylabel("Relative error of the weights, %")
+            ax.set_ylim(bottom=0)
+        figure.legend(loc="outside lower center", ncols=len(shown))
+        means = {c.setting.variant: 100 * np.mean(np.concatenate(list(_errors(c).values()))) for c in shown}
+        ranked = sorted(means, key=means.get)
+        ends = listed([f"{name} {points(means[name])}%" for name in dict.fromkeys((ranked[0], ranked[-1]))])
+        set_title(figure, f"Mean relative error of the weights at four bits: {ends}")
+    return figure
