@@ -242,13 +242,16 @@ def check(method: str, format: Format | None, adapter: Adapter | None) -> None:
         raise ValueError(f"kind: {LOFTQ!r} is not allowed for {LORA!r}, whose base has no rounding error; use 'qlora'")
 
 
-def usual_format(method: str, bits: int = 4, block: int | None = 64) -> Format | None:
-    """How a method keeps its base by default: NF with double quantization for "qlora", integers for the others."""
+def usual_format(method: str, bits: int = 4, block: int | None = 64, double: bool = True) -> Format | None:
+    """How a method keeps its base by default: NormalFloat for "qlora", `double` quantized or not, integers for others.
+
+    Raises ValueError for bits or a block that the format does not have.
+    """
     if method == LORA:
         return None
     if method == GPTQ_LORA:
         return Format("int", bits, None)
-    return Format("nf", bits, block, double=True) if method == QLORA else Format("affine", bits, block)
+    return Format("nf", bits, block, double) if method == QLORA else Format("affine", bits, block)
 
 
 def adapted_layers(model: nn.Module, layers: str) -> list[str]:

@@ -1,26 +1,12 @@
-"""The papers' claims, the rule that tests each, fixed before the runs it judges, and the verdicts."""
+"""The papers' claims, each with its rule, which was fixed before the runs that it judges."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA
 from studylib.arms import ENCODED, LLM_QAT, RTN, SMOOTHQUANT_QAT
-from studylib.comparison import (
-    FULL,
-    Measure,
-    Setting,
-    capital,
-    gather,
-    listed,
-    measures,
-    response_measures,
-    weight_measures,
-)
-from studylib.records import Record
+from studylib.comparison import FULL, Setting, response_measures
+from studylib.judging import Claim, learned, normality, perplexities, planned, stored_bits
+from studylib.memory_rules import activations_dominate, fits_cards, near_lora
 from studylib.rules import (
-    INCONCLUSIVE,
-    NOT_TESTED,
-    Outcome,
     alike,
     cache_breaks,
     converges_faster,
@@ -39,99 +25,12 @@ from studylib.rules import (
     smoothing,
     wins_back,
 )
-from studylib.statistics import Interval
 
 DEFAULT = Setting(LLM_QAT, "4-8-4")
 NF4, NF4_DQ, INT4, E2M1, E3M0 = (
     Setting(ENCODED, "4-16-16", variant) for variant in ("NF4", "NF4 + DQ", "Int4", "FP4 (E2M1)", "FP4 (E3M0)")
 )
 UNIFORM = {4: "affine Int4", 3: "affine Int3"}  # what the L4Q paper marks with a star
-
-
-def perplexities(records: Sequence[Record]) -> list[Measure]:
-    """Perplexity on each corpus."""
-    return [measure for measure in measures(records) if measure.is_perplexity]
-
-
-def accuracies(records: Sequence[Record]) -> list[Measure]:
-    """The mean accuracy on the zero-shot tasks."""
-    return [measure for measure in measures(records) if not measure.is_perplexity]
-
-
-def learned(records: Sequence[Record]) -> list[Measure]:
-    """What fine-tuning is for: the responses that were held out, and the zero-shot tasks."""
-    return response_measures(records) + accuracies(records)
-
-
-def stored_bits(records: Sequence[Record]) -> list[Measure]:
-    """Bits of a weight, counted from what is stored."""
-    return [measure for measure in weight_measures(records) if measure.name == "bits"]
-
-
-def normality(records: Sequence[Record]) -> list[Measure]:
-    """The share of neurons that fail a test for normal weights."""
-    return [measure for measure in weight_measures(records) if measure.name != "bits"]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of a paper, the arms that test it (needs; optional: used where they were run) and its rule in words.
-
-    measures: what it is judged by. untested: what it would take, for a claim that no record can test yet.
-    """
-
-    id: str
-    statement: str
-    paper: str
-    rule: str
-    needs: tuple[Setting, ...] = ()
-    test: Callable[..., Outcome] | None = None
-    optional: tuple[Setting, ...] = ()
-    measures: Callable[[Sequence[Record]], list[Measure]] = measures
-    untested: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one measure says about a claim: verdict is one of VERDICTS, effect the number it rests on."""
-
-    claim: str
-    measure: str
-    verdict: str
-    effect: Interval | None
-    sentence: str
-
-
-def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
-    """One finding a measure; a single one without an effect where an arm was not run, or diverged for any seed.
-
-    Intervals resample the items that all arms of the claim share; with several seeds, scores are averaged over them.
-    """
-    if claim.untested:
-        return [Finding(claim.id, "", NOT_TESTED, None, f"Not tested here: {claim.untested}.")]
-    cells = gather(records)
-    missing = [setting.title for setting in claim.needs if setting not in cells]
-    if missing:
-        text = f"Not tested here: {listed(missing)} {'was' if len(missing) == 1 else 'were'} not run."
-        return [Finding(claim.id, "", NOT_TESTED, None, text)]
-    used = [cells.get(setting) for setting in (*claim.needs, *claim.optional)]
-    diverged = [cell for cell in used if cell and cell.diverged]
-    if diverged:
-        counts = "; ".join(
-            f"{len(cell.diverged)} of {len(cell.diverged) + len(cell.records)} runs of {cell.title} diverged"
-            for cell in diverged
-        )
-        return [Finding(claim.id, "", INCONCLUSIVE, None, f"{counts}. Inconclusive.")]
-    wanted = [m for m in claim.measures(records) if all(cell is None or m.covers(cell) for cell in used)]
-    if not wanted:
-        return [Finding(claim.id, "", NOT_TESTED, None, "Not tested here: nothing was measured that it speaks of.")]
-    findings = []
-    for measure in wanted:
-        effect, verdict, text = claim.test(measure, *used)
-        findings.append(
-            Finding(claim.id, measure.title, verdict, effect, f"{capital(measure.title)}: {text} {capital(verdict)}.")
-        )
-    return findings
 
 
 CLAIMS = {
@@ -300,6 +199,22 @@ CLAIMS = {
             measures=learned,
         ),
         Claim(
+            "B6",
+            "65B fits one 48 GB card, 33B one of 24 GB (slightly over), 7B a phone of 6 GB",
+            "Total at batch 1 and 512 tokens: 6.9, 11.3, 24.7 and 45.0 GB for 7B, 13B, 33B and 65B",
+            "Planned totals, with 1 GB for the driver, stay within the cards; 33B within 1.1 times its card",
+            test=fits_cards,
+            measures=planned,
+        ),
+        Claim(
+            "B7",
+            "Activation gradients dominate the memory of adapters, and checkpointing cuts them",
+            "7B: base 5048 MB, adapters 26 MB, input gradients 567 MB, 18 MB with checkpointing",
+            "Planned activations are more than half of what training adds to the base; checkpointing halves them",
+            test=activations_dominate,
+            measures=planned,
+        ),
+        Claim(
             "B8",
             "Paged optimizers survive memory spikes at the same speed",
             "65B on a 48 GB GPU at batch 16 (claimed, not measured)",
@@ -354,6 +269,15 @@ CLAIMS = {
             )
         ),
         Claim(
+            "C3",
+            "L4Q trains in about the memory of LoRA, far below that of quantization-aware training",
+            "GB at 3B, 7B, 13B and 33B: LoRA 15.1, 25.1, 43.8, 71.9; L4Q 15.3, 25.4, 44.3, 73.2; QAT 44.2, 79.5, then "
+            "out of memory",
+            "Planned for 7B, L4Q takes at most 1.1 times LoRA's memory and half of QAT's",
+            test=near_lora,
+            measures=planned,
+        ),
+        Claim(
             "C4",
             "L4Q trains in about the time of QLoRA in total",
             "7B: QLoRA* 9.9 hours, L4Q 10.1 at half the iterations: about 1.9 to 2.0 times as long for each",
@@ -404,7 +328,7 @@ CLAIMS = {
             "Half-way through training, the validation loss of L4Q is below that of QLoRA* for every seed",
             (Setting(L4Q, "4-16-16"), Setting(QLORA, "4-16-16", UNIFORM[4])),
             converges_faster,
-            measures=lambda records: response_measures(records),
+            measures=response_measures,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The command `study`: run notebooks in batch, list and show records."""
+"""The command `study`: run notebooks in batch, list and show records, plan the memory of a fine-tuning."""
 
 import argparse
 import json
@@ -30,6 +30,15 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show one record")
     show.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
     _results(show)
+    plan = commands.add_parser("plan", help="the memory that a fine-tuning would take, without any weights")
+    plan.add_argument("--model", required=True, metavar="CONFIG", help="llama-7b, ..., a config.json, a model")
+    plan.add_argument("--method", default="qlora", help="lora, qlora, qa-lora, qat-lora, l4q or qat (default: qlora)")
+    plan.add_argument("--bits", type=int, default=4, help="of the weights (default: 4)")
+    plan.add_argument("--block", type=int, default=64, help="weights that share a scale (default: 64)")
+    plan.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    plan.add_argument("--batch", type=int, default=1, help="sequences in one step (default: 1)")
+    plan.add_argument("--sequence", type=int, default=512, metavar="TOKENS", help="their length (default: 512)")
+    plan.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
     return parser
 
 
@@ -44,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     from studylib.records import RecordError
 
     try:
-        return {"run": _run, "list": _list, "show": _show}[options.command](options, arguments)
+        return {"run": _run, "list": _list, "show": _show, "plan": _plan}[options.command](options, arguments)
     except (ValueError, RecordError, SourceError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -100,6 +109,24 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     page = report.write_report(output, records, executed, shlex.join(["study", *arguments]))
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\nReport: {page}")
+    return 0
+
+
+def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.planning import plan_text
+
+    print(
+        plan_text(
+            options.model,
+            options.method,
+            bits=options.bits,
+            batch=options.batch,
+            length=options.sequence,
+            rank=options.rank,
+            block=options.block,
+            checkpointing=options.checkpointing,
+        )
+    )
     return 0
 
 

@@ -8,26 +8,20 @@ from pathlib import Path
 
 import jinja2
 
-from studylib.arms import corpus_title
+from studylib.arms import ENCODED, TITLES, corpus_title
 from studylib.batch import read_published
-from studylib.claims import CLAIMS, Finding, judge
+from studylib.claims import CLAIMS
 from studylib.comparison import Cell, gather, measures, number
+from studylib.judging import Claim, Finding, judge
 from studylib.records import Record
-from studylib.rules import VERDICTS
+from studylib.rules import NOT_TESTED, VERDICTS
 from studylib.tables import as_html, as_markdown, readable, scoreboard
 
-QUESTIONS = {
-    "A4": "Does post-training quantization suffice at 8 bits?",
-    "A6": "Does it break at 4-8-4?",
-    "A1": "How much does LLM-QAT win back there?",
-    "A2": "Is it the 4-bit cache that breaks it?",
-    "A3": "With an 8-bit cache, is there little to gain by training?",
-    "A7": "Is text that the model wrote better training data than real text?",
-    "A8": "Should it be sampled?",
-    "A9": "Are soft logits the best target?",
-    "A10": "Is MinMax the best grid?",
-    "A11": "Does SmoothQuant help before training?",
-    "A12": "Do 4-bit activations stay out of reach?",
+BY_VARIANT = (TITLES[ENCODED],)  # methods that are nothing without their variant
+PAPERS = {
+    "A": ("LLM-QAT", "arXiv 2305.17888", "quantization-aware training towards the full-precision model, without data"),
+    "B": ("QLoRA", "arXiv 2305.14314", "adapters trained on a frozen 4-bit base"),
+    "C": ("L4Q", "arXiv 2402.04902", "adapter and quantization trained as one"),
 }
 
 
@@ -46,8 +40,10 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
         arm=records[0].arm,
         corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
         trained=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.training), None),
-        seeds=sorted({record.arm.seed for record in records if record.arm.training}),
-        questions=[(QUESTIONS[name], CLAIMS[name], judge(CLAIMS[name], records)) for name in QUESTIONS],
+        tuned=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.tuning), None),
+        seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
+        papers=ledger(records),
+        rates=_rates(records),
         overall=overall,
         verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
         table=as_html(readable(scoreboard(records), tasks=False)),
@@ -67,13 +63,27 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
     return path
 
 
+def ledger(records: Sequence[Record]) -> list[tuple[tuple[str, str, str], list[tuple[Claim, list[Finding]]]]]:
+    """Every paper with its claims and what the records say of each."""
+    return [
+        (paper, [(claim, judge(claim, records)) for claim in CLAIMS.values() if claim.id.startswith(letter)])
+        for letter, paper in PAPERS.items()
+    ]
+
+
 def summary(records: Sequence[Record]) -> str:
-    """The answers and the table in Markdown, for a repository page."""
-    lines, board = [], scoreboard(records)
-    for name, question in QUESTIONS.items():
-        findings = judge(CLAIMS[name], records)
-        lines += [f"- **{question}** {name}: {overall(findings)}.", *(f"  - {f.sentence}" for f in findings)]
-    return "\n".join([*lines, "", as_markdown(readable(board[board["variant"] == ""], tasks=False))])
+    """The ledger, what was found and the table in Markdown, for a repository page."""
+    rows, found = ["| | Claim | Verdict |", "| --- | --- | --- |"], []
+    for (name, source, _), judged in ledger(records):
+        found.append(f"**{name}** ({source})\n")
+        for claim, findings in judged:
+            rows.append(f"| {claim.id} | {claim.statement} | {overall(findings)} |")
+            if any(finding.verdict != NOT_TESTED for finding in findings):
+                found += [f"- {claim.id}, {claim.statement}:", *(f"  - {finding.sentence}" for finding in findings)]
+        found.append("")
+    board = scoreboard(records)
+    table = as_markdown(readable(board[(board["variant"] == "") | board["method"].isin(BY_VARIANT)], tasks=False))
+    return "\n".join([*rows, "", *found, table])
 
 
 def overall(findings: Sequence[Finding]) -> str:
@@ -82,6 +92,12 @@ def overall(findings: Sequence[Finding]) -> str:
     if len(counts) == 1:
         return findings[0].verdict
     return ", ".join(f"{verdict} by {counts[verdict]}" for verdict in VERDICTS if counts[verdict])
+
+
+def _rates(records: Sequence[Record]) -> str:
+    """The learning rate of each method that was fine-tuned."""
+    rates = {TITLES[r.arm.method]: r.arm.tuning.learning_rate for r in records if r.arm.tuning}
+    return ", ".join(f"{rate:g} ({title})" for title, rate in rates.items())
 
 
 def _figures(output: Path, notebook: str) -> list[dict[str, str]]:

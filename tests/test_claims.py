@@ -6,8 +6,9 @@ import pytest
 
 from studylib.adapters import L4Q, QA_LORA, QLORA, Adapter
 from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT
-from studylib.claims import CLAIMS, judge
+from studylib.claims import CLAIMS
 from studylib.formats import Format
+from studylib.judging import judge
 from studylib.layers import Scheme
 from studylib.records import DIVERGED
 from studylib.rules import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED

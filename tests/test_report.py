@@ -8,7 +8,8 @@ import pytest
 
 from studylib import batch, figures, tables
 from studylib.batch import NOTEBOOKS
-from studylib.claims import CLAIMS, judge
+from studylib.claims import CLAIMS
+from studylib.judging import judge
 from studylib.records import read_records
 from studylib.report import overall, summary, write_report
 
@@ -47,7 +48,12 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_is_whole_and_needs_nothing_else(page):
     reader = Reader(page)
     assert not reader.open  # every element is closed
-    assert all(link.startswith(("data:", "04_ptq_vs_qat")) for link in reader.links)
+    assert all(link.startswith(("data:", "04_ptq_vs_qat", "#")) for link in reader.links)
+    assert (
+        {link[1:] for link in reader.links if link.startswith("#")}
+        == set(CLAIMS)
+        <= set(re.findall(r'id="(\w+)"', page))
+    )
     assert "04_ptq_vs_qat.html" in reader.links
     assert not re.search(r"url\(|@import|<script|http-equiv", page)
     assert len(reader.images) == 2 and all(len(image["alt"]) > 30 for image in reader.images)
