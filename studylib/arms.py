@@ -289,7 +289,8 @@ def _convert(kind, value, where: str):
 @dataclass(frozen=True)
 class Profile:
     """A budget: the data and training a method may spend, what every arm is scored on, and the seeds that make the
-    interval over runs. few_shot: tasks that the headline settings are scored on as well."""
+    interval over runs. few_shot: tasks that the headline settings are scored on as well. block: weights that share a
+    scale where a method needs such blocks."""
 
     sampling: Sampling
     training: Training
@@ -298,6 +299,7 @@ class Profile:
     evaluation: Evaluation
     seeds: tuple[int, ...]
     few_shot: tuple[str, ...] = ()
+    block: int = 64
 
     def extended(self, steps: int) -> "Profile":
         """This budget with `steps` more for every training, which goes on from where it ended."""
@@ -359,6 +361,7 @@ PROFILES = {
         Tuning(steps=4, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4, pairs=2),
         seeds=(0,),
+        block=32,
     ),
     "quick": Profile(
         Sampling(count=32, length=256, batch=64),

@@ -17,12 +17,13 @@ import psutil
 import torch
 from filelock import FileLock
 
-from studylib.adapters import GPTQ_LORA
+from studylib.adapters import GPTQ_LORA, L4Q, QAT_LORA
 from studylib.arms import CALIBRATED, ENCODED, SMOOTHQUANT_QAT, Arm
 
 COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory")
 DATA_CODE = ("decoding", "sampling", "text_statistics", "training_data")
-TUNING_CODE = ("losses", "training", "distill", "formats", "l4q", "adapters", "finetuning", "merging", "tuned")
+TUNING_CODE = ("losses", "training", "distill", "formats", "adapters", "finetuning", "merging", "tuned")
+GRID_CODE = ("l4q",)
 TRAINING_CODE = ("losses", "training", "distill", "methods")
 PTQ_CODE = ("ptq", "methods")
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
@@ -66,6 +67,7 @@ def arm_code(arm: Arm) -> dict[str, str]:
     modules, libraries = COMMON_CODE + (DATA_CODE if arm.data else ()), LIBRARIES
     if arm.tuning or arm.method == ENCODED:
         modules += TUNING_CODE if arm.tuning else ENCODING_CODE
+        modules += GRID_CODE if arm.method in (L4Q, QAT_LORA) else ()
         libraries += TUNING_LIBRARIES if arm.tuning else ()
     else:
         modules += TRAINING_CODE if arm.training else PTQ_CODE
@@ -77,7 +79,7 @@ def arm_code(arm: Arm) -> dict[str, str]:
 
 
 # Taken when the process starts, so that editing a module during a long run cannot mislabel its records.
-for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE + TUNING_CODE + ENCODING_CODE:
+for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE + TUNING_CODE + GRID_CODE + ENCODING_CODE:
     code_hash(_module)
 
 

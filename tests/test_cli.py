@@ -1,6 +1,7 @@
 """The command as a user calls it: all notebooks at smoke size, then what is left of them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_executed_notebooks_hold_their_results(output):
         assert not [out for out in outputs if out.output_type == "error"]
         published = batch.read_published(output, notebook.stem)["figures"]
         assert sum("image/png" in out.get("data", {}) for out in outputs) == len(published) >= 2
-        assert any("**A" in out.get("data", {}).get("text/markdown", "") for out in outputs)
+        shown = [out.get("data", {}).get("text/markdown", "") for out in outputs]
+        assert any(re.match(r"\*\*[ABC]\d+\*\* · ", text) for text in shown)
         assert len([out for out in outputs if out.output_type == "stream"]) <= 3  # not one for each state of the bar
         assert (output / notebook.stem / "table.csv").exists()
         assert "<html" in (output / notebook.with_suffix(".html").name).read_text()
@@ -64,8 +66,10 @@ def test_records_are_shared_between_notebooks(finished, output):
     keys = [set(batch.read_published(output, path.stem)["records"]) for path in batch.find_notebooks([])]
     paths = {path.stem: path for path in (finished[0] / "records").glob("*.json")}
     assert set.union(*keys) == set(paths)
-    shared = {read_record(paths[key]).arm.title for key in set.intersection(*keys)}
-    assert shared == {"full precision", "RTN 4-8-4", "LLM-QAT 4-8-4"}
+    distilled, everywhere = (
+        {read_record(paths[key]).arm.title for key in set.intersection(*chosen)} for chosen in (keys[:4], keys)
+    )
+    assert distilled == {"full precision", "RTN 4-8-4", "LLM-QAT 4-8-4"} and everywhere == {"full precision"}
     # All generated data but the chat's and those of four strategies are one set; each real corpus is another.
     assert len(list((finished[0] / "data").iterdir())) == 6 + 1 + 2
 
@@ -136,6 +140,33 @@ def test_records_that_are_not_there(tmp_path, finished, capsys):
     assert "records in" in capsys.readouterr().err
     assert main(["list", "--results", str(tmp_path / "none")]) == 2
     assert "none holds no records" in capsys.readouterr().err
+
+
+def test_plan(capsys):
+    assert main(["plan", "--model", "llama-7b", "--method", "qlora", "--checkpointing"]) == 0
+    shown = capsys.readouterr().out
+    assert "llama-7b, qlora, NF4 + DQ, rank 16, batch 1 x 512 tokens, with gradient checkpointing" in shown
+    assert re.search(r"^total +\d+\.\d\d GB$", shown, re.M) and "fits cards of 8 GB" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt9"], "model: 'gpt9' is not known"),
+        (["--model", "llama-7b", "--method", "lora+"], "method: 'lora+' is not known; use one of lora, qlora"),
+        (["--model", "llama-7b", "--bits", "5"], "bits: 5 is not allowed for 'nf'; use 2 or 3 or 4"),
+        (["--model", "llama-7b", "--block", "48"], "block: 48 does not divide the input width 4096"),
+        (["--model", "llama-7b", "--rank", "0"], "rank: 0 is not allowed; use 1 or more"),
+        (
+            ["--model", "llama-7b", "--sequence", "4096"],
+            "length: 4096 tokens is longer than the model's context of 2048",
+        ),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_one_clear_line(capsys, arguments, message):
+    assert main(["plan", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("study: ") and message in told and told.count("\n") == 1
 
 
 def test_help_is_quick_and_complete():

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from studylib import formats, models, planning
-from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, attach
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, attach, usual_format
 from studylib.formats import Format
 from studylib.planning import GB, SHAPES, inference_bytes, measure, plan
 from studylib.published import PUBLISHED, against_papers

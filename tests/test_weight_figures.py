@@ -1,0 +1,61 @@
+"""Figures and tables of formats, fine-tuning and memory: what they must have whatever the numbers."""
+
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from studylib import memory_figures, weight_figures
+from studylib.arms import FULL_PRECISION
+from studylib.published import PUBLISHED, against_papers
+
+
+@pytest.fixture
+def records(make_record, tuned):
+    return [make_record(FULL_PRECISION, loss=2.9, accuracy=0.6), *tuned]
+
+
+def flat(figure):
+    FigureCanvasAgg(figure).draw()
+    assert all(ax.get_xlabel() for ax in figure.axes) and figure.axes[0].get_xlabel() and figure.legends
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def test_rows_name_every_arm_and_the_best_of_each_width(records):
+    panels = weight_figures.tuning_panels(records)
+    assert [panel.name for panel in panels] == ["perplexity/responses", "perplexity/wikipedia", "accuracy/mean"]
+    figure = weight_figures.rows(records, panels)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "QA-LoRA at 3-16-16" in labels and "QLoRA at 4-16-16 (affine Int4)" in labels
+    assert "and QLoRA at 3-16-16 (L4Q at 3-16-16 is 16% [16%, 16%] worse)" in flat(figure)
+
+
+def test_the_table_of_formats_counts_and_compares(records):
+    table = weight_figures.format_table(records).set_index("Format")
+    assert table.loc["NF4 + DQ", "Bits, formula"] == "4.127" and table.loc["NF4", "Bits, stored"] == "4.500"
+    assert table.loc["NF4", "Error, N(0,1)"] == "0.0728" and table.loc["NF4", "Error, weights, %"] == "12.5"
+    assert table.loc["Int4", "Perplexity on Wikipedia: cost"].startswith("35%")
+    assert not table.isna().any(axis=None)
+
+
+def test_figures_of_formats_say_what_they_found(records):
+    assert flat(weight_figures.format_frontier(records)) == "Perplexity on Wikipedia by number format"  # no affine one
+    assert "at four bits: NF4 12.5%" in flat(weight_figures.error_by_layer(records))
+    for draw in (weight_figures.format_frontier, weight_figures.error_by_layer):
+        assert "No weights were rounded" in draw(records[:1]).get_suptitle()
+
+
+def test_plans_stand_beside_what_was_measured(fp32):
+    frame = memory_figures.measured_beside_planned("tiny-random", ["lora", "l4q", "qat"], 4, 32, 4, 2, 32)
+    assert (frame["planned"] == frame["total"]).all() and len(frame) == 6
+    shown = memory_figures.readable_memory(frame)
+    assert set(shown["Plan / measured"]) == {"1.000"} and list(shown["Method"])[::2] == ["LoRA", "L4Q", "QAT"]
+    assert "plans are off by at most 0.0%" in flat(memory_figures.memory_bars(frame))
+
+
+def test_the_papers_gigabytes_have_a_row_each(monkeypatch):
+    rows = [row for row in PUBLISHED if row.model == "llama-7b" and row.claim in ("B6", "C3")]
+    rows.append(next(row for row in PUBLISHED if row.gigabytes is None))
+    monkeypatch.setattr(memory_figures, "against_papers", lambda: against_papers(rows))
+    table = memory_figures.papers_table()
+    assert isinstance(table, pd.DataFrame) and len(table) == len(rows) and table["Paper, GB"].iloc[-1] == "–"
+    assert "published numbers are met to a tenth" in flat(memory_figures.papers_figure())
