@@ -1,6 +1,5 @@
 """The papers' claims, each with its rule, which was fixed before the runs that it judges."""
 
-
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA
 from studylib.arms import ENCODED, LLM_QAT, RTN, SMOOTHQUANT_QAT
 from studylib.comparison import FULL, Setting, response_measures

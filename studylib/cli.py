@@ -1,4 +1,4 @@
-"""The command `study`: run notebooks in batch, list and show records, plan the memory of a fine-tuning."""
+"""The command `study`: run notebooks in batch, list, show and verify records, report, plan the memory of a training."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from studylib.sources import SourceError
+
+REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +32,14 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show one record")
     show.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
     _results(show)
+    report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
+    report.add_argument("--output", type=Path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder")
+    report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
+    verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
+    verify.add_argument("--reference", type=Path, default=REFERENCE, help="default: the results in the repository")
+    verify.add_argument("--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title")
+    verify.add_argument("--minutes", type=float, default=15, help="else as many arms as fit (default: 15)")
+    _results(verify)
     plan = commands.add_parser("plan", help="the memory that a fine-tuning would take, without any weights")
     plan.add_argument("--model", required=True, metavar="CONFIG", help="llama-7b, ..., a config.json, a model")
     plan.add_argument("--method", default="qlora", help="lora, qlora, qa-lora, qat-lora, l4q or qat (default: qlora)")
@@ -53,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     from studylib.records import RecordError
 
     try:
-        return {"run": _run, "list": _list, "show": _show, "plan": _plan}[options.command](options, arguments)
+        return {"run": _run, "list": _list, "show": _show, "report": _report, "verify": _verify, "plan": _plan}[
+            options.command
+        ](options, arguments)
     except (ValueError, RecordError, SourceError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -110,6 +122,40 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\nReport: {page}")
     return 0
+
+
+def _report(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib import batch, report
+    from studylib.records import read_record
+
+    notebooks = sorted(path.parent for path in options.output.glob("*/published.json"))
+    if not notebooks:
+        raise ValueError(f"output: {options.output} holds no notebook's results; `study run` makes some")
+    keys = [key for folder in notebooks for key in batch.read_published(options.output, folder.name)["records"]]
+    folder = options.output.resolve().parent / "records"
+    records = [read_record(folder / f"{key}.json") for key in dict.fromkeys(keys)]
+    if options.format == "md":
+        print(report.summary(records))
+    else:
+        names = [folder.with_suffix(".ipynb") for folder in notebooks]
+        print(report.write_report(options.output, records, names, shlex.join(["study", *arguments])))
+    return 0
+
+
+def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.records import read_records
+    from studylib.verify import verify
+
+    records = list(read_records(options.reference / "records"))
+    if not records:
+        raise ValueError(f"reference: {options.reference} holds no records")
+    found = verify(records, options.arms, options.minutes, options.results.resolve())
+    for difference in found:
+        print(difference.text())
+    failed = sum(not difference.passed for difference in found)
+    arms = len({difference.arm for difference in found})
+    print(f"{len(found) - failed} of {len(found)} numbers of {arms} arms are as published.")
+    return 1 if failed else 0
 
 
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -1,0 +1,106 @@
+"""Reproducibility: arms of the reference run anew, their numbers beside those that were published."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from studylib import experiments
+from studylib.comparison import points
+from studylib.records import FINISHED, Record
+
+PERPLEXITY, ACCURACY = 0.02, 0.02  # tolerances where the reference has one seed: 2% of a perplexity, 2 points
+SPREADS = 2.0  # with several seeds: so many times their standard deviation, if that is more
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of a reference record and of its arm run anew: `change` relative for perplexities, absolute for shares
+    of right answers. exact: every score of every item is the same to the last bit."""
+
+    arm: str
+    metric: str
+    reference: float | None
+    found: float | None
+    change: float
+    tolerance: float
+    exact: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.change <= self.tolerance
+
+    def text(self) -> str:
+        """A line for a terminal."""
+        how = "the same, item by item" if self.exact else f"off by {points(100 * self.change)}%"
+        allowed = f"allowed {points(100 * self.tolerance)}%"
+        return f"{'pass' if self.passed else 'FAIL'}  {self.arm}: {self.metric} {self.found:.4g}, {how} ({allowed})"
+
+
+def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> list[Record]:
+    """Reference records to run again: those whose title holds one of `wanted`, or as many as fit into `minutes`.
+
+    The latter are the cheapest of each method in turn, by what they once cost. Raises ValueError where none is left.
+    """
+    finished = [record for record in records if record.status == FINISHED]
+    if wanted:
+        chosen = [record for record in finished if any(text in record.arm.title for text in wanted)]
+    else:
+        chosen, spent = [], 0.0
+        by_method: dict[str, list[Record]] = {}
+        for record in sorted(finished, key=_minutes):
+            by_method.setdefault(record.arm.method, []).append(record)
+        turns = [queue[i] for i in range(len(finished)) for queue in by_method.values() if i < len(queue)]
+        for record in turns:
+            if spent + _minutes(record) <= minutes:
+                chosen.append(record)
+                spent += _minutes(record)
+    if not chosen:
+        what = f"holds {' or '.join(map(repr, wanted))} in its title" if wanted else f"fits into {minutes:g} minutes"
+        raise ValueError(f"reference: none of its {len(finished)} arms {what}; `study list --results` shows them")
+    return chosen
+
+
+def _minutes(record: Record) -> float:
+    return sum(record.cost["seconds"].values()) / 60
+
+
+def compare(reference: Record, found: Record, all_records: Sequence[Record]) -> list[Difference]:
+    """Each perplexity and accuracy of the two records; tolerances from the spread over the seeds in `all_records`."""
+    exact = all(reference.scores[name] == found.scores.get(name) for name in reference.scores)
+    differences = []
+    for metric, value in reference.metrics.items():
+        if not metric.startswith(("perplexity/", "accuracy/")):
+            continue
+        relative = metric.startswith("perplexity/")
+        own = found.metrics.get(metric)
+        change = np.inf if own is None else abs(own - value) / (value if relative else 1)
+        tolerance = _tolerance(metric, reference, all_records, relative)
+        differences.append(Difference(reference.arm.title, metric, value, own, float(change), tolerance, exact))
+    return differences
+
+
+def _tolerance(metric: str, reference: Record, records: Sequence[Record], relative: bool) -> float:
+    values = [
+        record.metrics[metric]
+        for record in records
+        if record.status == FINISHED
+        and (record.arm.title, record.arm.model) == (reference.arm.title, reference.arm.model)
+    ]
+    spread = SPREADS * float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return max(spread / (reference.metrics[metric] if relative else 1), PERPLEXITY if relative else ACCURACY)
+
+
+def verify(records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path) -> list[Difference]:
+    """Run the chosen arms of `records` in the folder `results`, and compare. Records there are used where they match.
+
+    Raises ValueError as `choose` does, or for an arm that cannot be run here.
+    """
+    chosen = choose(records, wanted, minutes)
+    found = experiments.run([record.arm for record in chosen], results)
+    return [
+        difference
+        for reference, own in zip(chosen, found, strict=True)
+        for difference in compare(reference, own, records)
+    ]

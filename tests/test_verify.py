@@ -1,0 +1,63 @@
+"""The reference against itself, against something else, and as a command."""
+
+import dataclasses
+
+import pytest
+
+from studylib import experiments
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, profile
+from studylib.cli import main
+from studylib.evaluation import Evaluation
+from studylib.records import Store
+from studylib.verify import choose, compare, verify
+
+BUDGET = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=4, length=32))
+ARMS = [BUDGET.arm("tiny-random", method, bits) for method, bits in ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4"))]
+
+
+@pytest.fixture
+def reference(tmp_path):
+    return tmp_path / "reference", experiments.run(ARMS, tmp_path / "reference")
+
+
+def test_what_is_run_again_is_the_same_to_the_last_bit(reference, tmp_path, capsys):
+    folder, records = reference
+    found = verify(records, [], 15, tmp_path / "again")
+    assert len(found) == 2 and all(difference.exact and difference.passed for difference in found)
+    assert main(["verify", "--reference", str(folder), "--arms", "RTN", "--results", str(tmp_path / "again")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("pass  RTN 4-8-4: perplexity/wikipedia") and "the same, item by item" in shown[0]
+    assert shown[1] == "1 of 1 numbers of 1 arms are as published."
+
+
+def test_another_number_fails_and_says_so(reference, tmp_path, capsys):
+    folder, records = reference
+    wrong = dataclasses.replace(records[1], metrics=records[1].metrics | {"perplexity/wikipedia": 100.0})
+    Store(folder).save(wrong)
+    assert main(["verify", "--reference", str(folder), "--results", str(tmp_path / "again")]) == 1
+    assert "FAIL  RTN 4-8-4: perplexity/wikipedia" in capsys.readouterr().out
+
+
+def test_tolerances_follow_the_seeds(make_record):
+    seeds = [make_record(LLM_QAT, "4-8-4", loss=3 + 0.1 * seed, seed=seed) for seed in range(3)]
+    (own, *_) = compare(seeds[0], seeds[1], seeds)
+    assert own.metric == "perplexity/wikipedia" and own.change == pytest.approx(0.105, abs=1e-3)
+    assert own.tolerance == pytest.approx(2 * 0.1107, rel=0.01) and own.passed
+    (alone, *_) = compare(seeds[0], seeds[1], seeds[:1])
+    assert alone.tolerance == 0.02 and not alone.passed
+
+
+def test_a_sample_fits_the_minutes_and_holds_every_method(picture):
+    chosen = choose(picture, [], 1.2)  # an untrained arm took 3 seconds, a trained one 63
+    assert {record.arm.method for record in chosen} == {FULL_PRECISION, RTN, LLM_QAT}
+    assert sum(sum(record.cost["seconds"].values()) for record in chosen) <= 72
+    assert [record.arm.title for record in choose(picture, ["8-8-8"], 0)] == ["RTN 8-8-8", "LLM-QAT 8-8-8"]
+    with pytest.raises(ValueError, match="none of its 9 arms holds 'NF4' in its title"):
+        choose(picture, ["NF4"], 15)
+    with pytest.raises(ValueError, match=r"fits into 0\.01 minutes"):
+        choose(picture, [], 0.01)
+
+
+def test_a_reference_without_records_is_named(tmp_path, capsys):
+    assert main(["verify", "--reference", str(tmp_path)]) == 2
+    assert "holds no records" in capsys.readouterr().err
