@@ -171,6 +171,8 @@ def attach(
                 "singular values"
             )
     model.requires_grad_(False)
+    if method in (QAT_LORA, L4Q):
+        _compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
     if method in (LORA, QLORA):
         _attach_lora(model, format, adapter, names, seed)
     elif method == QA_LORA:
@@ -204,11 +206,16 @@ def attach(
         quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.block))
         for linear in linears.values():
             linear.weight.requires_grad_(True)
+    _compact(model)
+    model.adaptation = Adaptation(method, format, adapter, tuple(linears))
+    return model
+
+
+def _compact(model: nn.Module) -> None:
+    """Put what is frozen into the type that is computed in."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(models.compute_dtype())
-    model.adaptation = Adaptation(method, format, adapter, tuple(linears))
-    return model
 
 
 def check(method: str, format: Format | None, adapter: Adapter | None) -> None:
