@@ -132,13 +132,14 @@ class Measure:
 
     name: "perplexity/<corpus>" or "perplexity/responses"; "accuracy/mean" (zero-shot tasks, each weighing the same) or
     "accuracy/<task>", in %; "share/<of what>", in %; "bits", stored bits a weight.
-    parts: the scores behind it. sizes: items of each part.
+    parts: the scores behind it. sizes: items of each part. family: how many claims are judged by it at once.
     """
 
     name: str
     title: str
     parts: tuple[str, ...]
     sizes: tuple[int, ...]
+    family: int = 1
 
     @property
     def is_perplexity(self) -> bool:
@@ -165,11 +166,21 @@ class Measure:
         return points(value) if self.name.startswith(("accuracy/", "share/")) else number(value)
 
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
-        """95% interval of contrast(value of each cell), resampling the items that all of them were scored on."""
+        """95% interval of contrast(value of each cell), resampling the items that all of them were scored on.
+
+        Seeds that are common to all cells with several are resampled too; else scores are averaged over seeds.
+        """
         strata, statistic = self._statistic()
-        draws = int(np.clip(RESAMPLED // self.items, 1_000, 10_000))
+        seeds = _common_seeds(cells)
+        draws = int(np.clip(RESAMPLED // (self.items * max(1, len(seeds))), 1_000, 10_000))
+        scores = [
+            np.stack([self._scores(cell, seed) for seed in seeds])
+            if len(seeds) > 1 and len(cell.records) > 1
+            else self._scores(cell)
+            for cell in cells
+        ]
         return paired_bootstrap(
-            lambda *scores: contrast(*map(statistic, scores)), *map(self._scores, cells), strata=strata, draws=draws
+            lambda *values: contrast(*map(statistic, values)), *scores, strata=strata, draws=draws, family=self.family
         )
 
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
@@ -179,8 +190,7 @@ class Measure:
 
     def over_seeds(self, contrast: Contrast, *cells: Cell) -> tuple[float, float] | None:
         """Lowest and highest value over the seeds that all cells with several have; None with fewer than two."""
-        several = [set(cell.seeds) for cell in cells if len(cell.seeds) > 1]
-        seeds = set.intersection(*several) if several else set()
+        seeds = _common_seeds(cells)
         values = [self.value(contrast, *cells, seed=seed) for seed in seeds]
         return (min(values), max(values)) if len(values) > 1 else None
 
@@ -193,6 +203,12 @@ class Measure:
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
         mean, unit = stratified_mean(strata), 1 if self.name == "bits" else 100
         return strata, lambda scores: unit * mean(scores)
+
+
+def _common_seeds(cells: Sequence[Cell]) -> list[int]:
+    """The seeds that all cells with several of them have."""
+    several = [set(cell.seeds) for cell in cells if len(cell.seeds) > 1]
+    return sorted(set.intersection(*several)) if several else []
 
 
 def number(value: float) -> str:

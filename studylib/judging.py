@@ -1,13 +1,15 @@
 """How a claim is judged: by its rule, from the records of the arms that it names, on the measures that it speaks of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from studylib.comparison import Measure, Setting, capital, gather, listed, measures, response_measures, weight_measures
 from studylib.memory_rules import PLANNED
 from studylib.records import Record
 from studylib.rules import INCONCLUSIVE, NOT_TESTED, Outcome
 from studylib.statistics import Interval
+
+FAMILY = 12  # claims of a paper at most: a true verdict of each is asked for at once
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class Finding:
     sentence: str
 
 
-def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
+def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list[Finding]:
     """One finding a measure; a single one without an effect where an arm was not run, or diverged for any seed.
 
-    Intervals resample the items that all arms of the claim share; with several seeds, scores are averaged over them.
+    Intervals resample the items that all arms of the claim share and, where there are several, their seeds. Those shown
+    are 95%; verdicts rest on wider ones, by Bonferroni for `family` claims of a paper.
     """
     if claim.untested:
         return [Finding(claim.id, "", NOT_TESTED, None, f"Not tested here: {claim.untested}.")]
@@ -63,7 +66,7 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     if not wanted:
         return [Finding(claim.id, "", NOT_TESTED, None, "Not tested here: nothing was measured that it speaks of.")]
     findings = []
-    for measure in wanted:
+    for measure in (replace(measure, family=family) for measure in wanted):
         effect, verdict, text = claim.test(measure, *used)
         findings.append(
             Finding(claim.id, measure.title, verdict, effect, f"{capital(measure.title)}: {text} {capital(verdict)}.")

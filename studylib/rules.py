@@ -25,9 +25,15 @@ Outcome = tuple[Interval | None, str, str]
 
 def above(interval: Interval, bound: float) -> str:
     """Reproduced where the whole interval lies above the bound, not reproduced where it lies below."""
-    if interval.low > bound:
+    low, high = interval.bounds
+    if low > bound:
         return REPRODUCED
-    return NOT_REPRODUCED if interval.high < bound else INCONCLUSIVE
+    return NOT_REPRODUCED if high < bound else INCONCLUSIVE
+
+
+def below(interval: Interval, bound: float) -> str:
+    """Reproduced where the whole interval lies below the bound, not reproduced where it lies above."""
+    return {REPRODUCED: NOT_REPRODUCED, NOT_REPRODUCED: REPRODUCED}.get(above(interval, bound), INCONCLUSIVE)
 
 
 def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
@@ -62,7 +68,7 @@ def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4
     text = f"RTN at {rtn.bits} is worse than LLM-QAT by {worse}"
     if rtn_4 and qat_4:
         text += f", at {rtn_4.bits} by {_cost(measure, qat_4, rtn_4)[2]}"
-    verdict = REPRODUCED if effect.high < tolerance else NOT_REPRODUCED if effect.low > tolerance else INCONCLUSIVE
+    verdict = below(effect, tolerance)
     return effect, verdict, f"{text}."
 
 
@@ -119,7 +125,7 @@ def layers_matter(measure: Measure, every: Cell, few: Cell, *ranks: Cell) -> Out
 
 def small_groups_help(measure: Measure, usual: Cell, small: Cell) -> Outcome:
     effect, tolerance, cost = _cost(measure, small, usual)
-    little = REPRODUCED if effect.high < tolerance else NOT_REPRODUCED if effect.low > tolerance else INCONCLUSIVE
+    little = below(effect, tolerance)
     text = f"{usual.title} is worse than {small.setting.variant} by {cost}."
     return effect, _worst([above(effect, 0), little]), text
 
@@ -128,12 +134,7 @@ def keeps_up(measure: Measure, full: Cell, *cells: Cell) -> Outcome:
     """Whether every cell loses less than the tolerance against `full`; an open question has no other direction."""
     found = [_cost(measure, full, cell) for cell in cells]
     texts = [f"{cell.title} by {cost}" for cell, (_, _, cost) in zip(cells, found, strict=True)]
-    verdict = _worst(
-        [
-            REPRODUCED if effect.high < tolerance else NOT_REPRODUCED if effect.low > tolerance else INCONCLUSIVE
-            for effect, tolerance, _ in found
-        ]
-    )
+    verdict = _worst([below(effect, tolerance) for effect, tolerance, _ in found])
     return (
         max((effect for effect, *_ in found), key=lambda e: e.estimate),
         verdict,
@@ -155,7 +156,7 @@ def saves_bits(claimed: float) -> Callable[..., Outcome]:
 
 def near_normal(measure: Measure, cell: Cell) -> Outcome:
     effect = measure.interval(identity, cell)
-    verdict = REPRODUCED if effect.high < NORMAL else NOT_REPRODUCED if effect.low > NORMAL else INCONCLUSIVE
+    verdict = below(effect, NORMAL)
     return effect, verdict, f"{effect.text(points)} of the neurons tested fail Shapiro-Wilk at 5%."
 
 
@@ -178,9 +179,10 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
 
 def _within(effect: Interval, tolerance: float) -> str:
     """Reproduced where the whole interval lies inside the tolerance, not reproduced where it lies outside."""
-    if -tolerance < effect.low and effect.high < tolerance:
+    low, high = effect.bounds
+    if -tolerance < low and high < tolerance:
         return REPRODUCED
-    return NOT_REPRODUCED if effect.low > tolerance or effect.high < -tolerance else INCONCLUSIVE
+    return NOT_REPRODUCED if low > tolerance or high < -tolerance else INCONCLUSIVE
 
 
 def _short(cell: Cell) -> str:
@@ -212,7 +214,7 @@ def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy:
 def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eight_smooth: Cell) -> Outcome:
     gain, _, at_four = _cost(measure, four_smooth, four)
     other, tolerance, at_eight = _cost(measure, eight_smooth, eight)
-    little = REPRODUCED if other.high < tolerance else NOT_REPRODUCED if other.low > tolerance else INCONCLUSIVE
+    little = below(other, tolerance)
     text = f"without SmoothQuant, LLM-QAT at {four.bits} is worse by {at_four}, at {eight.bits} by {at_eight}."
     return gain, _worst([above(gain, 0), little]), text
 

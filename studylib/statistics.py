@@ -1,4 +1,4 @@
-"""Paired bootstrap intervals over windows and items."""
+"""Paired bootstrap intervals over seeds, windows and items, and their correction for many claims."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +11,18 @@ CELLS = 2**22  # resampled numbers held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its percentile interval."""
+    """An estimate with its percentile interval; `surely` is a wider one, by which one of several claims is judged."""
 
     estimate: float
     low: float
     high: float
     level: float = 0.95
+    surely: tuple[float, float] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What a verdict rests on."""
+        return self.surely or (self.low, self.high)
 
     def text(self, form: Callable[[float], str]) -> str:
         """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"."""
@@ -42,18 +48,25 @@ def paired_bootstrap(
     draws: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
+    family: int = 1,
 ) -> Interval:
     """Percentile interval of statistic(*samples), resampling items jointly (Efron & Tibshirani 1993, section 13.3).
 
-    samples: 1-D arrays of equal length n, scores of the same items; strata: a label an item, items are resampled inside
-    their stratum. statistic gets arrays [..., n] and reduces the last axis.
+    samples: scores of the same n items, [n] of one run or [S, n] of S seeds, the same S wherever it is above 1; strata:
+    a label an item, items are resampled inside their stratum. statistic gets arrays [..., n], means over seeds, and
+    reduces the last axis. Where there are seeds, S - 1 of them are resampled jointly too: the hierarchical bootstrap
+    (Davison & Hinkley 1997, section 3.8), where S of S would make the variance of a mean too small by (S - 1) / S.
+    family: how many claims are judged beside each other; `surely` is then the interval at the level that Bonferroni
+    leaves to each of them.
     Raises ValueError for samples that are empty, of unequal length or not finite, or a level outside 0..1.
     """
-    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    n = len(arrays[0]) if arrays else 0
-    if n == 0 or any(array.shape != (n,) for array in arrays):
+    arrays = [np.atleast_2d(np.asarray(sample, dtype=np.float64)) for sample in samples]
+    n = arrays[0].shape[-1] if arrays else 0
+    seeds = max((len(array) for array in arrays), default=1)
+    if n == 0 or any(array.ndim > 2 or array.shape[1] != n or len(array) not in (1, seeds) for array in arrays):
         raise ValueError(
-            f"samples: shapes {[array.shape for array in arrays]} are not allowed; use 1-D arrays of one length above 0"
+            f"samples: shapes {[np.shape(sample) for sample in samples]} are not allowed; use [n] or [seeds, n] of one "
+            "n above 0 and one number of seeds"
         )
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("samples: they hold NaN or infinity; leave diverged runs out")
@@ -64,12 +77,24 @@ def paired_bootstrap(
         raise ValueError(f"strata: shape {labels.shape} is not allowed; use one label for each of the {n} items")
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(seed)
-    values = []
-    for at in range(0, draws, max(1, CELLS // n)):
-        rows = min(draws - at, max(1, CELLS // n))
+    values, most = [], max(1, CELLS // (n * seeds))
+    for at in range(0, draws, most):
+        rows = min(draws - at, most)
         index = np.empty((rows, n), dtype=np.intp)
         for group in groups:
             index[:, group] = group[generator.integers(len(group), size=(rows, len(group)))]
-        values.append(statistic(*(array[index] for array in arrays)))
-    low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(*arrays)), float(low), float(high), level)
+        runs = generator.integers(seeds, size=(rows, seeds - 1)) if seeds > 1 else None
+        values.append(statistic(*(_resampled(array, index, runs) for array in arrays)))
+    drawn = np.concatenate(values)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    sure = [(1 - level) / 2 / family, 1 - (1 - level) / 2 / family]
+    low, high, *surely = map(float, np.quantile(drawn, tails + sure))
+    estimate = float(statistic(*(array.mean(0) for array in arrays)))
+    return Interval(estimate, low, high, level, tuple(surely) if family > 1 else None)
+
+
+def _resampled(array: np.ndarray, index: np.ndarray, runs: np.ndarray | None) -> np.ndarray:
+    """array [S, n] -> [rows, n]: the items of `index` [rows, n], averaged over the seeds of `runs` [rows, S - 1]."""
+    if len(array) == 1:
+        return array[0][index]
+    return array[runs[:, :, None], index[:, None, :]].mean(1)

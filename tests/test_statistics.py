@@ -80,3 +80,47 @@ def test_the_same_seed_gives_the_same_interval():
 def test_samples_that_cannot_be_compared(samples, settings, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(difference, *samples, **settings)
+
+
+def test_with_one_seed_nothing_changes():
+    scores = np.random.default_rng(4).normal(size=(2, 50))
+    alone = paired_bootstrap(difference, *scores)
+    assert paired_bootstrap(difference, *scores[:, None]) == alone
+
+
+def draw_runs(random, seeds, items, effect):
+    """Two arms: items that both share, a part of each seed, noise of each run on each item."""
+    shared = random.normal(0, 1.0, size=items)
+    return [
+        mean + shared + random.normal(0, 0.1, size=(seeds, 1)) + random.normal(0, 0.3, size=(seeds, items))
+        for mean in (effect, 0.0)
+    ]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_seeds_cover_nearly_as_often_as_they_say(seeds):
+    random, hits, ignorant, runs = np.random.default_rng(5), 0, 0, 300
+    for _ in range(runs):
+        a, b = draw_runs(random, seeds, 40, 0.2)
+        found = paired_bootstrap(difference, a, b, draws=600)
+        averaged = paired_bootstrap(difference, a.mean(0), b.mean(0), draws=600)
+        hits += found.low <= 0.2 <= found.high
+        ignorant += averaged.low <= 0.2 <= averaged.high
+    # A handful of seeds cannot show their own spread; averaging them away pretends that there is none.
+    assert hits / runs >= {2: 0.70, 3: 0.80, 5: 0.86}[seeds] and ignorant < hits
+
+
+def test_many_claims_without_any_effect_are_rarely_reproduced():
+    random, wrong, runs, family = np.random.default_rng(6), 0, 150, 12
+    for _ in range(runs):
+        claims = random.normal(size=(family, 60))
+        found = [paired_bootstrap(lambda x: x.mean(-1), claim, draws=4000, family=family) for claim in claims]
+        assert all(f.surely[0] < f.low and f.high < f.surely[1] for f in found)
+        wrong += any(f.bounds[0] > 0 for f in found)
+    assert wrong / runs <= 0.06  # 2.5% of intervals would lie above zero, were the family perfectly covered
+
+
+@pytest.mark.parametrize("shapes", [[(2, 5), (3, 5)], [(2, 5), (2, 4)], [(2, 2, 5)]])
+def test_runs_that_do_not_belong_together_are_refused(shapes):
+    with pytest.raises(ValueError, match="one number of seeds"):
+        paired_bootstrap(lambda *x: x[0].mean(-1), *(np.zeros(shape) for shape in shapes))
