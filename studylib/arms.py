@@ -58,7 +58,12 @@ HEADLINE = {  # the settings of the papers' main tables, which few-shot tasks ar
     QLORA: ("4-16-16",),
     L4Q: ("4-16-16",),
 }
-RATES = {L4Q: 0.2, QAT_LORA: 0.2, QAT: 0.05}  # of the adapters' learning rate, for what trains scales or weights
+RATES = {
+    L4Q: 0.3,
+    QAT_LORA: 0.3,
+    QA_LORA: 0.2,
+    QAT: 0.05,
+}  # of the adapters' learning rate, where scales or weights train
 CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
 GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
 KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
