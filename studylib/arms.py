@@ -36,7 +36,7 @@ TITLES = {
     AWQ: "AWQ",
     LLM_QAT: "LLM-QAT",
     SMOOTHQUANT_QAT: "SmoothQuant + LLM-QAT",
-    ENCODED: "rounded to",
+    ENCODED: "rounded weights",
     LORA: "LoRA",
     QLORA: "QLoRA",
     GPTQ_LORA: "GPTQ + LoRA",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studylib.arms import FULL_PRECISION, METHODS, TITLES, corpus_title
+from studylib.arms import ENCODED, FULL_PRECISION, METHODS, TITLES, corpus_title
 from studylib.evaluation import ZERO_SHOT, Evaluation
 from studylib.quantizers import BitWidths
 from studylib.records import FINISHED, Record
@@ -39,6 +39,8 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
+        if self.method == ENCODED:
+            return self.variant
         at = f" at {self.bits}" if self.method != FULL_PRECISION else ""
         return TITLES[self.method] + at + (f" ({self.variant})" if self.variant else "")
 
@@ -235,7 +237,9 @@ def signed(value: float, form: Callable[[float], str] = number) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as text: 0.0375 is 3.8%, 0.628 is 63%, 2.06 is 206%."""
+    """A share as text: 0.0375 is 3.8%, 0.628 is 63%, 2.06 is 206%, 258 is 25,800%."""
+    if abs(share) >= 100:
+        return f"{number(100 * share)}%"
     return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"
 
 

@@ -12,7 +12,7 @@ from studylib.arms import ENCODED, TITLES, corpus_title
 from studylib.batch import read_published
 from studylib.claims import CLAIMS
 from studylib.comparison import Cell, gather, measures, number
-from studylib.judging import Claim, Finding, judge
+from studylib.judging import FAMILY, Claim, Finding, judge
 from studylib.records import Record
 from studylib.rules import NOT_TESTED, VERDICTS
 from studylib.tables import as_html, as_markdown, readable, scoreboard
@@ -55,6 +55,7 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
         notebooks=[path.name for path in notebooks],
         items=sum(measures(records)[-1].sizes) if measures(records) else 0,
         command=command,
+        family=FAMILY,
     )
     path = output / "report.html"
     partial = path.with_suffix(".partial")

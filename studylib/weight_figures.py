@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from adjustText import adjust_text
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -23,6 +24,7 @@ from studylib.comparison import (
     percent,
     points,
     response_measures,
+    signed,
 )
 from studylib.drawing import (
     HALO,
@@ -41,6 +43,8 @@ from studylib.drawing import (
 from studylib.formats import bits_per_parameter
 from studylib.records import Record
 from studylib.weight_statistics import normal_error
+
+NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
 
 def tuning_panels(records: Sequence[Record]) -> list[Measure]:
@@ -108,12 +112,12 @@ def _errors(cell: Cell) -> dict[str, np.ndarray]:
 def format_table(records: Sequence[Record]) -> pd.DataFrame:
     """One row a format, as text: bits by formula and as stored, errors on normal numbers and weights, what it costs."""
     full, shown = gather(records).get(FULL), []
-    for cell in _encoded(records):
+    for cell in sorted(_encoded(records), key=_bits, reverse=True):
         format = cell.records[0].arm.format
         row = {
             "Format": format.title,
             "Bits, formula": EMPTY if format.block is None else f"{bits_per_parameter(format):.3f}",
-            "Bits, stored": f"{cell.records[0].scores['bits'][0]:.3f}",
+            "Bits, stored": f"{_bits(cell):.3f}",
             "Error, N(0,1)": EMPTY if format.block is None else f"{normal_error(format):.4f}",
             "Error, weights, %": points(100 * np.mean(np.concatenate(list(_errors(cell).values())))),
         }
@@ -131,68 +135,76 @@ def format_table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def format_frontier(records: Sequence[Record]) -> Figure:
-    """Stored bits of a weight against each perplexity; dashed: the formats that none is smaller and better than."""
+    """Stored bits of a weight against each perplexity; dashed: the formats that none is smaller and better than.
+
+    Formats whose perplexity is off the scale are named in the corner.
+    """
     cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
     shown = _encoded(records)
     if not panels or not shown:
         return empty_figure("No weights were rounded")
-    bits = np.array([cell.records[0].scores["bits"][0] for cell in shown])
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6.5)
         for ax, measure in zip(axes, panels, strict=True):
-            values, limit = np.array([measure.value(identity, cell) for cell in shown]), off_scale(cells, measure)
-            heights = np.minimum(values, limit)
-            for kind, colour in zip(
-                dict.fromkeys(cell.records[0].arm.format.kind for cell in shown), LINES, strict=False
-            ):
-                own = np.array([cell.records[0].arm.format.kind == kind for cell in shown])
-                ax.plot(bits[own], heights[own], marker="o", ms=5, ls="", color=colour, zorder=3)
-            best = np.minimum.accumulate(values[np.lexsort((values, bits))]) == values[np.lexsort((values, bits))]
-            order = np.lexsort((values, bits))[best]
-            ax.plot(bits[order], heights[order], color="#888888", lw=1, ls="--", zorder=1)
+            limit = off_scale(cells, measure)
+            _draw_frontier(ax, measure, [c for c in shown if measure.value(identity, c) <= limit])
+            far = [c for c in shown if measure.value(identity, c) > limit]
+            if far:
+                texts = [f"{_title(cell)} {measure.text(measure.value(identity, cell))}" for cell in far]
+                ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
+                        fontsize=7.5, color="#444444")  # fmt: skip
             full = cells.get(FULL)
             if full and full.records:
                 ax.axhline(measure.value(identity, full), color="#000000", lw=1)
-            ax.set_yscale("log")
-            plain_ticks(ax.yaxis)
-            ax.set_ylim(top=limit * 1.15)
-            ax.margins(x=0.1)
-            ax.set_xlabel("Stored bits a weight, scales included")
-            ax.set_ylabel(axis_title(measure, "log scale, "))
-            labels = [
-                cell.records[0].arm.format.title + (f": {measure.text(value)}" if value > limit else "")
-                for cell, value in zip(shown, values, strict=True)
-            ]
-            texts = [
-                ax.text(x, y, label, fontsize=7, path_effects=[HALO])
-                for x, y, label in zip(bits, heights, labels, strict=True)
-            ]
-            arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
-            adjust_text(
-                texts, x=list(bits), y=list(heights), ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.5)
-            )
         handles = [
             Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"),
             Line2D([], [], color="#000000", lw=1, label="full precision"),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
-        set_title(figure, _frontier_title(panels[0], shown, bits))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, title="Bars: 95% intervals")
+        set_title(figure, _frontier_title(panels[0], shown))
     return figure
 
 
-def _frontier_title(measure: Measure, shown: list[Cell], bits: np.ndarray) -> str:
-    """The best affine integer of at most NF4's bits beside it: the question that users ask."""
-    normal = next((i for i, cell in enumerate(shown) if cell.records[0].arm.format.title == "NF4 + DQ"), None)
-    affine = [i for i, cell in enumerate(shown) if cell.records[0].arm.format.kind == "affine"]
+def _title(cell: Cell) -> str:
+    return cell.records[0].arm.format.title
+
+
+def _bits(cell: Cell) -> float:
+    return cell.records[0].scores["bits"][0]
+
+
+def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell]) -> None:
+    kinds = list(dict.fromkeys(cell.records[0].arm.format.kind for cell in shown))
+    x, y = np.array([_bits(cell) for cell in shown]), np.array([measure.value(identity, cell) for cell in shown])
+    for cell, at in zip(shown, x, strict=True):
+        found, colour = measure.interval(identity, cell), LINES[kinds.index(cell.records[0].arm.format.kind)]
+        ax.plot([at, at], [found.low, found.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
+        ax.plot(at, found.estimate, marker="o", ms=5, color=colour, zorder=3)
+    order = np.lexsort((y, x))
+    best = order[np.minimum.accumulate(y[order]) == y[order]]
+    ax.plot(x[best], y[best], color="#888888", lw=1, ls="--", zorder=1)
+    ax.set_yscale("log")
+    plain_ticks(ax.yaxis)
+    ax.margins(x=0.12)
+    ax.set_xlabel("Stored bits a weight, scales included")
+    ax.set_ylabel(axis_title(measure, "log scale, "))
+    texts = [ax.text(*at, _title(cell), fontsize=7, path_effects=[HALO]) for cell, *at in zip(shown, x, y, strict=True)]
+    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
+    adjust_text(texts, x=list(x), y=list(y), ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.3, 1.7))
+
+
+def _frontier_title(measure: Measure, shown: list[Cell]) -> str:
+    """The best affine integer of about NF4's bits beside it: the question that users ask."""
+    normal = next((cell for cell in shown if _title(cell) == "NF4 + DQ"), None)
+    affine = [cell for cell in shown if cell.records[0].arm.format.kind == "affine"]
     if normal is None or not affine:
         return f"{capital(measure.title)} by number format"
-    room = [i for i in affine if bits[i] <= bits[normal] + 0.25]
-    best = min(room or affine, key=lambda i: measure.value(identity, shown[i]))
-    cost = measure.interval(lambda nf, other: other / nf - 1, shown[normal], shown[best])
-    titles = [shown[i].records[0].arm.format.title for i in (normal, best)]
+    near = [cell for cell in affine if _bits(cell) <= _bits(normal) + NEAR_BITS]
+    best = min(near or affine, key=lambda cell: measure.value(identity, cell))
+    change = measure.interval(lambda nf, other: other / nf - 1, normal, best)
     return (
-        f"{capital(measure.title)} beside {titles[0]} ({bits[normal]:.2f} bits): {titles[1]} ({bits[best]:.2f} bits) "
-        f"is {cost.text(percent)} higher"
+        f"{_title(best)} ({_bits(best):.2f} bits) beside {_title(normal)} ({_bits(normal):.2f} bits): {measure.title} "
+        f"{change.text(lambda share: signed(share, percent))}"
     )
 
 

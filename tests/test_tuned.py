@@ -75,7 +75,7 @@ def test_encoded_weights_are_scored_as_they_decode(fp32, tmp_path, tiny_tokenize
     losses = window_losses(model, windows("wikipedia", tiny_tokenizer, 32, 4, "evaluation"))
     assert record.scores["loss/wikipedia"] == losses.tolist()
     assert {"bits", "non_normal", "error/down_proj"} <= set(record.scores)
-    assert encoded.title == "rounded to 4-16-16 (NF4 + DQ, block 32)"
+    assert encoded.title == "rounded weights 4-16-16 (NF4 + DQ, block 32)"
 
 
 def test_validation_pairs_are_never_trained_on():
