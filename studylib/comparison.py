@@ -85,10 +85,15 @@ def gather(records: Sequence[Record]) -> Cells:
     """Cells by setting: full precision first, then from many bits to few, in the methods' order at equal bits; variants
     after each method's default, as they come.
 
-    A record that is given twice counts once. Raises ValueError where records cannot be compared: different models or
-    evaluations (beyond few-shot tasks), or two arms that differ in more than the seed at one setting.
+    A record that is given twice counts once, and so does an arm that was run again to the same scores. Raises
+    ValueError where records cannot be compared: different models or evaluations (beyond few-shot tasks), or two arms
+    that differ in more than the seed at one setting.
     """
-    records = list({record.key: record for record in records}.values())
+    unique: list[Record] = []
+    for record in records:
+        if not any(record.arm == other.arm and record.scores == other.scores for other in unique):
+            unique.append(record)
+    records = unique
     for what, value_of in (("model", lambda arm: arm.model), ("evaluation", lambda arm: _shared(arm.evaluation))):
         values = list(dict.fromkeys(value_of(record.arm) for record in records))
         if len(values) > 1:

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import jinja2
 
-from studylib.arms import ENCODED, TITLES, corpus_title
+from studylib.arms import TITLES, corpus_title
 from studylib.batch import read_published
 from studylib.claims import CLAIMS
-from studylib.comparison import Cell, gather, measures, number
+from studylib.comparison import Cell, capital, gather, measures, number
 from studylib.judging import FAMILY, Claim, Finding, judge
 from studylib.records import Record
-from studylib.rules import NOT_TESTED, VERDICTS
+from studylib.rules import INCONCLUSIVE, NOT_TESTED, VERDICTS
 from studylib.tables import as_html, as_markdown, readable, scoreboard
 
-BY_VARIANT = (TITLES[ENCODED],)  # methods that are nothing without their variant
 PAPERS = {
     "A": ("LLM-QAT", "arXiv 2305.17888", "quantization-aware training towards the full-precision model, without data"),
     "B": ("QLoRA", "arXiv 2305.14314", "adapters trained on a frozen 4-bit base"),
@@ -72,19 +71,32 @@ def ledger(records: Sequence[Record]) -> list[tuple[tuple[str, str, str], list[t
     ]
 
 
-def summary(records: Sequence[Record]) -> str:
-    """The ledger, what was found and the table in Markdown, for a repository page."""
-    rows, found = ["| | Claim | Verdict |", "| --- | --- | --- |"], []
-    for (name, source, _), judged in ledger(records):
-        found.append(f"**{name}** ({source})\n")
+def ledger_table(records: Sequence[Record]) -> str:
+    """The ledger as a Markdown table: each claim, its verdict, and the finding that says most of it."""
+    rows = ["| | Claim | Verdict | Found |", "| --- | --- | --- | --- |"]
+    for _, judged in ledger(records):
         for claim, findings in judged:
-            rows.append(f"| {claim.id} | {claim.statement} | {overall(findings)} |")
+            telling = next((f for f in findings if f.verdict not in (INCONCLUSIVE, NOT_TESTED)), findings[0])
+            rows.append(f"| {claim.id} | {claim.statement} | {overall(findings)} | {_found(telling)} |")
+    return "\n".join(rows)
+
+
+def _found(finding: Finding) -> str:
+    """The finding's sentence without its verdict, which stands beside it."""
+    return finding.sentence.removesuffix(f" {capital(finding.verdict)}.").removeprefix(f"{capital(finding.verdict)}: ")
+
+
+def summary(records: Sequence[Record]) -> str:
+    """The ledger, every finding and the table in Markdown, for a repository page."""
+    found, board = [ledger_table(records), ""], scoreboard(records)
+    for (name, source, _), judged in ledger(records):
+        found.append(f"## {name} ({source})\n")
+        for claim, findings in judged:
             if any(finding.verdict != NOT_TESTED for finding in findings):
-                found += [f"- {claim.id}, {claim.statement}:", *(f"  - {finding.sentence}" for finding in findings)]
+                found += [f"- **{claim.id}, {claim.statement}.** Rule: {claim.rule}."]
+                found += [f"  - {finding.sentence}" for finding in findings]
         found.append("")
-    board = scoreboard(records)
-    table = as_markdown(readable(board[(board["variant"] == "") | board["method"].isin(BY_VARIANT)], tasks=False))
-    return "\n".join([*rows, "", *found, table])
+    return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
 
 
 def overall(findings: Sequence[Finding]) -> str:

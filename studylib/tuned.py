@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,8 @@ def tune(
 ) -> Log:
     """Fine-tune the model as the arm says and deploy it: plain linear layers with the weights of arm.merge.
 
+    A training that diverged has nothing to deploy; its last loss says so.
+
     windows [N, T]: what GPTQ is calibrated on. load: gives the model anew, for merges into its own weights. trained: a
     safetensors file of the trained parameters and the log, which arms share that differ in deployment and evaluation
     alone; it is written for methods that can be deployed in several ways.
@@ -77,7 +80,8 @@ def tune(
         )
         if arm.method not in QUANTIZED:
             _save_trained(model, log, trained)
-    merge(model, arm.merge, format=arm.format, original=load() if arm.merge in FROM_ORIGINAL else None)
+    if math.isfinite(log.steps[-1]["loss"]):
+        merge(model, arm.merge, format=arm.format, original=load() if arm.merge in FROM_ORIGINAL else None)
     return log
 
 

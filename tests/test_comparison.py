@@ -136,3 +136,13 @@ def test_diverged_runs_are_kept_apart(make_record):
 )
 def test_numbers_for_people(form, value, text):
     assert form(value) == text
+
+
+def test_an_arm_that_was_run_again_to_the_same_scores_counts_once(make_record):
+    first = make_record(RTN, "4-8-4")
+    again = dataclasses.replace(first, key="another", cost={})
+    (cell,) = gather([first, again]).values()
+    assert cell.records == (first,)
+    other = dataclasses.replace(again, scores=again.scores | {"loss/c4": [1.0] * 32})
+    with pytest.raises(ValueError, match="different arms of RTN at 4-8-4"):
+        gather([first, other])

@@ -11,7 +11,7 @@ from studylib.batch import NOTEBOOKS
 from studylib.claims import CLAIMS
 from studylib.judging import judge
 from studylib.records import read_records
-from studylib.report import overall, summary, write_report
+from studylib.report import ledger_table, overall, summary, write_report
 
 
 @pytest.fixture
@@ -80,9 +80,10 @@ def test_the_verdict_of_several_measures_is_not_simplified(picture, make_record)
 
 def test_the_readme_shows_the_reference_results():
     reference = NOTEBOOKS.parent / "results" / "reference"
-    found = summary(list(read_records(reference / "records")))
-    readme = (NOTEBOOKS.parent / "README.md").read_text()
-    assert found in readme, f"README.md is not up to date; it must hold:\n{found}"
+    records = list(read_records(reference / "records"))
+    readme, page = ((folder / "README.md").read_text() for folder in (NOTEBOOKS.parent, reference))
+    for found, text in ((ledger_table(records), readme), (summary(records), page)):
+        assert found in text, f"it is not up to date and must hold:\n{found}"
     shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
     assert shown and all((NOTEBOOKS.parent / path).is_file() for path in shown)
     for published in reference.glob("*/*/published.json"):

@@ -150,8 +150,9 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(fp32, tmp_path, monkey
     assert without_cost(experiments.run([ARMS[L4Q]], tmp_path / "cut")[0]) == without_cost(whole)
 
 
-def test_a_diverged_fine_tuning_is_recorded_as_such(fp32, tmp_path):
-    wild = arm(QLORA, tuning={"learning_rate": 1e30})
+@pytest.mark.parametrize("method", [QLORA, L4Q, QAT])
+def test_a_diverged_fine_tuning_is_recorded_as_such(fp32, tmp_path, method):
+    wild = arm(method, tuning={"learning_rate": 1e30})
     record = experiments.run([wild], tmp_path)[0]
     assert record.status == "diverged" and record.metrics.get("perplexity/wikipedia") is None
 
