@@ -243,7 +243,7 @@ CLAIMS = {
                 name,
                 f"L4Q is the best of the methods that leave weights at {bits} bits",
                 paper,
-                f"At {bits} bits L4Q is better than LoRA on GPTQ, QLoRA on integers (QLoRA*), QA-LoRA and QAT-LoRA",
+                f"At {bits} bits L4Q beats LoRA on GPTQ (a scale an output channel), QLoRA*, QA-LoRA and QAT-LoRA",
                 (
                     Setting(L4Q, f"{bits}-16-16"),
                     Setting(GPTQ_LORA, f"{bits}-16-16"),
