@@ -179,7 +179,7 @@ CLAIMS = {
             "QLoRA stays within 5% of perplexity or 2 points of LoRA; on FP4, where run, it is worse than on NF4",
             (Setting(LORA, "16-16-16"), Setting(QLORA, "4-16-16")),
             matches,
-            optional=(Setting(QLORA, "4-16-16", "FP4 (bitsandbytes)"),),
+            optional=(Setting(QLORA, "4-16-16", "FP4 (bitsandbytes) + DQ"),),
             measures=learned,
         ),
         Claim(

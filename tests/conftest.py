@@ -153,7 +153,7 @@ def tuned(make_record):
     variants = [
         (LORA, "16-16-16", 2.80, {}),
         (QLORA, "4-16-16", 2.80, {"format": nf}),
-        (QLORA, "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64)}),
+        (QLORA, "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64, True)}),
         (QLORA, "4-16-16", 2.95, {"format": nf, "adapter": Adapter(layers="q_proj+v_proj")}),
         (QLORA, "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
         (QLORA, "4-16-16", 2.80, {"format": nf, "adapter": Adapter(64, 64)}),
