@@ -250,11 +250,18 @@ def _adapter_words(adapter: Adapter | None) -> list[str]:
 
 
 def _chosen(value):
-    """A dataclass as a dictionary of the fields that are not as by default."""
+    """A dataclass as a dictionary of the fields that are not as by default, with a float where one is meant."""
     if not dataclasses.is_dataclass(value):
         return value
-    named = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-    return {field.name: _chosen(own) for field, own in named if own != field.default}
+    types, chosen = typing.get_type_hints(type(value)), {}
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        if own != field.default:
+            kind = types[field.name]
+            chosen[field.name] = (
+                float(own) if float in (kind, *typing.get_args(kind)) and own is not None else _chosen(own)
+            )
+    return chosen
 
 
 def _build(cls, fields: dict, where: str):

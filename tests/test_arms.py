@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from studylib.adapters import Adapter
 from studylib.arms import FULL_PRECISION, LLM_QAT, PROFILES, RTN, SMOOTHQUANT_QAT, Arm, Evaluation, profile
+from studylib.formats import Format
 from studylib.layers import Scheme
 from studylib.records import arm_key
 
@@ -82,6 +84,16 @@ def test_everything_in_an_arm_changes_its_key():
         SMOKE.arm("m", RTN, "4-8-4"),
     ]
     assert len({arm_key(a) for a in [arm, *changed]}) == len(changed) + 1
+
+
+def test_equal_arms_have_one_key_however_their_numbers_are_written():
+    changes = {"adapter": Adapter(4, 4), "format": Format("nf")}
+    written, meant = (
+        SMOKE.arm("m", "qlora", "4-16-16", **changes | {"adapter": adapter})
+        for adapter in (Adapter(4, 4), Adapter(4, 4.0))
+    )
+    assert written == meant and arm_key(written) == arm_key(meant)
+    assert arm_key(Arm.from_dict(json.loads(written.canonical()))) == arm_key(written)
 
 
 def fields(**changes):
