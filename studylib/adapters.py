@@ -123,7 +123,8 @@ class LearnedGridLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
-        scale, offset = initial_grid(linear.weight.detach(), bits, group)
+        computed_with = linear.weight.detach().to(models.compute_dtype())
+        scale, offset = initial_grid(computed_with, bits, group)
         self.scale, self.offset = nn.Parameter(scale), nn.Parameter(offset)
 
     def quantized_weight(self) -> Tensor:
@@ -171,7 +172,7 @@ def attach(
                 "singular values"
             )
     model.requires_grad_(False)
-    if method in (QAT_LORA, L4Q):
+    if method == L4Q:
         _compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
     if method in (LORA, QLORA):
         _attach_lora(model, format, adapter, names, seed)
