@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from studylib import corpora, experiments, models
-from studylib.arms import LLM_QAT, RTN, Evaluation, Profile, profile
+from studylib.arms import LLM_QAT, RTN, Evaluation, profile
 from studylib.evaluation import window_losses
 from studylib.sources import fetch
 
@@ -26,7 +27,7 @@ def own_model(request, tmp_path, tiny_tokenizer, shape):
 
 def test_any_decoder_of_linear_layers_runs_from_a_local_folder(own_model, tmp_path):
     smoke = profile("smoke")
-    budget = Profile(smoke.sampling, smoke.training, Evaluation(("wikipedia",), windows=2, length=32), (0,))
+    budget = dataclasses.replace(smoke, evaluation=Evaluation(("wikipedia",), windows=2, length=32))
     arms = [budget.arm(str(own_model), method, "4-8-4") for method in (RTN, LLM_QAT)]
     records = experiments.run(arms, tmp_path / "results")
     assert [record.status for record in records] == ["finished"] * 2
