@@ -172,7 +172,7 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     effect = Interval(float(np.mean(gaps)), min(gaps), max(gaps))
     text = (
         f"half-way, the validation loss of {slow.title} is {effect.text(number)} nats above that of {fast.title} "
-        f"({len(gaps)} seeds, lowest and highest in brackets)."
+        f"({len(gaps)} {'seed' if len(gaps) == 1 else 'seeds'}, lowest and highest in brackets)."
     )
     return effect, above(effect, 0) if len(gaps) > 1 else INCONCLUSIVE, text
 
