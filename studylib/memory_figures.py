@@ -121,7 +121,7 @@ def papers_figure() -> Figure:
         ax.set_yscale("log")
         ax.set_xlabel("The paper, GB (log scale)")
         ax.set_ylabel("The plan, GB (log scale)")
-        figure.legend(loc="outside right upper", fontsize=7.5)
+        figure.legend(loc="outside right center", fontsize=7.5)
         close = (found["ratio"] - 1).abs() <= 0.1
         far = found.loc[(found["ratio"].map(np.log).abs()).idxmax()]
         what = f"{METHOD_TITLES[far['method']]} at {far['model']}, {TITLES[far['part']]}: {far['ratio']:.2f} times"
