@@ -171,14 +171,13 @@ def carry_out(
         if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
             with phase("quantize"):
                 methods.quantize(arm, model, data and data.windows)
+        work = functools.partial(_times, progress, TRAINING_WORK)
         if arm.training:
             with phase("train"):
-                work = functools.partial(_times, progress, TRAINING_WORK)
                 log = methods.train(arm, model, tokenizer, data, _checkpoints(arm, store), keep_checkpoints, work)
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
         if arm.tuning:
             with phase("train"):
-                work = functools.partial(_times, progress, TRAINING_WORK)
                 load = functools.partial(models.load_model, arm.model)
                 checkpoints, trained = store.checkpoint_folder(arm_key(arm)), store.adapter_file(_adapter_key(arm))
                 log = tune(arm, model, tokenizer, data and data.windows, load, checkpoints, trained, work)

@@ -94,7 +94,8 @@ def against_papers(rows: Iterable[Published] = PUBLISHED) -> pd.DataFrame:
 
 
 @functools.cache
-def _planned(model: str, method: str, rank: int, length: int, checkpointing: bool) -> TrainingMemory:
+def planned(model: str, method: str, rank: int, length: int, checkpointing: bool = False) -> TrainingMemory:
+    """The plan for one of the papers' models at batch 1 and four bits, in the groups that its paper takes."""
     block = 64 if method == QLORA or model == "open-llama-3b" else 128  # L4Q: groups of 128, of 64 for the 3B model
     adapter = None if method == QAT else Adapter(rank)
     format = usual_format(method, 4, block)
@@ -102,7 +103,7 @@ def _planned(model: str, method: str, rank: int, length: int, checkpointing: boo
 
 
 def _beside(row: Published) -> dict:
-    memory = _planned(row.model, row.method, row.rank, row.length, row.checkpointing)
+    memory = planned(row.model, row.method, row.rank, row.length, row.checkpointing)
     if row.claim in QLORA_CLAIMS:
         memory = replace(memory, trained=memory.trained // 2, gradients=memory.gradients // 2)
     ours = getattr(memory, row.part) / GB
