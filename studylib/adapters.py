@@ -26,7 +26,13 @@ LORA, QLORA, QA_LORA, QAT_LORA, L4Q, GPTQ_LORA, QAT = METHODS = (
     "qat",
 )
 PLAIN, DORA, PISSA, LOFTQ = KINDS = ("lora", "dora", "pissa", "loftq")
-FORMATS = {QA_LORA: ("affine",), QAT_LORA: ("affine",), L4Q: ("affine",), GPTQ_LORA: ("int",), QAT: ("int", "affine")}
+FORMATS = {
+    QA_LORA: ("affine",),
+    QAT_LORA: ("affine",),
+    L4Q: ("affine",),
+    GPTQ_LORA: ("int", "affine"),
+    QAT: ("int", "affine"),
+}
 ALL = "all"
 ADAPTER = "default"  # peft's name for the only adapter of a model
 LOFTQ_STEPS = 5  # LoftQ, section 4: "we perform 5 iterations"
@@ -164,8 +170,8 @@ def attach(
         )
     names = [] if adapter is None else adapted_layers(model, adapter.layers)
     for name, linear in linears.items():
-        if format is not None and linear.in_features % (format.block or 1):
-            raise ValueError(f"block: {format.block} does not divide the input width {linear.in_features} of {name}")
+        if format is not None:
+            format.check_width(linear.in_features)
         if adapter is not None and adapter.kind in (PISSA, LOFTQ) and adapter.rank > min(linear.weight.shape):
             raise ValueError(
                 f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {min(linear.weight.shape)} "
@@ -201,7 +207,7 @@ def attach(
             seed=seed,
         )
     elif method == GPTQ_LORA:
-        gptq(model, f"{format.bits}-16-16", tokens)
+        gptq(model, f"{format.bits}-16-16", tokens, format.block, symmetric=format.kind == "int")
         _inject(model, adapter, names, seed)
     else:
         quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.block))
@@ -234,8 +240,6 @@ def check(method: str, format: Format | None, adapter: Adapter | None) -> None:
             )
         if format.double or format.scale_bits != 32:
             raise ValueError(f"format: {format.title} is not allowed for {method!r}; use fp32 scales")
-    if method == GPTQ_LORA and format.block is not None:
-        raise ValueError(f"block: {format.block} is not allowed for {method!r}; use None, one scale an output channel")
     if adapter is None:
         return
     for name, allowed, given, default in (
@@ -257,8 +261,6 @@ def usual_format(method: str, bits: int = 4, block: int | None = 64, double: boo
     """
     if method == LORA:
         return None
-    if method == GPTQ_LORA:
-        return Format("int", bits, None)
     return Format("nf", bits, block, double) if method == QLORA else Format("affine", bits, block)
 
 

@@ -19,6 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="arms computed at a time (default: 1)")
     run.add_argument(
         "--set",
         nargs="+",
@@ -101,6 +102,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     } | further
     if options.seeds or any("seeds" in batch.default_parameters(notebook) for notebook in notebooks):
         parameters["seeds"] = options.seeds or list(arms.profile(options.profile).seeds)
+    if any("jobs" in batch.default_parameters(notebook) for notebook in notebooks):
+        parameters["jobs"] = options.jobs
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
 

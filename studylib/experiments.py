@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import Timeout
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -64,9 +66,8 @@ def check(arm: Arm) -> None:
     if arm.instructions:
         encode(models.load_tokenizer(arm.model), training_pairs(arm.instructions.source)[0], arm.instructions.length)
     if arm.format:
-        for name, linear in decoder_linears(skeleton).items():
-            if linear.in_features % (arm.format.block or 1):
-                raise ValueError(f"block: {arm.format.block} does not divide the {linear.in_features} inputs of {name}")
+        for linear in decoder_linears(skeleton).values():
+            arm.format.check_width(linear.in_features)
     if arm.tuning and arm.tuning.paged:
         check_paging()
     grid = "symmetric" if arm.scheme.grid == "lsq" else arm.scheme.grid  # the same shapes, without a pass over data
@@ -94,42 +95,92 @@ def _check_evaluation(model: str, wanted: Evaluation) -> None:
         fetch("benchmarks")
 
 
-def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False) -> list[Record]:
+def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1) -> list[Record]:
     """The records of `arms`, in their order: loaded from results/records where present, computed and saved otherwise.
 
     Shows one progress bar over the missing arms with an estimate of the time left. Killed at any point, the next call
     goes on: finished records are kept, generated data and training continue from their last batch and checkpoint.
     Two processes may work on the same folder; each arm is computed by one of them.
     keep_checkpoints: leave the end of each training (12 bytes a parameter) in results/checkpoints, from where an arm
-    with more steps (Training.extended_from) goes on; without, such an arm trains its first part again, to the same end.
+    with more steps (Budget.extended_from) goes on; without, such an arm trains its first part again, to the same end.
+    jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
     that is not writable or a record that cannot be read.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs: {jobs} is not allowed; use 1 or more")
     store = Store(results)
-    keep_freed_memory()
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     for arm in missing:
         check(arm)
-    with tqdm(
-        total=sum(map(_work, missing)),
-        unit="tok",
-        unit_scale=True,
-        disable=not missing,
-        mininterval=2,
-        dynamic_ncols=True,
-    ) as bar:
-        done = 0
-        for arm in missing:
-            bar.set_description(arm.title)
-            end = done + _work(arm)
-            with store.lock(arm_key(arm)):
-                if store.load(arm_key(arm)) is None:
-                    store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
-                    if not keep_checkpoints:
-                        shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
-            _advance(bar, end, end)
-            done = end
+    helpers = min(jobs, len(missing)) - 1
+    with (
+        _sharing_threads(helpers, missing, results, keep_checkpoints),
+        tqdm(
+            total=sum(map(_work, missing)),
+            unit="tok",
+            unit_scale=True,
+            disable=not missing,
+            mininterval=2,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+        _carry_out_all(missing, store, keep_checkpoints, bar)
     return [store.load(arm_key(arm)) for arm in arms]
+
+
+@contextlib.contextmanager
+def _sharing_threads(helpers: int, arms: Sequence[Arm], *where) -> Iterator[None]:
+    """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
+    threads = torch.get_num_threads()
+    share = max(1, threads // (max(helpers, 0) + 1))
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_help, args=(share, arms, *where), daemon=True) for _ in range(helpers)]
+    try:
+        torch.set_num_threads(share)
+        for process in processes:
+            process.start()
+        yield
+        for process in processes:
+            process.join()
+    finally:
+        torch.set_num_threads(threads)
+        for process in processes:
+            process.kill()
+
+
+def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
+    torch.set_num_threads(threads)
+    _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
+
+
+def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, bar: tqdm) -> None:
+    """Every arm once: first those that no other process is working on."""
+    keep_freed_memory()
+    waiting, parent = list(arms), multiprocessing.parent_process()
+    while waiting and (parent is None or parent.is_alive()):
+        with _locked(waiting, store) as arm:
+            waiting.remove(arm)
+            bar.set_description(arm.title)
+            end = bar.n + _work(arm)
+            if store.load(arm_key(arm)) is None:
+                store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
+                if not keep_checkpoints:
+                    shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
+            _advance(bar, end, end)
+
+
+@contextlib.contextmanager
+def _locked(arms: Sequence[Arm], store: Store) -> Iterator[Arm]:
+    """The first arm that no other process holds, held inside; where there is none, the first, once it is let go."""
+    with contextlib.ExitStack() as held:
+        for arm, wait in [*((arm, False) for arm in arms), (arms[0], True)]:
+            try:
+                held.enter_context(store.lock(arm_key(arm)).acquire(blocking=wait))
+            except Timeout:
+                continue
+            yield arm
+            return
 
 
 def _advance(bar: tqdm, end: int, tokens: int) -> None:
@@ -179,8 +230,10 @@ def carry_out(
         if arm.tuning:
             with phase("train"):
                 load = functools.partial(models.load_model, arm.model)
-                checkpoints, trained = store.checkpoint_folder(arm_key(arm)), store.adapter_file(_adapter_key(arm))
-                log = tune(arm, model, tokenizer, data and data.windows, load, checkpoints, trained, work)
+                trained = store.adapter_file(_adapter_key(arm))
+                windows, checkpoints = data and data.windows, _checkpoints(arm, store)
+                with store.lock(f"adapter-{trained.stem}"):
+                    log = tune(arm, model, tokenizer, windows, load, checkpoints, trained, keep_checkpoints, work)
             tokens["trained"] = log.curve[-1]["tokens"]
         diverged = bool(log.steps) and not math.isfinite(log.steps[-1]["loss"])
         with phase("evaluate"), _counted(model, progress) as seen:
@@ -228,10 +281,9 @@ def _weight_bytes(arm: Arm, model: PreTrainedModel) -> int:
 
 def _adapter_key(arm: Arm) -> str:
     """What arms share that are trained alike, however they are deployed and evaluated."""
-    alike = {"evaluation": None, "merge": None} | ({"format": None} if arm.method == LORA else {})
-    return digest(
-        json.dumps(dataclasses.asdict(arm) | alike, sort_keys=True), json.dumps(arm_code(arm), sort_keys=True)
-    )
+    apart = ("evaluation", "merge", *(["format"] if arm.method == LORA else []))
+    alike = {name: value for name, value in json.loads(arm.canonical()).items() if name not in apart}
+    return digest(json.dumps(alike, sort_keys=True), json.dumps(arm_code(arm), sort_keys=True))
 
 
 def _times(progress: Progress, work: int, tokens: int) -> None:
@@ -259,10 +311,11 @@ def _prepare_data(
 def _checkpoints(arm: Arm, store: Store) -> Path:
     """The folder of the arm's last checkpoint; an extended arm's begins with what the arm it extends has kept."""
     folder = store.checkpoint_folder(arm_key(arm))
-    *before, last = arm.training.extended_from or (None,)
+    name, budget = ("training", arm.training) if arm.training else ("tuning", arm.tuning)
+    *before, last = budget.extended_from or (None,)
     if last is not None and not folder.exists():
-        shorter = dataclasses.replace(arm.training, steps=last, extended_from=tuple(before))
-        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, training=shorter))) / f"checkpoint-{last}"
+        shorter = dataclasses.replace(budget, steps=last, extended_from=tuple(before))
+        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, **{name: shorter}))) / f"checkpoint-{last}"
         if kept.exists():
             shutil.copytree(kept, folder / kept.name, copy_function=os.link)
     return folder

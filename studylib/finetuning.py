@@ -91,12 +91,13 @@ def fine_tune(
     folder: str | Path,
     *,
     held_out: Sequence[Pair] = (),
+    keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Log:
     """Train the parameters of `model` that require gradients (see adapters.attach) on `pairs`, in place.
 
     Examples come in one random order, drawn by instructions.seed, again and again. held_out: pairs whose response loss
-    is measured as training goes on. folder, and what happens to a killed training: as training.fit.
+    is measured as training goes on. folder, keep, and what happens to a killed training: as training.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -133,6 +134,7 @@ def fine_tune(
             compiled=settings.steps >= COMPILED_STEPS and not settings.checkpointing,
             optimizer=PAGED_ADAMW if settings.paged else OPTIMIZER,
             seed=instructions.seed,
+            keep=keep,
             progress=progress,
         )
     finally:

@@ -88,6 +88,11 @@ class Format:
         """The integer grid of "int" and "affine"."""
         return Grid(self.bits, GRIDS[self.kind], self.block)
 
+    def check_width(self, width: int) -> None:
+        """Raise ValueError unless rows of `width` numbers can be cut into blocks."""
+        if width % (self.block or width):
+            raise ValueError(f"block: {self.block} does not divide the input width {width}")
+
 
 @cache
 def levels(format: Format) -> Tensor:
@@ -242,9 +247,7 @@ def encode(weight: Tensor, format: Format) -> Encoded:
     """
     _check_matrix(weight)
     rows, columns = weight.shape
-    block = format.block or columns
-    if columns % block:
-        raise ValueError(f"block: {block} does not divide the input width {columns}")
+    format.check_width(columns)
     weight, zeros = weight.detach().float(), None
     if format.kind in GRIDS:
         integers = quantize(weight, format.grid)
@@ -252,7 +255,7 @@ def encode(weight: Tensor, format: Format) -> Encoded:
         if integers.zero is not None:
             zeros = pack(integers.zero, format.bits)
     else:
-        blocks = weight.reshape(-1, block)
+        blocks = weight.reshape(-1, format.block or columns)
         scales = blocks.abs().amax(1)
         codes = _nearest(blocks, scales[:, None], levels(format))
     codes, outer, mean = pack(codes, format.bits), None, None

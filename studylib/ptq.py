@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from studylib.layers import QuantizedLinear, Scheme, decoder_linears, freeze_weights, quantize_model
-from studylib.quantizers import OFF, BitWidths
+from studylib.quantizers import OFF, BitWidths, Grid
 
 SMOOTHABLE = ("llama", "mistral", "qwen2", "qwen3")  # norms that feed q, k, v and gate, up, and nothing else
 BATCH = 4  # windows in one forward pass
@@ -50,22 +50,28 @@ def smoothquant(model: nn.Module, tokens: Tensor, strength: float = 0.5) -> nn.M
     return model
 
 
-def gptq(model: nn.Module, bits: str | BitWidths, tokens: Tensor) -> nn.Module:
+def gptq(
+    model: nn.Module, bits: str | BitWidths, tokens: Tensor, group: int | None = None, symmetric: bool = True
+) -> nn.Module:
     """GPTQ (Frantar et al. 2023) for the weights, then activations and cache rounded on the fly as by RTN.
 
     Layer after layer, the weights' columns are rounded one by one, and those to come make up for the error on the
     layer's inputs. These inputs come from layers whose weights are rounded already, but are not rounded themselves
     (llm-compressor's default, as are columns in the order of their activations' size and a dampening of 1%). Its grid
-    has a level more than RTN's: -2^(b-1)..2^(b-1)-1 with scale max|w| / (2^(b-1) - 0.5) for each output channel.
-    Raises ValueError for weights at 16 bits, tokens that are no windows, a model that is quantized already or has no
-    linear layers.
+    has a level more than RTN's: -2^(b-1)..2^(b-1)-1 with scale max|w| / (2^(b-1) - 0.5); with symmetric=False the
+    levels span min to max of w, and 0. group: input columns that share a scale, None for one an output channel.
+    Raises ValueError for weights at 16 bits, tokens that are no windows, a group that does not divide a layer's input,
+    a model that is quantized already or has no linear layers.
     """
     bits = _with_weights(bits, "GPTQ")
     _check(model, tokens)
+    for linear in decoder_linears(model).values():
+        Grid(bits.weights, "symmetric" if symmetric else "asymmetric", group).check_width(linear.in_features)
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.pipelines.sequential import SequentialPipeline
 
-    _calibrate(model, tokens, SequentialPipeline, GPTQModifier(config_groups=_weight_grid(model, bits)))
+    grid = _weight_grid(model, bits, group, symmetric)
+    _calibrate(model, tokens, SequentialPipeline, GPTQModifier(config_groups=grid))
     quantize_model(model, bits)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
@@ -119,8 +125,9 @@ def check_smoothable(model: nn.Module) -> None:
         )
 
 
-def _weight_grid(model: nn.Module, bits: BitWidths) -> dict:
-    weights = {"num_bits": bits.weights, "type": "int", "symmetric": True, "strategy": "channel"}
+def _weight_grid(model: nn.Module, bits: BitWidths, group: int | None = None, symmetric: bool = True) -> dict:
+    blocks = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": bits.weights, "type": "int", "symmetric": symmetric} | blocks
     return {"weights": {"targets": list(decoder_linears(model)), "weights": weights}}
 
 

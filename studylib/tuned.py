@@ -19,6 +19,7 @@ from studylib.corpora import Pair, instruction_pairs
 from studylib.distill import check_head
 from studylib.finetuning import fine_tune
 from studylib.merging import FROM_ORIGINAL, QUANTIZED, merge
+from studylib.methods import CALIBRATION_WINDOWS
 from studylib.training import Log
 
 VALIDATION_PAIRS = 16  # the last of the training split: for learning curves and learning rates, never trained on
@@ -44,13 +45,14 @@ def tune(
     load: Callable[[], PreTrainedModel],
     checkpoints: Path,
     trained: Path,
+    keep: bool,
     progress: Callable[[int], None],
 ) -> Log:
     """Fine-tune the model as the arm says and deploy it: plain linear layers with the weights of arm.merge.
 
     A training that diverged has nothing to deploy; its last loss says so.
 
-    windows [N, T]: what GPTQ is calibrated on. load: gives the model anew, for merges into its own weights. trained: a
+    windows [N, T]: what GPTQ is calibrated on, the first of them. keep: leave a checkpoint of the end. load: gives the model anew, for merges into its own weights. trained: a
     safetensors file of the trained parameters and the log, which arms share that differ in deployment and evaluation
     alone; it is written for methods that can be deployed in several ways.
     """
@@ -61,7 +63,7 @@ def tune(
         format=None if arm.method == LORA else arm.format,
         adapter=arm.adapter,
         seed=arm.seed,
-        tokens=windows,
+        tokens=None if windows is None else windows[:CALIBRATION_WINDOWS],
     )
     if trained.exists():
         log = _load_trained(model, trained)
@@ -76,6 +78,7 @@ def tune(
             arm.tuning,
             checkpoints,
             held_out=validation,
+            keep=keep,
             progress=progress,
         )
         if arm.method not in QUANTIZED:

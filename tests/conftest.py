@@ -167,10 +167,9 @@ def tuned(make_record):
         ),
     ]
     for bits, worse in ((4, 0.0), (3, 0.2)):
-        variants.append((GPTQ_LORA, f"{bits}-16-16", 2.95 + worse, {"format": Format("int", bits, None)}))
         variants += [
             (method, f"{bits}-16-16", loss + worse, {"format": Format("affine", bits)})
-            for method, loss in ((L4Q, 2.75), (QLORA, 2.85), (QA_LORA, 2.9), (QAT_LORA, 2.87))
+            for method, loss in ((L4Q, 2.75), (QLORA, 2.85), (QA_LORA, 2.9), (QAT_LORA, 2.87), (GPTQ_LORA, 2.95))
         ]
     return records + [
         make_record(method, bits, loss, 0.55 - (loss - 2.75) * 0.5, seed, spread=0.02, changes=changes)

@@ -37,7 +37,7 @@ SETTINGS = {  # one format and adapter for each method; the blocks divide the la
     "qa-lora": {"format": AFFINE, "adapter": SMALL},
     "qat-lora": {"format": AFFINE, "adapter": SMALL},
     "l4q": {"format": AFFINE, "adapter": SMALL},
-    "gptq+lora": {"format": Format("int", 4, None), "adapter": SMALL, "tokens": tokens},
+    "gptq+lora": {"format": AFFINE, "adapter": SMALL, "tokens": tokens},
     "qat": {"format": Format("int", 4, 32)},
 }
 QLORA_FORMATS = [
@@ -246,7 +246,7 @@ def test_layers_with_biases_are_adapted_too(shape, fp32):
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     for method in METHODS:
         settings = dict(SETTINGS[method])
-        if "format" in settings and method != "gptq+lora":
+        if "format" in settings:
             settings["format"] = Format(settings["format"].kind, 4, 16)
         made = stir(attach(copy.deepcopy(model), method, **settings))
         before = logits(made)
@@ -368,11 +368,11 @@ def test_adapters_that_make_no_sense_are_refused(fields, message):
             {"format": Format("affine", 4, 32, double=True)},
             r"\+ DQ, block 32 is not allowed for 'l4q'; use fp32",
         ),
-        ("gptq+lora", {"format": Format("int", 4, 32)}, "block: 32 is not allowed for 'gptq\\+lora'; use None"),
+        ("gptq+lora", {"format": NF4}, "format: 'nf' is not allowed for 'gptq\\+lora'; use 'int' or 'affine'"),
         ("gptq+lora", {"tokens": None}, "tokens: missing; GPTQ calibrates on them"),
         ("qlora", {"tokens": tokens}, "tokens: 'qlora' takes none"),
-        ("qlora", {"format": Format("nf")}, "block: 64 does not divide the input width 160 of model.layers.0.mlp.down"),
-        ("l4q", {"format": Format("affine", 4, 48)}, "block: 48 does not divide the input width 64 of"),
+        ("qlora", {"format": Format("nf")}, "block: 64 does not divide the input width 160"),
+        ("l4q", {"format": Format("affine", 4, 48)}, "block: 48 does not divide the input width 64"),
         ("lora", {"adapter": Adapter(4, kind="loftq")}, "kind: 'loftq' is not allowed for 'lora', whose base"),
         ("qa-lora", {"adapter": Adapter(4, kind="dora")}, "kind: 'dora' is not allowed for 'qa-lora'; use 'lora'"),
         ("qlora", {"adapter": Adapter(4, init="symmetric")}, "init: 'symmetric' is not allowed for 'qlora'; use 'l4q'"),

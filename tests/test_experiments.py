@@ -178,6 +178,29 @@ def test_two_processes_share_a_folder_and_compute_each_arm_once(tmp_path):
     assert {path.name for path in (tmp_path / "records").iterdir()} == {f"{arm_key(arm)}.json" for arm in (FP, TRAINED)}
 
 
+def test_jobs_share_the_arms_and_leave_the_same_records(tmp_path, monkeypatch):
+    arms, threads, original = [FP, ROUNDED, TRAINED], torch.get_num_threads(), experiments.carry_out
+    alone = experiments.run(arms, tmp_path / "alone")
+
+    def slow(*args):
+        while not list((tmp_path / "shared" / "records").iterdir()):  # until the other process has finished one
+            time.sleep(0.05)
+        return original(*args)
+
+    monkeypatch.setattr(experiments, "carry_out", slow)
+    shared = experiments.run(arms, tmp_path / "shared", jobs=2)
+    assert list(map(without_cost, shared)) == list(map(without_cost, alone))
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ValueError, match="jobs: 0 is not allowed"):
+        experiments.run([FP], tmp_path, jobs=0)
+
+
+def test_what_a_job_fails_at_is_done_by_the_first(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(experiments, "_help", os._exit)  # which takes other arguments
+    assert [record.status for record in experiments.run([FP, ROUNDED], tmp_path, jobs=2)] == ["finished"] * 2
+    assert "TypeError" in capfd.readouterr().err
+
+
 def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

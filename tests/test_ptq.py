@@ -173,6 +173,29 @@ def test_gptq_beats_rounding_on_its_own_grid(model, bits):
             assert output_error(x, layer.weight, before) < 0.8 * output_error(x, nearest, before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_in_groups_keeps_to_the_levels_of_each(model, bits, symmetric):
+    original, inputs = copy.deepcopy(model), inputs_of(model, tokens)
+    ptq.gptq(model, f"{bits}-16-16", tokens, group=16, symmetric=symmetric)
+    for name in decoder_linears(model):
+        before, after = (m.get_submodule(name).weight.unflatten(1, (-1, 16)) for m in (original, model))
+        low, high = before.amin(2, keepdim=True).clamp(max=0), before.amax(2, keepdim=True).clamp(min=0)
+        step = torch.maximum(-low, high) * 2 / (2**bits - 1) if symmetric else (high - low) / (2**bits - 1)
+        codes = after / step
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert (codes.amax(2) - codes.amin(2)).round().max() <= 2**bits - 1
+        if name.endswith("layers.0.self_attn.q_proj"):
+            zero = (-low / step).round() if not symmetric else 2.0 ** (bits - 1)
+            nearest = ((before / step).round() + zero).clamp(0, 2**bits - 1).sub(zero) * step
+            x = inputs[name]
+            error, of_nearest = (output_error(x, w.flatten(1), before.flatten(1)) for w in (after, nearest))
+            assert error < 0.8 * of_nearest
+    with pytest.raises(ValueError, match="group: 48 does not divide"):
+        ptq.gptq(original, "4-16-16", tokens, group=48)
+
+
 @pytest.mark.parametrize("bits", ["4-8-4", "4-16-16"])
 def test_gptq_rounds_activations_and_cache_as_rtn_does(llama, bits):
     nearest = ptq.round_to_nearest(copy.deepcopy(llama), bits)

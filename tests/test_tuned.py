@@ -88,7 +88,7 @@ def test_validation_pairs_are_never_trained_on():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"format": Format("nf", 4, 48)}, "block: 48 does not divide the 64 inputs of model.layers.0"),
+        ({"format": Format("nf", 4, 48)}, "block: 48 does not divide the input width 64"),
         ({"adapter": Adapter(layers="w_proj")}, "layers: the model has no 'w_proj'"),
         ({"instructions": dataclasses.replace(ARMS[QLORA].instructions, length=3)}, "length: 3 tokens hold nothing"),
     ],
@@ -148,6 +148,22 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(fp32, tmp_path, monkey
             experiments.run([ARMS[L4Q]], tmp_path / "cut")
     assert list(Store(tmp_path / "cut").checkpoint_folder(arm_key(ARMS[L4Q])).glob("checkpoint-*"))
     assert without_cost(experiments.run([ARMS[L4Q]], tmp_path / "cut")[0]) == without_cost(whole)
+
+
+def test_a_fine_tuning_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monkeypatch):
+    longer = dataclasses.replace(ARMS[L4Q].tuning, steps=6, extended_from=(ARMS[L4Q].tuning.steps,))
+    longer = dataclasses.replace(ARMS[L4Q], tuning=longer)
+    (alone,) = experiments.run([longer], tmp_path / "alone")
+    experiments.run([ARMS[L4Q]], tmp_path / "kept", keep_checkpoints=True)
+    original, told = tuned.fine_tune, []
+
+    def watched(*args, progress, **kwargs):
+        return original(*args, progress=lambda n: (told.append(n), progress(n)), **kwargs)
+
+    monkeypatch.setattr(tuned, "fine_tune", watched)
+    (extended,) = experiments.run([longer], tmp_path / "kept")
+    assert len(told) == 3 and told[0] == 4 * told[1]  # it began with four steps done
+    assert without_cost(extended) == without_cost(alone)
 
 
 @pytest.mark.parametrize("method", [QLORA, L4Q, QAT])
