@@ -186,6 +186,7 @@ def read_records(folder: str | Path) -> Iterator[Record]:
         yield read_record(path)
 
 
+@functools.cache
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
@@ -196,7 +197,6 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-@functools.cache
 def environment() -> dict:
     """Where and with what a record was made: versions, commit, dirty flag, hardware."""
     changes = _git("status", "--porcelain", "--untracked-files=no")

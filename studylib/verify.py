@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from studylib import experiments
 from studylib.comparison import points
@@ -95,12 +96,20 @@ def _tolerance(metric: str, reference: Record, records: Sequence[Record], relati
 def verify(records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path) -> list[Difference]:
     """Run the chosen arms of `records` in the folder `results`, and compare. Records there are used where they match.
 
+    Each runs with as many threads as it once had: the order of a sum decides which way GPTQ rounds.
     Raises ValueError as `choose` does, or for an arm that cannot be run here.
     """
-    chosen = choose(records, wanted, minutes)
-    found = experiments.run([record.arm for record in chosen], results)
-    return [
-        difference
-        for reference, own in zip(chosen, found, strict=True)
-        for difference in compare(reference, own, records)
-    ]
+    chosen, threads = choose(records, wanted, minutes), torch.get_num_threads()
+    found = {}
+    try:
+        for cores in sorted({_threads(record) for record in chosen}):
+            torch.set_num_threads(cores)
+            arms = [record.arm for record in chosen if _threads(record) == cores]
+            found |= zip(arms, experiments.run(arms, results), strict=True)
+    finally:
+        torch.set_num_threads(threads)
+    return [difference for record in chosen for difference in compare(record, found[record.arm], records)]
+
+
+def _threads(record: Record) -> int:
+    return record.provenance["hardware"]["cores"]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from studylib import experiments
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, profile
@@ -28,6 +29,18 @@ def test_what_is_run_again_is_the_same_to_the_last_bit(reference, tmp_path, caps
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("pass  RTN 4-8-4: perplexity/wikipedia") and "the same, item by item" in shown[0]
     assert shown[1] == "1 of 1 numbers of 1 arms are as published."
+
+
+def test_each_arm_has_as_many_threads_as_it_once_had(reference, tmp_path):
+    def on(cores, record):
+        hardware = record.provenance["hardware"] | {"cores": cores}
+        return dataclasses.replace(record, provenance=record.provenance | {"hardware": hardware})
+
+    before = torch.get_num_threads()
+    verify([on(cores, record) for cores, record in zip((2, 1), reference[1], strict=True)], [], 15, tmp_path / "again")
+    again = [Store(tmp_path / "again").load(record.key) for record in reference[1]]
+    assert [record.provenance["hardware"]["cores"] for record in again] == [2, 1]
+    assert torch.get_num_threads() == before
 
 
 def test_another_number_fails_and_says_so(reference, tmp_path, capsys):
