@@ -50,7 +50,7 @@ TRAINED = (LLM_QAT, SMOOTHQUANT_QAT)
 TUNED = adapters.METHODS
 UNROUNDED = (FULL_PRECISION, LORA)
 CALIBRATED = (SMOOTHQUANT, GPTQ, AWQ)
-HEADLINE = {  # the settings of the papers' main tables, which few-shot tasks are run at as well
+HEADLINE = {  # the settings of the papers' main tables, which few-shot tasks are run at as well: MMLU if fine-tuned
     FULL_PRECISION: ("16-16-16",),
     RTN: ("4-8-4",),
     LLM_QAT: ("4-8-4",),
@@ -173,6 +173,7 @@ class Arm:
                 *_scheme_words(self.scheme),
                 *_format_words(self.method, self.format),
                 *_adapter_words(self.adapter),
+                *_tuning_words(self.tuning),
                 *([MERGE_TITLES[self.merge]] if self.merge in MERGE_TITLES else []),
             ]
         )
@@ -247,6 +248,12 @@ def _adapter_words(adapter: Adapter | None) -> list[str]:
     words += [] if adapter.dropout == 0 else [f"dropout {adapter.dropout:g}"]
     words += [] if adapter.layers == adapters.ALL else [f"on {adapter.layers.replace('+', ' and ')} only"]
     return words + ([] if adapter.init == Adapter().init else [f"{adapter.init} initialisation"])
+
+
+def _tuning_words(tuning: Tuning | None) -> list[str]:
+    if tuning is None:
+        return []
+    return ["checkpointing"] * tuning.checkpointing + ["paged optimizer"] * tuning.paged
 
 
 def _chosen(value):
@@ -360,7 +367,8 @@ class Profile:
         chosen = {"format": format, "adapter": adapter, "instructions": instructions, "tuning": tuned, "merge": merge}
         arm = Arm(model, method, bits, self.evaluation, scheme, data, trained, **chosen)
         if bits in HEADLINE.get(method, ()) and not arm.variant:
-            evaluation = dataclasses.replace(self.evaluation, tasks=self.evaluation.tasks + self.few_shot)
+            few_shot = tuple(task for task in self.few_shot if task == "mmlu" or method not in TUNED)
+            evaluation = dataclasses.replace(self.evaluation, tasks=self.evaluation.tasks + few_shot)
             return dataclasses.replace(arm, evaluation=evaluation)
         return arm
 
@@ -379,7 +387,7 @@ PROFILES = {
         Sampling(count=32, length=256, batch=64),
         Training(steps=32, batch=1, learning_rate=3e-4),
         Instructions(length=256),
-        Tuning(steps=32, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
+        Tuning(steps=24, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(
             ("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy", "openbookqa"), items=40, pairs=16
         ),

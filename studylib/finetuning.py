@@ -1,5 +1,6 @@
 """Fine-tuning on instruction pairs: what the adapters of QLoRA, L4Q and their baselines learn from."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from studylib.losses import label_loss
 from studylib.training import Budget, Log, fit
 
 IGNORED = -100  # the label of a position whose next token is not learned
-PADDED_TO = 64  # rows are padded to a multiple of it, so that compiled layers see few shapes
+PADDED_TO = 8  # rows are padded to a multiple of it,
+PADDED_TO_COMPILED = 64  # and to one of this where layers are compiled, which are compiled anew for each shape
+DRAWN = 8  # batches whose rows are drawn together and sorted by their length
 OPTIMIZER = "adamw_torch_fused"
 COMPILED_STEPS = 500  # compiling layers for rows of several widths takes as long as some 20 steps, and saves 5% of each
 
@@ -64,10 +67,27 @@ def encode(tokenizer, pairs: Sequence[Pair], length: int) -> list[dict[str, list
     return rows
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Rows padded at their end: tokens and labels [B, T]. Attention is causal, so that no token sees the padding."""
+def random_order(lengths: Sequence[int], batch: int, seed: int) -> list[int]:
+    """A random order in which the rows of a batch are about equally long, as QLoRA's own code trains: less padding.
+
+    Rows are drawn for DRAWN batches at a time and sorted by length; these batches come in random order.
+    """
+    generator, order = torch.Generator().manual_seed(seed), []
+    for drawn in torch.randperm(len(lengths), generator=generator).split(DRAWN * batch):
+        rows = sorted(drawn.tolist(), key=lengths.__getitem__)
+        batches = [rows[at : at + batch] for at in range(0, len(rows), batch)]
+        for at in torch.randperm(len(batches), generator=generator):
+            order += batches[at]
+    return order
+
+
+def collate(rows: Sequence[dict[str, list[int]]], multiple: int = PADDED_TO) -> dict[str, Tensor]:
+    """Rows padded at their end, to a multiple of `multiple`: tokens and labels [B, T].
+
+    Attention is causal, so that no token sees the padding.
+    """
     longest = max(len(row["tokens"]) for row in rows)
-    width = -(-longest // PADDED_TO) * PADDED_TO
+    width = -(-longest // multiple) * multiple
     padding = {"tokens": 0, "labels": IGNORED}
     return {
         name: torch.stack([F.pad(torch.tensor(row[name]), (0, width - len(row[name])), value=fill) for row in rows])
@@ -96,8 +116,9 @@ def fine_tune(
 ) -> Log:
     """Train the parameters of `model` that require gradients (see adapters.attach) on `pairs`, in place.
 
-    Examples come in one random order, drawn by instructions.seed, again and again. held_out: pairs whose response loss
-    is measured as training goes on. folder, keep, and what happens to a killed training: as training.fit.
+    Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
+    whose response loss is measured as training goes on. folder, keep, and what happens to a killed training: as
+    training.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -105,20 +126,20 @@ def fine_tune(
     if settings.paged:
         check_paging()
     rows = encode(tokenizer, pairs, instructions.length)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(instructions.seed))
-    examples = [rows[i] for i in order]
-    measured = collate(encode(tokenizer, held_out, instructions.length)) if held_out else None
+    lengths = [len(row["tokens"]) for row in rows]
+    examples = [rows[i] for i in random_order(lengths, settings.batch, instructions.seed)]
+    measured = encode(tokenizer, held_out, instructions.length) if held_out else []
+    measured.sort(key=lambda row: len(row["tokens"]))
+    compiled = settings.steps >= COMPILED_STEPS and not settings.checkpointing
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def held_out_loss() -> Tensor:
-        parts = zip(
-            *(measured[name].to(model.device).split(settings.batch) for name in ("tokens", "labels")), strict=True
-        )
         losses, counts = [], []
-        for tokens, labels in parts:
-            counts.append((labels != IGNORED).sum())
-            losses.append(response_loss(model, tokens, labels) * counts[-1])
+        for at in range(0, len(measured), settings.batch):
+            part = {name: x.to(model.device) for name, x in collate(measured[at : at + settings.batch]).items()}
+            counts.append((part["labels"] != IGNORED).sum())
+            losses.append(response_loss(model, **part) * counts[-1])
         return torch.stack(losses).sum() / torch.stack(counts).sum()
 
     try:
@@ -128,10 +149,10 @@ def fine_tune(
             examples,
             settings,
             folder,
-            tokens_per_step=settings.batch * sum(len(row["tokens"]) for row in rows) // len(rows),
+            tokens_per_step=settings.batch * sum(lengths) // len(rows),
             held_out_loss=held_out_loss if held_out else None,
-            collate=collate,
-            compiled=settings.steps >= COMPILED_STEPS and not settings.checkpointing,
+            collate=functools.partial(collate, multiple=PADDED_TO_COMPILED) if compiled else collate,
+            compiled=compiled,
             optimizer=PAGED_ADAMW if settings.paged else OPTIMIZER,
             seed=instructions.seed,
             keep=keep,

@@ -52,9 +52,10 @@ def tune(
 
     A training that diverged has nothing to deploy; its last loss says so.
 
-    windows [N, T]: what GPTQ is calibrated on, the first of them. keep: leave a checkpoint of the end. load: gives the model anew, for merges into its own weights. trained: a
-    safetensors file of the trained parameters and the log, which arms share that differ in deployment and evaluation
-    alone; it is written for methods that can be deployed in several ways.
+    windows [N, T]: what GPTQ is calibrated on, the first of them. load: gives the model anew, for merges into its own
+    weights. trained: a safetensors file of the trained parameters and the log, which arms share that differ in
+    deployment and evaluation alone; it is written for methods that can be deployed in several ways. keep: leave a
+    checkpoint of the end.
     """
     check_head(model)
     attach(

@@ -2,14 +2,16 @@
 
 import copy
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from studylib.adapters import Adapter, attach
 from studylib.corpora import Pair, conversation
-from studylib.finetuning import IGNORED, Instructions, Tuning, collate, encode, fine_tune, response_loss
+from studylib.finetuning import IGNORED, Instructions, Tuning, collate, encode, fine_tune, random_order, response_loss
 
 PAIRS = [Pair(f"say {word}", word * 3) for word in ("ab", "cd", "efgh", "ij", "kl", "mnop")]
 LEARN = Instructions(length=64)
@@ -37,7 +39,9 @@ def test_only_the_response_and_what_closes_it_is_learned(tiny_tokenizer):
 def test_the_loss_is_that_of_transformers_and_padding_changes_nothing(fp32, tiny_model, tiny_tokenizer):
     rows = encode(tiny_tokenizer, PAIRS, 64)
     batch = collate(rows)
-    assert batch["tokens"].shape == batch["labels"].shape == (6, 64)
+    longest = max(len(row["tokens"]) for row in rows)
+    assert batch["tokens"].shape == batch["labels"].shape == (6, 8 * math.ceil(longest / 8))
+    assert collate(rows, 50)["tokens"].shape[1] == 50 * math.ceil(longest / 50)
     logits = tiny_model(batch["tokens"]).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
     torch.testing.assert_close(response_loss(tiny_model, **batch), expected)
@@ -50,7 +54,7 @@ def test_training_equals_a_hand_written_loop(adapted, tiny_tokenizer, tmp_path):
     by_hand = copy.deepcopy(adapted)
     log = fine_tune(adapted, tiny_tokenizer, PAIRS, LEARN, BUDGET, tmp_path / "c", held_out=PAIRS)
     rows = encode(tiny_tokenizer, PAIRS, LEARN.length)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    order = random_order([len(row["tokens"]) for row in rows], BUDGET.batch, LEARN.seed)
     parameters = [p for p in by_hand.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=BUDGET.learning_rate, weight_decay=0.0)
     for step in range(6):
@@ -67,6 +71,20 @@ def test_training_equals_a_hand_written_loop(adapted, tiny_tokenizer, tmp_path):
     with torch.no_grad():
         assert log.curve[-1]["loss"] == pytest.approx(response_loss(by_hand, **collate(rows)).item(), rel=1e-3)
     assert log.curve[-1]["loss"] < log.curve[0]["loss"] and len(log.curve) == 5
+
+
+def test_a_random_order_pads_little_and_prefers_no_length():
+    lengths = torch.randint(20, 256, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = random_order(lengths, 2, seed=1)
+    assert sorted(order) == list(range(4000)) and order != random_order(lengths, 2, seed=2)
+
+    def padding(order):
+        pairs = [(lengths[a], lengths[b]) for a, b in zip(order[::2], order[1::2], strict=True)]
+        return sum(abs(a - b) for a, b in pairs)
+
+    assert padding(order) < 0.3 * padding(torch.randperm(4000).tolist())
+    begun = [np.mean([lengths[i] for i in random_order(lengths, 2, seed)[:48]]) for seed in range(200)]
+    assert np.mean(begun) == pytest.approx(np.mean(lengths), abs=4 * np.std(begun) / 200**0.5)
 
 
 def test_checkpointing_changes_no_number(adapted, tiny_tokenizer, tmp_path):
