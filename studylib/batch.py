@@ -15,15 +15,15 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pandas import DataFrame
 from traitlets.config import Config
 
-from studylib.comparison import listed
-from studylib.records import Record
+from studylib.comparison import Setting, listed
+from studylib.records import Record, read_record
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
 def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
-    """Notebook files by number ("03") or name; all that answer a question (00 sums up) when `names` is empty."""
-    present = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    """Notebook files by number ("03") or name, all when `names` is empty; 00 comes last, for it sums the others up."""
+    present = {path.stem: path for path in sorted(sorted(folder.glob("[0-9][0-9]_*.ipynb")), key=_sums_up)}
     if not present:
         raise ValueError(f"notebooks: there are none in {folder}; run from an editable install (pip install -e .)")
     if not names:
@@ -34,7 +34,11 @@ def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
         if not match:
             raise ValueError(f"notebook: {name!r} is not known; use one of {', '.join(present)}")
         found += match
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=_sums_up)
+
+
+def _sums_up(notebook: Path) -> bool:
+    return notebook.stem.startswith("00_")
 
 
 def default_parameters(notebook: Path) -> dict:
@@ -125,3 +129,19 @@ def publish(
 def read_published(output: Path, notebook: str) -> dict:
     """What `publish` noted: {"records": [keys], "figures": {file stem: title}}."""
     return json.loads((output / notebook / "published.json").read_text())
+
+
+def used_records(output: Path, notebooks: Sequence[Path], folder: Path) -> list[Record]:
+    """The records in `folder` that the notebooks published in `output`, each once.
+
+    Of those that 00 sums up, which may be of other runs, the ones at settings that none of the other notebooks has.
+    Raises RecordError where one cannot be read.
+    """
+    found: dict[str, Record] = {}
+    for notebook in sorted(notebooks, key=_sums_up):
+        taken = {Setting.of(record.arm) for record in found.values()} if _sums_up(notebook) else set()
+        for key in read_published(output, notebook.stem)["records"]:
+            record = found.get(key) or read_record(folder / f"{key}.json")
+            if Setting.of(record.arm) not in taken:
+                found[key] = record
+    return list(found.values())

@@ -3,7 +3,8 @@
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA
 from studylib.arms import ENCODED, LLM_QAT, RTN, SMOOTHQUANT_QAT
 from studylib.comparison import FULL, Setting, response_measures
-from studylib.judging import Claim, learned, normality, perplexities, planned, stored_bits
+from studylib.effects import ACCURACY, BITS, COST, GIGABYTES, MEMORY, NEURONS, TIMES, WON_BACK, PaperNumber
+from studylib.judging import Claim, learned, normality, perplexities, planned, stored_bits, timed
 from studylib.memory_rules import activations_dominate, fits_cards, near_lora
 from studylib.rules import (
     alike,
@@ -22,6 +23,7 @@ from studylib.rules import (
     small_gain,
     small_groups_help,
     smoothing,
+    takes_at_most,
     wins_back,
 )
 
@@ -42,6 +44,7 @@ CLAIMS = {
             "LLM-QAT wins back more than half of what RTN loses at 4-8-4; undecided unless that loss is above 0",
             (FULL, Setting(RTN, "4-8-4"), Setting(LLM_QAT, "4-8-4")),
             wins_back,
+            effect=PaperNumber((60.7 - 41.2) / (66.2 - 41.2), WON_BACK, "{} of accuracy"),
         ),
         Claim(
             "A2",
@@ -51,6 +54,7 @@ CLAIMS = {
             (Setting(RTN, "8-8-8"), Setting(RTN, "8-8-4")),
             cache_breaks,
             optional=(Setting(LLM_QAT, "8-8-4"),),
+            effect=PaperNumber(69.7 - 50.7, ACCURACY, "{} gained over SmoothQuant"),
         ),
         Claim(
             "A3",
@@ -60,6 +64,7 @@ CLAIMS = {
             (Setting(RTN, "4-8-8"), Setting(LLM_QAT, "4-8-8")),
             small_gain,
             optional=(Setting(RTN, "4-8-4"), Setting(LLM_QAT, "4-8-4")),
+            effect=PaperNumber(70.5 - 69.1, ACCURACY),
         ),
         Claim(
             "A4",
@@ -69,6 +74,7 @@ CLAIMS = {
             "reproduced, the whole interval outside is not",
             (FULL, Setting(RTN, "8-8-8")),
             no_loss,
+            effect=PaperNumber(66.2 - 65.6, ACCURACY, recalled=True),
         ),
         Claim(
             "A5",
@@ -85,6 +91,7 @@ CLAIMS = {
             (FULL, Setting(RTN, "4-8-4")),
             explodes,
             measures=perplexities,
+            effect=PaperNumber(151.4 / 10.4, TIMES),
         ),
         Claim(
             "A7",
@@ -113,6 +120,7 @@ CLAIMS = {
                 *(Setting(LLM_QAT, "4-8-4", f"loss {loss}") for loss in ("labels", "kl+attention", "kl+hidden")),
             ),
             is_best,
+            effect=PaperNumber(63.1 - 61.1, ACCURACY, "{} (attention maps)"),
         ),
         Claim(
             "A10",
@@ -121,6 +129,7 @@ CLAIMS = {
             "LLM-QAT on symmetric MinMax grids is better than on StatsQ and on LSQ",
             (DEFAULT, Setting(LLM_QAT, "4-8-4", "StatsQ clipping"), Setting(LLM_QAT, "4-8-4", "LSQ")),
             is_best,
+            effect=PaperNumber(13.0, ACCURACY, "about 13 points (LSQ)"),
         ),
         Claim(
             "A11",
@@ -134,6 +143,7 @@ CLAIMS = {
                 Setting(SMOOTHQUANT_QAT, "4-8-4"),
             ),
             smoothing,
+            effect=PaperNumber(46.4 - 41.3, ACCURACY),
         ),
         Claim(
             "A12",
@@ -154,6 +164,7 @@ CLAIMS = {
             (NF4_DQ, INT4, E2M1, E3M0),
             is_best,
             measures=perplexities,
+            effect=PaperNumber(29.48 / 27.41 - 1, COST, "{} (E3M0)"),
         ),
         Claim(
             "B2",
@@ -171,6 +182,7 @@ CLAIMS = {
             (NF4, NF4_DQ),
             saves_bits(0.373),
             measures=stored_bits,
+            effect=PaperNumber(0.373, BITS),
         ),
         Claim(
             "B4",
@@ -181,6 +193,7 @@ CLAIMS = {
             matches,
             optional=(Setting(QLORA, "4-16-16", "FP4 (bitsandbytes) + DQ"),),
             measures=learned,
+            effect=PaperNumber(53.0 - 53.1, ACCURACY, "{} of MMLU"),
         ),
         Claim(
             "B5",
@@ -204,6 +217,7 @@ CLAIMS = {
             "Planned totals, with 1 GB for the driver, stay within the cards; 33B within 1.1 times its card",
             test=fits_cards,
             measures=planned,
+            effect=PaperNumber(45.0, GIGABYTES),
         ),
         Claim(
             "B7",
@@ -212,13 +226,17 @@ CLAIMS = {
             "Planned activations are more than half of what training adds to the base; checkpointing halves them",
             test=activations_dominate,
             measures=planned,
+            effect=PaperNumber(567 / (567 + 26), MEMORY, "{} of input gradients and adapters"),
         ),
         Claim(
             "B8",
             "Paged optimizers survive memory spikes at the same speed",
             "65B on a 48 GB GPU at batch 16 (claimed, not measured)",
             "A run whose spike does not fit finishes with paging, at no less than 0.9 of the speed",
-            untested="paging needs a CUDA device; an arm with tuning.paged on one makes it testable",
+            (Setting(QLORA, "4-16-16"), Setting(QLORA, "4-16-16", "paged optimizer")),
+            takes_at_most(1 / 0.9),
+            measures=timed,
+            untested="paging needs a CUDA device; an arm with tuning.paged on one tells its speed",
         ),
         Claim(
             "B9",
@@ -228,6 +246,7 @@ CLAIMS = {
             (NF4_DQ,),
             near_normal,
             measures=normality,
+            effect=PaperNumber(7.5, NEURONS),
         ),
         Claim(
             "B10",
@@ -243,7 +262,7 @@ CLAIMS = {
                 name,
                 f"L4Q is the best of the methods that leave weights at {bits} bits",
                 paper,
-                f"At {bits} bits L4Q beats LoRA on GPTQ (a scale an output channel), QLoRA*, QA-LoRA and QAT-LoRA",
+                f"At {bits} bits L4Q beats LoRA on GPTQ, QLoRA*, QA-LoRA and QAT-LoRA",
                 (
                     Setting(L4Q, f"{bits}-16-16"),
                     Setting(GPTQ_LORA, f"{bits}-16-16"),
@@ -253,17 +272,20 @@ CLAIMS = {
                 ),
                 is_best,
                 measures=learned,
+                effect=effect,
             )
-            for name, bits, paper in (
+            for name, bits, paper, effect in (
                 (
                     "C1",
                     4,
                     "LLaMA-2-7B, 7 tasks: GPTQ 60.7, LoftQ* 61.7, QLoRA* 61.3, QA-LoRA 61.0, QAT-LoRA 61.9, L4Q 63.6",
+                    PaperNumber(63.6 - 61.9, ACCURACY, "{} (QAT-LoRA)"),
                 ),
                 (
                     "C2",
                     3,
                     "LLaMA-2-7B, 7 tasks: GPTQ 57.6, LoftQ* 34.7, QLoRA* 57.6, QA-LoRA 56.3, QAT-LoRA 57.4, L4Q 61.3",
+                    PaperNumber(61.3 - 57.6, ACCURACY, "{} (GPTQ, QLoRA*)"),
                 ),
             )
         ),
@@ -275,13 +297,19 @@ CLAIMS = {
             "Planned for 7B, L4Q takes at most 1.1 times LoRA's memory and half of QAT's",
             test=near_lora,
             measures=planned,
+            effect=PaperNumber(25.4 / 25.1, TIMES),
         ),
         Claim(
             "C4",
             "L4Q trains in about the time of QLoRA in total",
             "7B: QLoRA* 9.9 hours, L4Q 10.1 at half the iterations: about 1.9 to 2.0 times as long for each",
             "A step of L4Q takes at most twice one of QLoRA*",
-            untested="times of these shared machines say nothing; benchmarks/l4q_step.py measures steps side by side",
+            (Setting(QLORA, "4-16-16", UNIFORM[4]), Setting(L4Q, "4-16-16")),
+            takes_at_most(2.0),
+            measures=timed,
+            untested="times on shared processors say nothing; records of an accelerator do, and benchmarks/l4q_step.py "
+            "measures steps side by side",
+            effect=PaperNumber(10.1 / 9.9, TIMES, "{} QLoRA's hours"),
         ),
         Claim(
             "C5",
@@ -289,6 +317,7 @@ CLAIMS = {
             "Speed-up over FP16 of L4Q and QLoRA*: 7B 1.81 and 1.33, 13B 1.92 and 1.41, 30B 2.25 and 1.44",
             "L4Q decodes at least 1.2 times as fast as QLoRA* on real low-bit kernels",
             untested="it takes a runtime that executes 4-bit weights",
+            effect=PaperNumber(1.81 / 1.33, TIMES, "{} as fast"),
         ),
         Claim(
             "C6",
@@ -301,6 +330,7 @@ CLAIMS = {
             ),
             is_best,
             measures=learned,
+            effect=PaperNumber(45.3 - 44.2, ACCURACY, "{} of MMLU (asymmetric)"),
         ),
         Claim(
             "C7",
@@ -310,6 +340,7 @@ CLAIMS = {
             (Setting(L4Q, "4-16-16", "rank 4"), Setting(L4Q, "4-16-16"), Setting(L4Q, "4-16-16", "rank 64")),
             alike,
             measures=learned,
+            effect=PaperNumber(63.0 - 62.8, ACCURACY, "{} (rank 16)"),
         ),
         Claim(
             "C8",
@@ -319,6 +350,7 @@ CLAIMS = {
             (Setting(L4Q, "4-16-16"), Setting(L4Q, "4-16-16", "affine Int4, block 32")),
             small_groups_help,
             measures=learned,
+            effect=PaperNumber(63.9 - 63.7, ACCURACY),
         ),
         Claim(
             "C9",

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from studylib.comparison import Measure, Setting, capital, gather, listed, measures, response_measures, weight_measures
+from studylib.effects import INCONCLUSIVE, NOT_TESTED, Effect, PaperNumber
 from studylib.memory_rules import PLANNED
 from studylib.records import Record
-from studylib.rules import INCONCLUSIVE, NOT_TESTED, Outcome
-from studylib.statistics import Interval
+from studylib.rules import Outcome
 
 FAMILY = 12  # claims of a paper at most: a true verdict of each is asked for at once
 
@@ -16,7 +16,8 @@ FAMILY = 12  # claims of a paper at most: a true verdict of each is asked for at
 class Claim:
     """A claim of a paper, the arms that test it (needs; optional: used where they were run) and its rule in words.
 
-    measures: what it is judged by. untested: what it would take, for a claim that no record can test yet.
+    measures: what it is judged by. untested: what it would take to test it, for a claim that most records cannot.
+    effect: the paper's own number, where it has one of the kind that the rule rests on.
     """
 
     id: str
@@ -28,17 +29,38 @@ class Claim:
     optional: tuple[Setting, ...] = ()
     measures: Callable[[Sequence[Record]], list[Measure]] = measures
     untested: str = ""
+    effect: PaperNumber | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one measure says about a claim: verdict is one of VERDICTS, effect the number it rests on."""
+    """What one measure says about a claim: one of VERDICTS, the number it rests on, and in words what was found."""
 
     claim: str
     measure: str
     verdict: str
-    effect: Interval | None
-    sentence: str
+    text: str
+    effect: Effect | None = None
+
+    @property
+    def could(self) -> str:
+        """Of an inconclusive finding, the smallest effect that the data could have shown: "7.0% or more"; else ""."""
+        if self.verdict != INCONCLUSIVE or self.effect is None or self.effect.smallest is None:
+            return ""
+        return f"{self.effect.unit.text(self.effect.smallest)} or more"
+
+    @property
+    def found(self) -> str:
+        """What was found, without the verdict."""
+        return f"{capital(self.measure)}: {self.text}" if self.measure else self.text
+
+    @property
+    def sentence(self) -> str:
+        """What was found and the verdict."""
+        if self.verdict == NOT_TESTED:
+            return f"{capital(NOT_TESTED)}: {self.text}"
+        could = f" (could have shown {self.could})" if self.could else ""
+        return f"{self.found} {capital(self.verdict)}{could}."
 
 
 def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list[Finding]:
@@ -47,13 +69,13 @@ def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list
     Intervals resample the items that all arms of the claim share and, where there are several, their seeds. Those shown
     are 95%; verdicts rest on wider ones, by Bonferroni for `family` claims of a paper.
     """
-    if claim.untested:
-        return [Finding(claim.id, "", NOT_TESTED, None, f"Not tested here: {claim.untested}.")]
+    if claim.test is None:
+        return [Finding(claim.id, "", NOT_TESTED, f"{claim.untested}.")]
     cells = gather(records)
     missing = [setting.title for setting in claim.needs if setting not in cells]
     if missing:
-        text = f"Not tested here: {listed(missing)} {'was' if len(missing) == 1 else 'were'} not run."
-        return [Finding(claim.id, "", NOT_TESTED, None, text)]
+        text = claim.untested or f"{listed(missing)} {'was' if len(missing) == 1 else 'were'} not run"
+        return [Finding(claim.id, "", NOT_TESTED, f"{text}.")]
     used = [cells.get(setting) for setting in (*claim.needs, *claim.optional)]
     diverged = [cell for cell in used if cell and cell.diverged]
     if diverged:
@@ -61,16 +83,15 @@ def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list
             f"{len(cell.diverged)} of {len(cell.diverged) + len(cell.records)} runs of {cell.title} diverged"
             for cell in diverged
         )
-        return [Finding(claim.id, "", INCONCLUSIVE, None, f"{counts}. Inconclusive.")]
+        return [Finding(claim.id, "", INCONCLUSIVE, f"{counts}.")]
     wanted = [m for m in claim.measures(records) if all(cell is None or m.covers(cell) for cell in used)]
     if not wanted:
-        return [Finding(claim.id, "", NOT_TESTED, None, "Not tested here: nothing was measured that it speaks of.")]
+        text = claim.untested or "nothing was measured that it speaks of"
+        return [Finding(claim.id, "", NOT_TESTED, f"{text}.")]
     findings = []
     for measure in (replace(measure, family=family) for measure in wanted):
         effect, verdict, text = claim.test(measure, *used)
-        findings.append(
-            Finding(claim.id, measure.title, verdict, effect, f"{capital(measure.title)}: {text} {capital(verdict)}.")
-        )
+        findings.append(Finding(claim.id, measure.title, verdict, text, effect))
     return findings
 
 
@@ -92,6 +113,12 @@ def learned(records: Sequence[Record]) -> list[Measure]:
 def planned(records: Sequence[Record]) -> list[Measure]:
     """Nothing that records hold: the memory that is planned for the papers' models."""
     return [PLANNED]
+
+
+def timed(records: Sequence[Record]) -> list[Measure]:
+    """How long trainings took, where all ran on accelerators."""
+    accelerators = [r.provenance["hardware"]["accelerator"] for r in records if r.arm.tuning]
+    return [Measure("seconds", "time of training", (), ())] if accelerators and all(accelerators) else []
 
 
 def stored_bits(records: Sequence[Record]) -> list[Measure]:

@@ -2,9 +2,10 @@
 
 from studylib.adapters import L4Q, LORA, QAT, QLORA, usual_format
 from studylib.comparison import Measure, percent
+from studylib.effects import GIGABYTES, MEMORY, NOT_REPRODUCED, REPRODUCED, TIMES, Effect, Unit
 from studylib.planning import GB, SHAPES, inference_bytes
 from studylib.published import planned
-from studylib.rules import NOT_REPRODUCED, REPRODUCED, Outcome
+from studylib.rules import Outcome
 from studylib.statistics import Interval
 
 PLANNED = Measure("bytes", "planned memory", (), ())
@@ -13,8 +14,8 @@ SLIGHTLY = 1.1  # "slightly over": at most this many times what a card has
 CLOSE, FAR = 1.1, 0.5  # "about LoRA's": at most this many times; "far below": at most this share
 
 
-def _exact(value: float) -> Interval:
-    return Interval(value, value, value)
+def _exact(value: float, unit: Unit, what: str, **holds: float) -> Effect:
+    return Effect(Interval(value, value, value), unit, what, **holds)
 
 
 def _judged(holds: bool) -> str:
@@ -29,7 +30,8 @@ def fits_cards(measure: Measure) -> Outcome:
         f"at 1 x 512 tokens, rank 64, checkpointing, and with {DRIVER:g} GB for the driver, 65B takes {large:.1f} of "
         f"48 GB and 33B {middle:.1f} of 24 GB; 7B takes {phone:.1f} of a phone's 6 GB."
     )
-    return _exact(large / 48), _judged(large <= 48 and middle <= 24 * SLIGHTLY and phone <= 6), text
+    effect = _exact(large, GIGABYTES, "for 65B on a card of 48 GB", below=48)
+    return Outcome(effect, _judged(large <= 48 and middle <= 24 * SLIGHTLY and phone <= 6), text)
 
 
 def activations_dominate(measure: Measure) -> Outcome:
@@ -41,7 +43,9 @@ def activations_dominate(measure: Measure) -> Outcome:
         f"7B at 1 x 512 tokens and rank 64: activations are {percent(share)} of what training adds to the "
         f"base ({kept.activations / GB:.2f} GB); checkpointing leaves {percent(less.activations / kept.activations)}."
     )
-    return _exact(share), _judged(share > 0.5 and less.activations < 0.5 * kept.activations), text
+    # The paper's number leaves gradients and the optimizer out, so that it is not of the same.
+    effect = _exact(share, MEMORY, "that training adds, for activations", above=0.5, papers=False)
+    return Outcome(effect, _judged(share > 0.5 and less.activations < 0.5 * kept.activations), text)
 
 
 def near_lora(measure: Measure) -> Outcome:
@@ -51,4 +55,5 @@ def near_lora(measure: Measure) -> Outcome:
         f"7B at 1 x 2048 tokens and rank 4: LoRA {lora / GB:.1f} GB, L4Q {l4q / GB:.1f}, QAT {qat / GB:.1f}; L4Q takes "
         f"{l4q / lora:.2f} times LoRA's and {percent(l4q / qat)} of QAT's."
     )
-    return _exact(l4q / lora), _judged(l4q <= CLOSE * lora and l4q <= FAR * qat), text
+    effect = _exact(l4q / lora, TIMES, "LoRA's memory, by L4Q", below=CLOSE)
+    return Outcome(effect, _judged(l4q <= CLOSE * lora and l4q <= FAR * qat), text)

@@ -1,12 +1,14 @@
-"""Paired bootstrap intervals over seeds, windows and items, and their correction for many claims."""
+"""Paired bootstrap intervals over seeds, windows and items, their correction for many claims, what they can show."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri
 
 CELLS = 2**22  # resampled numbers held at once
+POWER = 0.8  # of the cases in which an effect as far from a bound as Interval.resolution is told from it
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,18 @@ class Interval:
     def bounds(self) -> tuple[float, float]:
         """What a verdict rests on."""
         return self.surely or (self.low, self.high)
+
+    @property
+    def resolution(self) -> float:
+        """How far from a bound an effect must lie for `bounds` to leave that bound out in POWER of all cases.
+
+        The minimum detectable effect (Bloom 1995), in the estimate's unit: half the width of `bounds`, beyond which
+        half of the cases would be told, plus the normal quantile of POWER times the standard error, which is taken from
+        the interval's own width as if estimates were normal. 0 where nothing varies.
+        """
+        low, high = self.bounds
+        error = (self.high - self.low) / 2 / ndtri((1 + self.level) / 2)
+        return float((high - low) / 2 + ndtri(POWER) * error)
 
     def text(self, form: Callable[[float], str]) -> str:
         """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"."""

@@ -7,11 +7,11 @@ import pytest
 from studylib.adapters import L4Q, QA_LORA, QLORA, Adapter
 from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT
 from studylib.claims import CLAIMS
+from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from studylib.formats import Format
 from studylib.judging import judge
 from studylib.layers import Scheme
 from studylib.records import DIVERGED
-from studylib.rules import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 
 
 def verdicts(claim, records):
@@ -38,6 +38,32 @@ def test_a_claim_that_nothing_here_can_test_says_what_it_would_take(ablations, t
     for claim in set(CLAIMS) - set(TESTABLE):
         (finding,) = judge(CLAIMS[claim], ablations + tuned)
         assert finding.verdict == NOT_TESTED and len(finding.sentence) > 40
+
+
+@pytest.mark.parametrize(
+    ("claim", "method", "changes", "slower"),
+    [
+        ("B8", QLORA, {"format": Format("nf", 4, 64, double=True), "tuning": {"paged": True}}, 1.05),
+        ("C4", L4Q, {"format": Format("affine", 4)}, 1.9),
+    ],
+)
+def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, claim, method, changes, slower):
+    usual = changes | {"tuning": {}}
+
+    def timed(accelerator, slower, seeds=(0, 1)):
+        made = []
+        for seed in seeds:
+            for name, changed, seconds in ((QLORA, usual, 60 + seed), (method, changes, (60 + seed) * slower)):
+                record = make_record(name, "4-16-16", seed=seed, changes=changed)
+                hardware = record.provenance["hardware"] | {"accelerator": accelerator}
+                record.cost["seconds"]["train"] = seconds
+                made.append(dataclasses.replace(record, provenance=record.provenance | {"hardware": hardware}))
+        return made
+
+    assert verdicts(claim, timed("a GPU", slower)) == [REPRODUCED]
+    assert verdicts(claim, timed("a GPU", 2 * slower)) == [NOT_REPRODUCED]
+    assert verdicts(claim, timed("a GPU", slower, seeds=(0,))) == [INCONCLUSIVE]
+    assert verdicts(claim, timed(None, slower)) == [NOT_TESTED]
 
 
 NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("affine", 4), Format("affine", 3)
@@ -162,3 +188,69 @@ def test_sentences_carry_the_numbers(picture):
 def test_several_seeds_are_shown(picture, make_record):
     more = [*picture, make_record(LLM_QAT, "4-8-4", loss=3.4, accuracy=0.5, seed=1)]
     assert "(single seeds: 79% to 85%)" in judge(CLAIMS["A1"], more)[0].sentence
+
+
+def test_the_papers_numbers_are_those_of_its_text():
+    """Each effect follows from the numbers that the claim quotes; recalled ones say so."""
+    assert {name: claim.effect.text for name, claim in CLAIMS.items() if claim.effect} == {
+        "A1": "78% of the loss of accuracy",
+        "A2": "19.0 points gained over SmoothQuant",
+        "A3": "1.4 points",
+        "A4": "0.6 points (recalled)",
+        "A6": "14.6 times",
+        "A9": "2.0 points (attention maps)",
+        "A10": "about 13 points (LSQ)",
+        "A11": "5.1 points",
+        "B1": "7.6% (E3M0)",
+        "B3": "0.373 bits",
+        "B4": "−0.1 points of MMLU",
+        "B6": "45.0 GB",
+        "B7": "96% of the memory of input gradients and adapters",
+        "B9": "7.5%",
+        "C1": "1.7 points (QAT-LoRA)",
+        "C2": "3.7 points (GPTQ, QLoRA*)",
+        "C3": "1.01 times",
+        "C4": "1.02 times QLoRA's hours",
+        "C5": "1.36 times as fast",
+        "C6": "1.1 points of MMLU (asymmetric)",
+        "C7": "0.2 points (rank 16)",
+        "C8": "0.2 points",
+    }
+    assert all(claim.effect.recalled == ("recalled" in claim.paper) for claim in CLAIMS.values() if claim.effect)
+
+
+@pytest.mark.parametrize("claim", TESTABLE)
+def test_a_verdict_follows_from_the_effect_that_is_shown_beside_it(ablations, tuned, make_record, claim):
+    """Also where the claim's parts disagree: what is shown is the part that decides."""
+    opposite = [
+        make_record(RTN, "4-8-8", loss=5.0, accuracy=0.05),
+        make_record(RTN, "8-8-8", loss=3.2, accuracy=0.50),
+        make_record(LLM_QAT, "4-8-4", loss=3.1, accuracy=0.58, changes={"training": {"loss": "labels"}}),
+        make_record(SMOOTHQUANT_QAT, "4-8-4", loss=3.0, accuracy=0.60),
+        make_record(QLORA, "4-16-16", loss=3.4, accuracy=0.2, changes={"format": NF4, "adapter": Adapter(4, 4)}),
+    ]
+    records = ablations + tuned
+    for changed in (records, *(replaced(records, record) for record in opposite)):
+        for finding in judge(CLAIMS[claim], changed):
+            effect = finding.effect
+            assert effect.verdict == finding.verdict and effect.what and effect.holds
+            assert bool(finding.could) == (finding.verdict == INCONCLUSIVE)
+
+
+def test_an_inconclusive_finding_says_what_could_have_been_shown(make_record):
+    noisy = make_record(RTN, "8-8-8", loss=3.05, spread=0.5, accuracy=0.60)
+    noisy.scores["loss/wikipedia"].reverse()
+    finding = judge(CLAIMS["A4"], [make_record(FULL_PRECISION, spread=0.5, accuracy=0.61), noisy])[0]
+    assert finding.verdict == INCONCLUSIVE and finding.effect.smallest > finding.effect.interval.surely[1] - 0.1
+    assert finding.sentence.endswith(f"Inconclusive (could have shown {finding.could}).")
+    assert finding.could.endswith("% or more")
+
+
+def test_the_papers_number_stands_beside_ours_where_it_is_of_the_same_kind(ablations, tuned):
+    def marks(claim):
+        return [f.effect.mark(CLAIMS[claim].effect) is not None for f in judge(CLAIMS[claim], ablations + tuned)]
+
+    assert marks("A1") == [True] * 3 and marks("A6") == [True] * 2
+    assert marks("A9") == [False, False, True]  # points of accuracy do not stand beside % of perplexity
+    assert marks("A2") == [False] * 3  # a gain does not stand beside a loss
+    assert marks("B3") == marks("B6") == marks("B9") == marks("C3") == [True] and marks("B7") == [False]

@@ -17,6 +17,7 @@ def notebook(request):
 
 def test_there_are_notebooks():
     assert [path.stem for path in ALL] == [
+        "00_claims",
         "01_sampling_strategy",
         "02_distillation_loss",
         "03_bit_allocation",
@@ -40,7 +41,7 @@ def test_committed_without_outputs_and_short(notebook):
 
 def test_parameters_are_plain_values(notebook):
     defaults = default_parameters(notebook)
-    trained = ["seeds", "results", "output", "extend", "keep_checkpoints"]
+    trained = ["seeds", "results", "output", "jobs", "extend", "keep_checkpoints"]
     common = ["model", "profile", *(trained if "extend" in defaults else ["results", "output"])]
     assert list(defaults)[: len(common)] == common
     assert assign_parameters([notebook], defaults) == {notebook: defaults}
@@ -75,7 +76,8 @@ def test_notebooks_are_found_by_number_or_name(tmp_path):
         "04_ptq_vs_qat",
         "03_bit_allocation",
     ]
-    assert find_notebooks([]) == ALL
+    assert find_notebooks([]) == [*ALL[1:], ALL[0]]  # 00 sums the others up
+    assert [path.stem for path in find_notebooks(["00", "07"])] == ["07_memory", "00_claims"]
     with pytest.raises(ValueError, match="notebook: '99' is not known; use one of 01_sampling"):
         find_notebooks(["99"])
     with pytest.raises(ValueError, match="there are none"):

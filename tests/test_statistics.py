@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
+from studylib.statistics import POWER, Interval, paired_bootstrap, perplexity, stratified_mean
 
 
 def difference(a, b):
@@ -124,3 +124,28 @@ def test_many_claims_without_any_effect_are_rarely_reproduced():
 def test_runs_that_do_not_belong_together_are_refused(shapes):
     with pytest.raises(ValueError, match="one number of seeds"):
         paired_bootstrap(lambda *x: x[0].mean(-1), *(np.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("family", [1, 12])
+def test_an_effect_as_far_from_a_bound_as_the_resolution_is_told_in_most_cases(family):
+    """Means of 60 normal numbers against a bound of zero: the share of cases in which the interval lies above it."""
+    random, runs = np.random.default_rng(7), 250
+
+    def told(effect):
+        samples = random.normal(effect, 1.0, size=(runs, 60))
+        found = [paired_bootstrap(lambda x: x.mean(-1), sample, draws=3000, family=family) for sample in samples]
+        return np.mean([each.bounds[0] > 0 for each in found]), found
+
+    nothing, found = told(0.0)
+    resolution = np.mean([each.resolution for each in found])
+    half_width = np.mean([each.bounds[1] - each.bounds[0] for each in found]) / 2
+    error = 1 / np.sqrt(60)
+    normal = scipy.stats.norm
+    assert resolution == pytest.approx(error * (normal.ppf(1 - 0.025 / family) + normal.ppf(POWER)), rel=0.05)
+    assert nothing <= 0.06
+    assert told(resolution)[0] == pytest.approx(POWER, abs=0.06)
+    assert told(half_width)[0] == pytest.approx(0.5, abs=0.09)
+
+
+def test_what_does_not_vary_resolves_everything():
+    assert Interval(3.0, 3.0, 3.0).resolution == 0
