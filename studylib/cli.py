@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
     )
+    _budget(run)
     _results(run)
     listing = commands.add_parser("list", help="list the records of a results folder")
     _results(listing)
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
     report.add_argument("--output", type=Path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder")
     report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
+    _budget(report)
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
     verify.add_argument("--reference", type=Path, default=REFERENCE, help="default: the results in the repository")
     verify.add_argument("--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title")
@@ -51,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--sequence", type=int, default=512, metavar="TOKENS", help="their length (default: 512)")
     plan.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
     return parser
+
+
+def _budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget-mb",
+        type=float,
+        metavar="MB",
+        help="what the recommended recipe may take (default: the smallest within 5%% of 16 bits)",
+    )
 
 
 def _results(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +90,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     import yaml
     from papermill import PapermillExecutionError
 
-    from studylib import arms, batch, models, report, tables
+    from studylib import arms, batch, models, recipes, report, tables
     from studylib.records import Store
 
+    recipes.check_budget(options.budget_mb)
     notebooks = batch.find_notebooks(options.notebooks)
     further = {}
     for text in options.set:
@@ -119,29 +131,27 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 file=sys.stderr,
             )
             return 1
-    keys = [key for path in executed for key in batch.read_published(output, path.stem)["records"]]
-    records = [store.load(key) for key in dict.fromkeys(keys)]
-    page = report.write_report(output, records, executed, shlex.join(["study", *arguments]))
+    records = batch.used_records(output, executed, store.folder / "records")
+    if not records:
+        raise ValueError(f"results: {store.folder} holds no records of {options.model} at the {options.profile} budget")
+    page = report.write_report(output, records, executed, shlex.join(["study", *arguments]), options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
-    print(f"\nReport: {page}")
+    print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {page}")
     return 0
 
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib import batch, report
-    from studylib.records import read_record
 
-    notebooks = sorted(path.parent for path in options.output.glob("*/published.json"))
+    notebooks = sorted(path.parent.with_suffix(".ipynb") for path in options.output.glob("*/published.json"))
     if not notebooks:
         raise ValueError(f"output: {options.output} holds no notebook's results; `study run` makes some")
-    keys = [key for folder in notebooks for key in batch.read_published(options.output, folder.name)["records"]]
-    folder = options.output.resolve().parent / "records"
-    records = [read_record(folder / f"{key}.json") for key in dict.fromkeys(keys)]
+    records = batch.used_records(options.output, notebooks, options.output.resolve().parent / "records")
     if options.format == "md":
-        print(report.summary(records))
+        print(report.summary(records, options.budget_mb))
     else:
-        names = [folder.with_suffix(".ipynb") for folder in notebooks]
-        print(report.write_report(options.output, records, names, shlex.join(["study", *arguments])))
+        command = shlex.join(["study", *arguments])
+        print(report.write_report(options.output, records, notebooks, command, options.budget_mb))
     return 0
 
 

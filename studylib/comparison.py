@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studylib.arms import ENCODED, FULL_PRECISION, METHODS, TITLES, corpus_title
+from studylib.arms import ENCODED, FULL_PRECISION, METHODS, TITLES, Arm, Profile, corpus_title
 from studylib.evaluation import ZERO_SHOT, Evaluation
 from studylib.quantizers import BitWidths
-from studylib.records import FINISHED, Record
+from studylib.records import FINISHED, Record, arm_key
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
+from studylib.training_data import RealText
 
 TASK_TITLES = {
     "boolq": "BoolQ",
@@ -36,6 +37,10 @@ class Setting(NamedTuple):
     method: str
     bits: str
     variant: str = ""
+
+    @classmethod
+    def of(cls, arm: Arm) -> "Setting":
+        return cls(arm.method, arm.bits, arm.variant)
 
     @property
     def title(self) -> str:
@@ -100,7 +105,7 @@ def gather(records: Sequence[Record]) -> Cells:
             raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
     grouped: dict[Setting, list[Record]] = {}
     for record in sorted(records, key=_order):
-        grouped.setdefault(Setting(record.arm.method, record.arm.bits, record.arm.variant), []).append(record)
+        grouped.setdefault(Setting.of(record.arm), []).append(record)
     for setting, group in grouped.items():
         if len({_seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
             raise ValueError(f"records: there are different arms of {setting.title}; only seeds may differ")
@@ -116,6 +121,37 @@ def gather(records: Sequence[Record]) -> Cells:
 
 def _shared(evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, tasks=tuple(task for task in evaluation.tasks if task in ZERO_SHOT))
+
+
+def of_profile(records: Sequence[Record], model: str, budget: Profile) -> list[Record]:
+    """The records of `model` that the profile's own notebooks could have made, a setting and seed once.
+
+    Of several, the one of the present code is taken, else the one that finished last. Few-shot tasks may differ.
+    """
+    ranked = sorted(records, key=lambda r: (r.key == arm_key(r.arm), r.provenance["finished"]))
+    found = {_unevaluated(record.arm): record for record in ranked if _made_by(budget, model, record.arm)}
+    return list(found.values())
+
+
+def _unevaluated(arm: Arm) -> Arm:
+    """The arm as it is compared, whichever few-shot tasks it was scored on."""
+    return replace(arm, evaluation=_shared(arm.evaluation))
+
+
+def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
+    """Whether the arm is one of the model that differs from the budget's own in what its variant names, and no more."""
+    changes = {"scheme": arm.scheme, "format": arm.format, "adapter": arm.adapter, "merge": arm.merge}
+    if isinstance(arm.data, RealText):
+        changes["corpus"] = arm.data.corpus
+    elif arm.data:
+        changes["sampling"] = {name: getattr(arm.data, name) for name in ("strategy", "top_k", "temperature")}
+    if arm.training:
+        named = ("loss", "temperature", "scale", "mask", "masters")
+        changes["training"] = {name: getattr(arm.training, name) for name in named}
+    if arm.tuning:
+        changes["tuning"] = {name: getattr(arm.tuning, name) for name in ("checkpointing", "paged")}
+    same = budget.arm(model, arm.method, arm.bits, arm.seed, **changes)
+    return _unevaluated(arm) == _unevaluated(same)
 
 
 def _order(record: Record) -> tuple:
@@ -137,8 +173,9 @@ def _seedless(record: Record) -> str:
 class Measure:
     """A number that arms are compared by.
 
-    name: "perplexity/<corpus>" or "perplexity/responses"; "accuracy/mean" (zero-shot tasks, each weighing the same) or
-    "accuracy/<task>", in %; "share/<of what>", in %; "bits", stored bits a weight.
+    name: "perplexity/<corpus>", "perplexity/text" (geometric mean over the corpora) or "perplexity/responses";
+    "accuracy/mean" (zero-shot tasks, each weighing the same) or "accuracy/<task>", in %; "share/<of what>", in %;
+    "bits", stored bits a weight.
     parts: the scores behind it. sizes: items of each part. family: how many claims are judged by it at once.
     """
 
@@ -205,10 +242,12 @@ class Measure:
         return np.concatenate([cell.scores(part, seed) for part in self.parts])
 
     def _statistic(self) -> tuple[np.ndarray | None, Callable[[np.ndarray], np.ndarray]]:
-        if self.is_perplexity:
+        if self.is_perplexity and len(self.parts) == 1:
             return None, perplexity
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
         mean, unit = stratified_mean(strata), 1 if self.name == "bits" else 100
+        if self.is_perplexity:
+            return strata, lambda losses: perplexity(mean(losses)[..., None])
         return strata, lambda scores: unit * mean(scores)
 
 
@@ -282,6 +321,16 @@ def measures(records: Sequence[Record]) -> list[Measure]:
         )
         found.append(_accuracy("mean", title, tasks, record))
     return found
+
+
+def text_measures(records: Sequence[Record]) -> list[Measure]:
+    """Perplexity on all corpora together, as their geometric mean; empty if nothing finished."""
+    each = [measure for measure in measures(records) if measure.is_perplexity]
+    if not each:
+        return []
+    title = f"perplexity on {listed([measure.title.removeprefix('perplexity on ') for measure in each])}"
+    parts, sizes = (tuple(getattr(measure, name)[0] for measure in each) for name in ("parts", "sizes"))
+    return [Measure("perplexity/text", title, parts, sizes)]
 
 
 def response_measures(records: Sequence[Record]) -> list[Measure]:

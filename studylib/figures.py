@@ -151,14 +151,14 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
         return empty_figure("No arm finished")
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6)
-        sizes = np.array([_megabytes(cell) for cell in shown])
+        sizes = np.array([megabytes(cell) for cell in shown])
         limits = [off_scale(cells, measure) for measure in panels]
         for ax, measure, limit in zip(axes, panels, limits, strict=True):
             found = [measure.interval(identity, cell) for cell in shown]
             heights = np.array([min(interval.estimate, limit) for interval in found])
             for cell, size, interval in zip(shown, sizes, found, strict=True):
                 draw_point(ax, size, min(interval.estimate, limit), cell.method, interval, "y", limit)
-            front = _front(measure, shown, sizes)
+            front = frontier(measure, shown, sizes)
             ax.plot(sizes[front], heights[front], color="#888888", lw=1, ls="--", zorder=1)
             ax.set_xlim(sizes.min() / 1.1, sizes.max() * 1.06)
             if measure.is_perplexity:
@@ -167,7 +167,7 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
                 ax.set_ylim(top=limit * 1.15)
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(axis_title(measure, "log scale, "))
-        best = listed([shown[i].title for i in _front(panels[0], shown, sizes)])
+        best = listed([shown[i].title for i in frontier(panels[0], shown, sizes)])
         title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
         finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
         for ax, measure, limit in zip(axes, panels, limits, strict=True):
@@ -175,8 +175,8 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _front(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int]:
-    """Indices of the cells that are better than everything as small as they are, in the order of size."""
+def frontier(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int]:
+    """Indices of the cells that none is as small and as good as, in the order of size; the first of equal ones."""
     losses = [measure.loss(0, measure.value(identity, cell)) for cell in shown]
     found, least = [], np.inf
     for index in sorted(range(len(shown)), key=lambda i: (sizes[i], losses[i])):
@@ -369,6 +369,7 @@ def _by_damage(cells: Cells, measure: Measure) -> list[str]:
     return sorted(values, key=values.get)
 
 
-def _megabytes(cell: Cell) -> float:
+def megabytes(cell: Cell) -> float:
+    """MB (10^6 bytes) of weights and a cache of CONTEXT tokens."""
     sizes = cell.records[0].metrics
     return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6

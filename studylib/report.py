@@ -1,35 +1,93 @@
 """The report: one HTML page without outside resources, every sentence and number of it computed from records."""
 
 import base64
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import pandas as pd
+from PIL import Image
 
-from studylib.arms import TITLES, corpus_title
+from studylib import recipes
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA
+from studylib.arms import (
+    AWQ,
+    ENCODED,
+    FULL_PRECISION,
+    GPTQ,
+    LLM_QAT,
+    RTN,
+    SMOOTHQUANT,
+    SMOOTHQUANT_QAT,
+    TITLES,
+    corpus_title,
+)
 from studylib.batch import read_published
-from studylib.claims import CLAIMS
-from studylib.comparison import Cell, capital, gather, measures, number
-from studylib.judging import FAMILY, Claim, Finding, judge
+from studylib.comparison import Cell, gather, measures, number
+from studylib.effects import NOT_TESTED, VERDICTS
+from studylib.judging import FAMILY
+from studylib.ledger import SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
+from studylib.recipe_figures import frontier_figure
 from studylib.records import Record
-from studylib.rules import INCONCLUSIVE, NOT_TESTED, VERDICTS
+from studylib.statistics import POWER
 from studylib.tables import as_html, as_markdown, readable, scoreboard
 
-PAPERS = {
-    "A": ("LLM-QAT", "arXiv 2305.17888", "quantization-aware training towards the full-precision model, without data"),
-    "B": ("QLoRA", "arXiv 2305.14314", "adapters trained on a frozen 4-bit base"),
-    "C": ("L4Q", "arXiv 2402.04902", "adapter and quantization trained as one"),
-}
+
+@dataclass(frozen=True)
+class Paper:
+    """letter: what its claims begin with. methods, notebooks (their numbers): whose arms and figures its page shows."""
+
+    letter: str
+    name: str
+    source: str
+    what: str
+    methods: tuple[str, ...]
+    notebooks: tuple[str, ...]
 
 
-def write_report(output: str | Path, records: Sequence[Record], notebooks: Sequence[Path], command: str) -> Path:
+PAPERS = (
+    Paper(
+        "A",
+        "LLM-QAT",
+        "arXiv 2305.17888",
+        "quantization-aware training towards the full-precision model, without data",
+        (FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT),
+        ("04", "03", "02", "01"),
+    ),
+    Paper(
+        "B",
+        "QLoRA",
+        "arXiv 2305.14314",
+        "adapters trained on a frozen 4-bit base",
+        (FULL_PRECISION, ENCODED, LORA, QLORA),
+        ("06", "07"),
+    ),
+    Paper(
+        "C",
+        "L4Q",
+        "arXiv 2402.04902",
+        "adapter and quantization trained as one",
+        (FULL_PRECISION, LORA, QLORA, GPTQ_LORA, QA_LORA, QAT_LORA, L4Q, QAT),
+        ("05",),
+    ),
+)
+SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
+
+
+def write_report(
+    output: str | Path, records: Sequence[Record], notebooks: Sequence[Path], command: str, budget: float | None = None
+) -> Path:
     """Write output/report.html from what the executed `notebooks` published there; returns its path.
 
     records: all that they used, of one model and one evaluation. command: what makes this report again.
+    budget: MB that the recommended recipe may take.
     """
     output, name = Path(output), records[0].provenance["model"]["name"]
+    entries, board = ledger(records), scoreboard(records)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("studylib", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -41,16 +99,26 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
         trained=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.training), None),
         tuned=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.tuning), None),
         seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
-        papers=ledger(records),
+        entries=entries,
+        papers=[
+            (paper, _claims(paper, entries), _arms(paper, board), _figures(output, notebooks, paper.notebooks))
+            for paper in PAPERS
+        ],
+        overview=_figures(output, notebooks, SUMMARY),
+        recipes=[_recipe(found) for found in recipes.recommendations(records, budget)],
+        recipes_title=recipes.TITLE,
+        sizes=recipes.SIZES,
         rates=_rates(records),
-        overall=overall,
         verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
-        table=as_html(readable(scoreboard(records), tasks=False)),
-        figures=[figure for notebook in notebooks for figure in _figures(output, notebook.stem)],
+        symbols=SYMBOLS,
+        effect_text=effect_text,
+        picture=picture,
+        power=f"{POWER:.0%}",
         cost=[_cost(cell) for cell in gather(records).values()],
         total_minutes=number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),
         peak=number(max(record.cost["peak_bytes"] for record in records) / 2**30),
-        provenance=_shared_provenance(records),
+        sources=_sources(records),
+        machine=_machine(records),
         notebooks=[path.name for path in notebooks],
         items=sum(measures(records)[-1].sizes) if measures(records) else 0,
         command=command,
@@ -63,48 +131,42 @@ def write_report(output: str | Path, records: Sequence[Record], notebooks: Seque
     return path
 
 
-def ledger(records: Sequence[Record]) -> list[tuple[tuple[str, str, str], list[tuple[Claim, list[Finding]]]]]:
-    """Every paper with its claims and what the records say of each."""
-    return [
-        (paper, [(claim, judge(claim, records)) for claim in CLAIMS.values() if claim.id.startswith(letter)])
-        for letter, paper in PAPERS.items()
-    ]
+def _claims(paper: Paper, entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.claim.id.startswith(paper.letter)]
 
 
-def ledger_table(records: Sequence[Record]) -> str:
-    """The ledger as a Markdown table: each claim, its verdict, and the finding that says most of it."""
-    rows = ["| | Claim | Verdict | Found |", "| --- | --- | --- | --- |"]
-    for _, judged in ledger(records):
-        for claim, findings in judged:
-            telling = next((f for f in findings if f.verdict not in (INCONCLUSIVE, NOT_TESTED)), findings[0])
-            rows.append(f"| {claim.id} | {claim.statement} | {overall(findings)} | {_found(telling)} |")
-    return "\n".join(rows)
+def _arms(paper: Paper, board: pd.DataFrame) -> str:
+    """The table of the paper's methods; empty where none was run."""
+    own = board[board["method"].isin([TITLES[method] for method in paper.methods])]
+    return as_html(readable(own.reset_index(drop=True), tasks=False)) if len(own) else ""
 
 
-def _found(finding: Finding) -> str:
-    """The finding's sentence without its verdict, which stands beside it."""
-    return finding.sentence.removesuffix(f" {capital(finding.verdict)}.").removeprefix(f"{capital(finding.verdict)}: ")
-
-
-def summary(records: Sequence[Record]) -> str:
-    """The ledger, every finding and the table in Markdown, for a repository page."""
-    found, board = [ledger_table(records), ""], scoreboard(records)
-    for (name, source, _), judged in ledger(records):
-        found.append(f"## {name} ({source})\n")
-        for claim, findings in judged:
-            if any(finding.verdict != NOT_TESTED for finding in findings):
-                found += [f"- **{claim.id}, {claim.statement}.** Rule: {claim.rule}."]
-                found += [f"  - {finding.sentence}" for finding in findings]
+def summary(records: Sequence[Record], budget: float | None = None) -> str:
+    """The ledger, the recipe for `budget` MB, every finding and the table in Markdown, for a repository page."""
+    entries, board = ledger(records), scoreboard(records)
+    found = [ledger_table(entries), ""]
+    found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
+    for paper in PAPERS:
+        found.append(f"## {paper.name} ({paper.source})\n")
+        for entry in _claims(paper, entries):
+            if any(finding.verdict != NOT_TESTED for finding in entry.findings):
+                found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {entry.claim.rule}."]
+                found += [f"  - {finding.sentence}" for finding in entry.findings]
         found.append("")
     return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
 
 
-def overall(findings: Sequence[Finding]) -> str:
-    """One line for a claim: its verdict where all measures agree, else how many say what."""
-    counts = Counter(finding.verdict for finding in findings)
-    if len(counts) == 1:
-        return findings[0].verdict
-    return ", ".join(f"{verdict} by {counts[verdict]}" for verdict in VERDICTS if counts[verdict])
+def _recipe(found: recipes.Recommendation) -> dict:
+    svg, table = io.BytesIO(), recipes.frontier_table(found)
+    frontier_figure(found).savefig(svg, format="svg")
+    return {
+        "title": found.family.title,
+        "headline": found.headline,
+        "details": found.details,
+        "image": base64.b64encode(svg.getvalue()).decode(),
+        "alt": f"{found.headline} The best of their size: {', '.join(table['Recipe'])}.",
+        "table": as_html(table),
+    }
 
 
 def _rates(records: Sequence[Record]) -> str:
@@ -113,17 +175,29 @@ def _rates(records: Sequence[Record]) -> str:
     return ", ".join(f"{rate:g} ({title})" for title, rate in rates.items())
 
 
-def _figures(output: Path, notebook: str) -> list[dict[str, str]]:
-    titles = read_published(output, notebook)["figures"]
+def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) -> list[dict[str, str]]:
+    """What the notebooks of these numbers published, in the order of the numbers."""
+    stems = sorted(path.stem for path in notebooks)
     return [
         {
             "title": title,
-            "notebook": notebook,
-            "image": base64.b64encode((output / notebook / f"{name}.svg").read_bytes()).decode(),
-            "png": f"{notebook}/{name}.png",
+            "notebook": stem,
+            "image": _webp(output / stem / f"{name}.png"),
+            "png": f"{stem}/{name}.png",
         }
-        for name, title in titles.items()
+        for prefix in numbers
+        for stem in stems
+        if stem.startswith(f"{prefix}_")
+        for name, title in read_published(output, stem)["figures"].items()
     ]
+
+
+def _webp(png: Path) -> str:
+    """A picture without loss in a third of the bytes, in base64."""
+    smaller = io.BytesIO()
+    with Image.open(png) as image:
+        image.convert("RGB").save(smaller, "webp", lossless=True, method=2)
+    return base64.b64encode(smaller.getvalue()).decode()
 
 
 def _cost(cell: Cell) -> dict[str, str]:
@@ -141,33 +215,37 @@ def _cost(cell: Cell) -> dict[str, str]:
     }
 
 
-def _shared_provenance(records: Sequence[Record]) -> dict[str, str]:
-    """Provenance that can differ between records, all values that occur."""
-
-    def values(*path: str) -> str:
-        found = []
-        for record in records:
-            value = record.provenance
-            for name in path:
-                value = value[name]
-            found.append(value if isinstance(value, str) else json.dumps(value))
-        return ", ".join(dict.fromkeys(found))
-
+def _sources(records: Sequence[Record]) -> dict[str, str]:
+    """The weights and corpora, by their hashes."""
+    corpora = records[0].arm.evaluation.corpora
     return {
-        "Commit": f"{values('commit')} (changes not committed: {values('dirty')})",
-        "Processor": f"{values('hardware', 'processor')}, {values('hardware', 'cores')} threads",
-        "Accelerator": values("hardware", "accelerator").replace("null", "none"),
-        "Products computed in": values("compute_dtype"),
-        "Python": values("python"),
-        "torch": values("code", "torch"),
-        "transformers": values("code", "transformers"),
-        "lm-eval": values("code", "lm-eval"),
-        "Weights": values("model", "name"),
-        "Weights, SHA-256": values("model", "sha256"),
-        **{
-            f"{corpus_title(corpus)}, SHA-256": values("corpora", corpus)
-            for corpus in records[0].arm.evaluation.corpora
-        },
-        "Finished": f"{min(r.provenance['finished'] for r in records)} to "
-        f"{max(r.provenance['finished'] for r in records)}",
+        "Weights": _all_values(records, "model", "name"),
+        "Weights, SHA-256": _all_values(records, "model", "sha256"),
+        **{f"{corpus_title(corpus)}, SHA-256": _all_values(records, "corpora", corpus) for corpus in corpora},
     }
+
+
+def _machine(records: Sequence[Record]) -> dict[str, str]:
+    """Hardware, versions and times."""
+    finished = [record.provenance["finished"] for record in records]
+    processor, cores = (_all_values(records, "hardware", name) for name in ("processor", "cores"))
+    return {
+        "Processor": f"{processor}, {cores} threads",
+        "Accelerator": _all_values(records, "hardware", "accelerator").replace("null", "none"),
+        "Products computed in": _all_values(records, "compute_dtype"),
+        "Commit": f"{_all_values(records, 'commit')} (changes not committed: {_all_values(records, 'dirty')})",
+        "Python": _all_values(records, "python"),
+        **{name: _all_values(records, "code", name) for name in ("torch", "transformers", "lm-eval")},
+        "Finished": f"{min(finished)} to {max(finished)}",
+    }
+
+
+def _all_values(records: Sequence[Record], *path: str) -> str:
+    """A part of the provenance: all values that occur."""
+    found = []
+    for record in records:
+        value = record.provenance
+        for name in path:
+            value = value[name]
+        found.append(value if isinstance(value, str) else json.dumps(value))
+    return ", ".join(dict.fromkeys(found))

@@ -23,7 +23,7 @@ from studylib.comparison import (
 )
 from studylib.records import Record
 
-WORDS = ("Method", "W-A-KV", "Variant", "Data")  # columns of words; all others hold numbers
+WORDS = ("Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
 
 
 def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
@@ -167,11 +167,11 @@ def as_text(shown: pd.DataFrame) -> str:
 def as_html(shown: pd.DataFrame) -> str:
     """An HTML table of text (readable's result), every cell escaped; numbers to the right."""
 
-    def cells(line, tag):
+    def cells(line, tag, scope=""):
         return "".join(
-            f"<{tag}{'' if name in WORDS else ' class=number'}>{escape(str(cell))}</{tag}>"
+            f"<{tag}{scope}{'' if name in WORDS else ' class=number'}>{escape(str(cell))}</{tag}>"
             for name, cell in zip(shown, line, strict=True)
         )
 
     body = "".join(f"<tr>{cells(line, 'td')}</tr>\n" for line in shown.values.tolist())
-    return f"<table>\n<thead><tr>{cells(shown, 'th')}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+    return f"<table>\n<thead><tr>{cells(shown, 'th', ' scope=col')}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"

@@ -9,9 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from studylib import batch
+from studylib import batch, tables
 from studylib.cli import main
-from studylib.records import read_record
+from studylib.records import Store, read_record
 
 STUDY = str(Path(sys.executable).with_name("study"))
 SMOKE = ("--profile", "smoke", "--model", "tiny-random")
@@ -39,6 +39,9 @@ def test_the_run_ends_with_the_table_and_the_reports_path(finished, output):
     *table, blank, last = finished[1].stdout.rstrip().splitlines()
     assert last == f"Report: {output / 'report.html'}" and blank == ""
     assert any(line.startswith("LLM-QAT") and "4-8-4" in line for line in table)
+    recipe = table[table.index("Which recipe for this model") :]
+    assert any(line.startswith("To keep what the model can do: ") for line in recipe)
+    assert any(line.startswith("Fine-tuned on instructions: ") for line in recipe)
     assert (output / "report.html").stat().st_size > 100_000
     assert "study run --profile smoke --model tiny-random" in (output / "report.html").read_text()
 
@@ -54,7 +57,7 @@ def test_executed_notebooks_hold_their_results(output):
         outputs = [out for cell in cells if cell.cell_type == "code" for out in cell.outputs]
         assert not [out for out in outputs if out.output_type == "error"]
         published = batch.read_published(output, notebook.stem)["figures"]
-        assert sum("image/png" in out.get("data", {}) for out in outputs) == len(published) >= 2
+        assert sum("image/png" in out.get("data", {}) for out in outputs) == len(published) >= 1
         shown = [out.get("data", {}).get("text/markdown", "") for out in outputs]
         assert any(re.match(r"\*\*[ABC]\d+\*\* · ", text) for text in shown)
         assert len([out for out in outputs if out.output_type == "stream"]) <= 3  # not one for each state of the bar
@@ -121,6 +124,8 @@ def test_a_notebook_that_fails_says_why(tmp_path):
         (["--set", "settings=4-8-4"], "settings: '4-8-4' is of type str"),
         (["--set", "settings"], "--set: 'settings' is not NAME=VALUE"),
         (["--set", "settings=[4-8-4"], "--set: the value of 'settings=[4-8-4' is not YAML"),
+        (["--budget-mb", "0"], "budget: 0 MB is not allowed; use a number above 0"),
+        (["--budget-mb", "nan"], "budget: nan MB is not allowed; use a number above 0"),
         (["--results", "/proc/nowhere"], "results folder /proc/nowhere is not writable"),
     ],
 )
@@ -131,6 +136,39 @@ def test_bad_input_is_one_clear_line_before_any_work(tmp_path, capsys, monkeypat
     assert main(["run", *arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("study: ") and message in told and told.count("\n") == 1
+
+
+def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, monkeypatch, picture):
+    def execute(notebook, output, parameters):
+        batch.publish(output, notebook.stem, picture, {}, tables.scoreboard(picture))
+        return output / notebook.name
+
+    store = Store(tmp_path)
+    for record in picture:
+        store.save(record)
+    monkeypatch.setattr(batch, "execute", execute)
+    assert main(["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "04", "--budget-mb", "5"]) == 0
+    best = "The best within 5 MB: LLM-QAT at 4-8-8, "
+    assert f"\nWhich recipe for this model\n\nTo keep what the model can do: {best}" in capsys.readouterr().out
+    output = tmp_path / "smoke-tiny-random"
+    assert best in (output / "report.html").read_text() and "--budget-mb 5" in (output / "report.html").read_text()
+    assert main(["report", "--output", str(output), "--budget-mb", "9"]) == 0
+    assert "The best within 9 MB: RTN at 8-8-8" in (output / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["report", "--output", str(output), "--format", "md"]) == 0
+    assert "The smallest within 5.0% of full precision: RTN at 8-8-8" in capsys.readouterr().out
+    assert main(["report", "--output", str(output), "--budget-mb", "-1"]) == 2
+    assert "budget: -1 MB is not allowed" in capsys.readouterr().err
+
+
+def test_a_summary_of_nothing_says_so(tmp_path, capsys, monkeypatch):
+    def execute(notebook, output, parameters):
+        batch.publish(output, notebook.stem, [], {}, tables.scoreboard([]))
+        return output / notebook.name
+
+    monkeypatch.setattr(batch, "execute", execute)
+    assert main(["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "00"]) == 2
+    assert "holds no records of tiny-random at the smoke budget" in capsys.readouterr().err
 
 
 def test_records_that_are_not_there(tmp_path, finished, capsys):

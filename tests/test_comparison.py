@@ -3,7 +3,9 @@ import math
 
 import numpy as np
 import pytest
+from conftest import BUDGET
 
+from studylib.adapters import QLORA, Adapter
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
 from studylib.comparison import (
     FULL,
@@ -12,13 +14,15 @@ from studylib.comparison import (
     identity,
     measures,
     number,
+    of_profile,
     percent,
     points,
     task_measures,
     won_back,
 )
+from studylib.formats import Format
 from studylib.layers import Scheme
-from studylib.records import DIVERGED
+from studylib.records import DIVERGED, arm_key
 
 
 def measure(records, name):
@@ -146,3 +150,33 @@ def test_an_arm_that_was_run_again_to_the_same_scores_counts_once(make_record):
     other = dataclasses.replace(again, scores=again.scores | {"loss/c4": [1.0] * 32})
     with pytest.raises(ValueError, match="different arms of RTN at 4-8-4"):
         gather([first, other])
+
+
+def finished_at(record, day):
+    return dataclasses.replace(record, key=f"key-{day}", provenance=record.provenance | {"finished": f"2026-01-0{day}"})
+
+
+def test_the_records_of_a_profile_are_what_its_notebooks_could_have_made(picture, make_record):
+    changes = [{"training": {"loss": "labels"}}, {"sampling": {"top_k": 0}}, {"corpus": "c4"}]
+    own = [*picture, *(make_record(LLM_QAT, "4-8-4", changes=change) for change in changes)]
+    own.append(make_record(QLORA, "4-16-16", changes={"format": Format("nf", 4, 64, True), "adapter": Adapter(4, 4)}))
+    longer = make_record(LLM_QAT, "4-8-8", changes={"training": {"steps": 99}})
+    other_data = make_record(LLM_QAT, "4-8-8", changes={"sampling": {"count": 99}})
+    model = dataclasses.replace(picture[0], arm=dataclasses.replace(picture[0].arm, model="other"))
+    evaluation = dataclasses.replace(picture[0].arm.evaluation, windows=33)
+    scored = dataclasses.replace(picture[0], arm=dataclasses.replace(picture[0].arm, evaluation=evaluation))
+    found = of_profile([longer, *own, other_data, model, scored], "tiny-random", BUDGET)
+    assert sorted(r.key for r in found) == sorted(r.key for r in own)
+    gather(found)  # they can be compared
+
+
+def test_of_an_arm_that_was_run_several_times_one_counts(make_record):
+    record = make_record(RTN, "4-8-4")
+    tasks = (*record.arm.evaluation.tasks, "mmlu")
+    few_shot = dataclasses.replace(
+        record, arm=dataclasses.replace(record.arm, evaluation=dataclasses.replace(record.arm.evaluation, tasks=tasks))
+    )
+    old, new = finished_at(record, 1), finished_at(few_shot, 3)
+    assert of_profile([new, old], "tiny-random", BUDGET) == [new]
+    present = dataclasses.replace(finished_at(record, 2), key=arm_key(record.arm))
+    assert of_profile([present, new, old], "tiny-random", BUDGET) == [present]  # made by the code that there is now

@@ -9,17 +9,21 @@ import pytest
 from studylib import batch, figures, tables
 from studylib.batch import NOTEBOOKS
 from studylib.claims import CLAIMS
+from studylib.effects import VERDICTS
 from studylib.judging import judge
+from studylib.ledger import ledger, ledger_table
+from studylib.recipes import SIZES, recommendations
 from studylib.records import read_records
-from studylib.report import ledger_table, overall, summary, write_report
+from studylib.report import PAPERS, SUMMARY, summary, write_report
 
 
 @pytest.fixture
 def page(picture, tmp_path):
     drawn = {"bit_allocation": figures.bit_allocation(picture), "recovery": figures.recovery(picture)}
     batch.publish(tmp_path, "04_ptq_vs_qat", picture, drawn, tables.scoreboard(picture))
-    path = write_report(tmp_path, picture, [tmp_path / "04_ptq_vs_qat.ipynb"], "study run --notebooks 04")
-    return path.read_text()
+    batch.publish(tmp_path, "00_claims", picture, {"overview": drawn["recovery"]}, tables.scoreboard(picture))
+    notebooks = [tmp_path / "04_ptq_vs_qat.ipynb", tmp_path / "00_claims.ipynb"]
+    return write_report(tmp_path, picture, notebooks, "study run --notebooks 04 00").read_text()
 
 
 class Reader(html.parser.HTMLParser):
@@ -27,7 +31,7 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.links, self.images, self.text = [], [], [], []
+        self.open, self.links, self.images, self.pictures, self.heads, self.text = [], [], [], [], [], []
         self.feed(page)
         self.close()
 
@@ -37,6 +41,8 @@ class Reader(html.parser.HTMLParser):
             self.open.append(tag)
         self.links += [attributes[name] for name in ("href", "src") if name in attributes]
         self.images += [attributes] if tag == "img" else []
+        self.pictures += [attributes] if tag == "svg" else []
+        self.heads += [attributes] if tag == "th" else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -48,16 +54,44 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_is_whole_and_needs_nothing_else(page):
     reader = Reader(page)
     assert not reader.open  # every element is closed
-    assert all(link.startswith(("data:", "04_ptq_vs_qat", "#")) for link in reader.links)
-    assert (
-        {link[1:] for link in reader.links if link.startswith("#")}
-        == set(CLAIMS)
-        <= set(re.findall(r'id="(\w+)"', page))
-    )
-    assert "04_ptq_vs_qat.html" in reader.links
-    assert not re.search(r"url\(|@import|<script|http-equiv", page)
-    assert len(reader.images) == 2 and all(len(image["alt"]) > 30 for image in reader.images)
+    assert all(link.startswith(("data:", "04_ptq_vs_qat", "00_claims", "#")) for link in reader.links)
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    assert set(CLAIMS) <= {link[1:] for link in reader.links if link.startswith("#")} <= set(ids)
+    assert {"04_ptq_vs_qat.html", "00_claims.html", "00_claims/overview.png"} <= set(reader.links)
+    assert not re.search(r"url\(|@import|<script|http-equiv|https?://", page)
+    assert len(reader.images) == 3 + 1 and all(len(image["alt"]) > 30 for image in reader.images)
     assert len(page) < 5_000_000
+
+
+def test_the_sections_stand_in_their_order(page):
+    sections = ["ledger", "recipe", *(paper.name for paper in PAPERS), "reading", "methods", "data", "machine"]
+    places = [page.index(f'<h2 id="{name}">') for name in [*sections, "deviations", "cost", "again"]]
+    assert places == sorted(places)
+    overview, recovery = (page.index(f'href="{name}.png"') for name in ("00_claims/overview", "04_ptq_vs_qat/recovery"))
+    assert places[0] < overview < places[1] and places[2] < recovery < places[3]
+
+
+def test_every_notebook_and_claim_has_a_place():
+    shown = [number for paper in PAPERS for number in paper.notebooks] + list(SUMMARY)
+    assert sorted(shown) == [path.stem[:2] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    assert all(sum(claim.startswith(paper.letter) for paper in PAPERS) == 1 for claim in CLAIMS)
+
+
+def test_the_ledger_is_read_without_eyes_or_colours(page, picture):
+    reader, judged = Reader(page), [finding for entry in ledger(picture) for finding in entry.findings]
+    text = " ".join(" ".join(reader.text).split())
+    assert all("scope" in head for head in reader.heads)
+    shown = [finding for finding in judged if finding.effect]
+    assert len(reader.pictures) == len(shown) > 10
+    for svg, finding in zip(reader.pictures, shown, strict=False):
+        assert svg["role"] == "img" and "the claim holds" in svg["aria-label"]
+        assert finding.effect.what and finding.effect.what in text
+    table = page[page.index('<table class="ledger"') : page.index("</table>")]
+    counts = [table.count(f"</span> {verdict}") for verdict in VERDICTS]
+    assert sum(counts) >= len(CLAIMS) and counts[0] and counts[3]
+    # The telling finding stands in the row; details hold the others, each with its own verdict.
+    assert table.count("<details><summary>") == sum(len(entry.findings) > 1 for entry in ledger(picture))
 
 
 def test_the_page_says_what_was_found_and_on_what(page, picture):
@@ -66,23 +100,27 @@ def test_the_page_says_what_was_found_and_on_what(page, picture):
         for finding in judge(CLAIMS[claim], picture):
             assert finding.sentence in text
         assert CLAIMS[claim].rule in text
-    for said in ("tiny <random>", "c0ffee", "study run --notebooks 04", "66.7 [64.", "2.13.0", "AVX2, 2 threads"):
+    for said in ("tiny <random>", "c0ffee", "study run --notebooks 04 00", "66.7 [64.", "2.13.0", "AVX2, 2 threads"):
         assert said in text
     assert f"{sum(sum(r.cost['seconds'].values()) for r in picture) / 60:.2f} minutes over all arms" in text
 
 
-def test_the_verdict_of_several_measures_is_not_simplified(picture, make_record):
-    findings = judge(CLAIMS["A1"], picture)
-    assert overall(findings) == "reproduced"
-    mixed = [*findings[:2], judge(CLAIMS["A1"], picture[:1])[0]]
-    assert overall(mixed) == "reproduced by 2, not tested here by 1"
+def test_the_recipe_follows_the_ledger(page, picture):
+    (found,) = recommendations(picture)
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert all(sentence in text for sentence in (found.headline, *found.details, SIZES))
+    assert page.index('id="ledger"') < page.index('id="recipe"') < page.index('id="LLM-QAT"')
+    assert any(image["alt"].startswith(found.headline) for image in Reader(page).images)
+    (within,) = recommendations(picture, 5)
+    section = f"## Which recipe for this model\n\n**{within.family.title}.** {within.headline}"
+    assert section in summary(picture, 5)
 
 
 def test_the_readme_shows_the_reference_results():
     reference = NOTEBOOKS.parent / "results" / "reference"
     records = list(read_records(reference / "records"))
     readme, page = ((folder / "README.md").read_text() for folder in (NOTEBOOKS.parent, reference))
-    for found, text in ((ledger_table(records), readme), (summary(records), page)):
+    for found, text in ((ledger_table(ledger(records)), readme), (summary(records), page)):
         assert found in text, f"it is not up to date and must hold:\n{found}"
     shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
     assert shown and all((NOTEBOOKS.parent / path).is_file() for path in shown)
