@@ -64,6 +64,7 @@ RATES = {
     QA_LORA: 0.2,
     QAT: 0.05,
 }  # of the adapters' learning rate, where scales or weights train
+NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on
 CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
 GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
 KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
@@ -182,6 +183,12 @@ class Arm:
     def title(self) -> str:
         bits = "" if self.method == FULL_PRECISION else f" {self.bits}"
         return TITLES[self.method] + bits + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def as_trained(self) -> "Arm":
+        """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""
+        format = None if self.method == LORA else self.format
+        return dataclasses.replace(self, evaluation=NOTHING, format=format, merge=merging.ADAPTER)
 
     def canonical(self) -> str:
         """JSON with sorted keys: the same for equal arms.

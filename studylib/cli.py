@@ -112,9 +112,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         "results": str(store.folder),
         "output": str(output),
     } | further
-    if options.seeds or any("seeds" in batch.default_parameters(notebook) for notebook in notebooks):
+    taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
+    if options.seeds or "seeds" in taken:
         parameters["seeds"] = options.seeds or list(arms.profile(options.profile).seeds)
-    if any("jobs" in batch.default_parameters(notebook) for notebook in notebooks):
+    if "jobs" in taken:
         parameters["jobs"] = options.jobs
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from studylib import corpora, methods, models
-from studylib.adapters import LORA, adapted_layers, check_paging
+from studylib.adapters import adapted_layers, check_paging
 from studylib.arms import AWQ, CALIBRATED, ENCODED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
 from studylib.evaluation import TASKS, Evaluation, score
 from studylib.finetuning import encode
@@ -113,7 +113,7 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     for arm in missing:
         check(arm)
-    helpers = min(jobs, len(missing)) - 1
+    helpers = max(0, min(jobs, len(missing)) - 1)
     with (
         _sharing_threads(helpers, missing, results, keep_checkpoints),
         tqdm(
@@ -133,7 +133,7 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
 def _sharing_threads(helpers: int, arms: Sequence[Arm], *where) -> Iterator[None]:
     """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
     threads = torch.get_num_threads()
-    share = max(1, threads // (max(helpers, 0) + 1))
+    share = max(1, threads // (helpers + 1))
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=_help, args=(share, arms, *where), daemon=True) for _ in range(helpers)]
     try:
@@ -230,7 +230,7 @@ def carry_out(
         if arm.tuning:
             with phase("train"):
                 load = functools.partial(models.load_model, arm.model)
-                trained = store.adapter_file(_adapter_key(arm))
+                trained = store.adapter_file(arm_key(arm.as_trained))
                 windows, checkpoints = data and data.windows, _checkpoints(arm, store)
                 with store.lock(f"adapter-{trained.stem}"):
                     log = tune(arm, model, tokenizer, windows, load, checkpoints, trained, keep_checkpoints, work)
@@ -277,13 +277,6 @@ def _weight_bytes(arm: Arm, model: PreTrainedModel) -> int:
     if arm.tuning:
         return inference_bytes(model, arm.method, arm.format, arm.adapter, arm.merge)
     return stored_bytes(model) if arm.format else weight_bytes(model, arm.bits, arm.scheme)
-
-
-def _adapter_key(arm: Arm) -> str:
-    """What arms share that are trained alike, however they are deployed and evaluated."""
-    apart = ("evaluation", "merge", *(["format"] if arm.method == LORA else []))
-    alike = {name: value for name, value in json.loads(arm.canonical()).items() if name not in apart}
-    return digest(json.dumps(alike, sort_keys=True), json.dumps(arm_code(arm), sort_keys=True))
 
 
 def _times(progress: Progress, work: int, tokens: int) -> None:

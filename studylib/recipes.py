@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from studylib import merging
 from studylib.adapters import LORA
 from studylib.arms import TUNED, Arm, corpus_title
 from studylib.comparison import (
@@ -162,12 +161,7 @@ def _minutes(cell: Cell, records: Sequence[Record]) -> dict[str, float]:
 
 def _shared(phase: str, arm: Arm) -> object:
     """What arms have in common that do the work of a phase once for all of them."""
-    if phase == "data":
-        return arm.data
-    alike = dataclasses.replace(arm, evaluation=dataclasses.replace(arm.evaluation, tasks=()))
-    if not arm.tuning:
-        return alike
-    return dataclasses.replace(alike, merge=merging.ADAPTER, format=None if arm.method == LORA else arm.format)
+    return arm.data if phase == "data" else arm.as_trained
 
 
 def check_budget(budget: float | None) -> None:

@@ -118,18 +118,15 @@ def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = 
 
 def alike(measure: Measure, reference: Cell, *others: Cell) -> Outcome:
     """Whether none of the others is worse or better than `reference` by more than the tolerance."""
-    effects = [_within(measure, reference, other) for other in others]
-    texts = [f"{_short(other)} by {_tolerated(measure, e)}" for other, e in zip(others, effects, strict=True)]
-    furthest = sorted(effects, key=lambda effect: -abs(effect.interval.estimate))
-    return together(furthest, f"worse than {reference.title}: {listed(texts)}.")
+    effects, text = _all_within(measure, reference, others)
+    return together(sorted(effects, key=lambda effect: -abs(effect.interval.estimate)), text)
 
 
 def layers_matter(measure: Measure, every: Cell, few: Cell, *ranks: Cell) -> Outcome:
     """Whether adapters on all layers beat those on few, while their rank hardly matters."""
     gain = replace(_worse(measure, every, few), above=0)
-    effects = [gain, *(_within(measure, every, rank) for rank in ranks)]
-    text = f"{_short(few)} is worse than all layers by {gain.text}; {alike(measure, every, *ranks).text}"
-    return together(effects, text)
+    effects, beside = _all_within(measure, every, ranks)
+    return together([gain, *effects], f"{_short(few)} is worse than all layers by {gain.text}; {beside}")
 
 
 def small_groups_help(measure: Measure, usual: Cell, small: Cell) -> Outcome:
@@ -241,6 +238,13 @@ def _within(measure: Measure, a: Cell, b: Cell) -> Effect:
     """How much worse b is than a, where it may be neither worse nor better by more than the tolerance."""
     tolerance = _tolerance(measure)
     return replace(_worse(measure, a, b), above=-tolerance, below=tolerance)
+
+
+def _all_within(measure: Measure, reference: Cell, others: Sequence[Cell]) -> tuple[list[Effect], str]:
+    """`_within` for each of the others, and all of them in words."""
+    effects = [_within(measure, reference, other) for other in others]
+    texts = [f"{_short(other)} by {_tolerated(measure, e)}" for other, e in zip(others, effects, strict=True)]
+    return effects, f"worse than {reference.title}: {listed(texts)}."
 
 
 def _tolerance(measure: Measure) -> float:
