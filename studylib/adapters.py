@@ -136,7 +136,8 @@ class LearnedGridLinear(nn.Linear):
     def quantized_weight(self) -> Tensor:
         """The weight that the layer multiplies with, [out, in]."""
         low, high = levels_of(self.bits)
-        w = ((self.weight.unflatten(1, (self.scale.shape[1], -1)) - self.offset) / self.scale).clamp(low, high)
+        w = self.weight.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
+        w = ((w - self.offset) / self.scale).clamp(low, high)
         return ((w + (w.round() - w).detach()) * self.scale + self.offset).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:

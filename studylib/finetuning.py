@@ -19,6 +19,7 @@ from studylib.training import Budget, Log, fit
 IGNORED = -100  # the label of a position whose next token is not learned
 PADDED_TO = 8  # rows are padded to a multiple of it,
 PADDED_TO_COMPILED = 64  # and to one of this where layers are compiled, which are compiled anew for each shape
+MEASURED = 8  # rows of a batch, at least, where nothing is trained: low-bit weights are decoded once for all of them
 DRAWN = 8  # batches whose rows are drawn together and sorted by their length
 OPTIMIZER = "adamw_torch_fused"
 COMPILED_STEPS = 500  # compiling layers for rows of several widths takes as long as some 20 steps, and saves 5% of each
@@ -135,9 +136,9 @@ def fine_tune(
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def held_out_loss() -> Tensor:
-        losses, counts = [], []
-        for at in range(0, len(measured), settings.batch):
-            part = {name: x.to(model.device) for name, x in collate(measured[at : at + settings.batch]).items()}
+        losses, counts, size = [], [], max(settings.batch, MEASURED)
+        for at in range(0, len(measured), size):
+            part = {name: x.to(model.device) for name, x in collate(measured[at : at + size]).items()}
             counts.append((part["labels"] != IGNORED).sum())
             losses.append(response_loss(model, **part) * counts[-1])
         return torch.stack(losses).sum() / torch.stack(counts).sum()

@@ -75,29 +75,29 @@ def initial_grid(weight: Tensor, bits: int, group: int | None, init: str = "l4q"
 
 
 @torch.library.custom_op("studylib::after", mutates_args=())
-def _after(small: Tensor, gradient: Tensor) -> Tensor:
-    """A copy of `small` that a compiler cannot make before it has `gradient`.
+def _after(weight: Tensor, gradient: Tensor) -> Tensor:
+    """A copy of `weight` that a compiler cannot make before it has `gradient`.
 
     Without it torch.compile sees that the backward pass repeats work of the forward pass and keeps that work's result,
-    which has the weight's size, from one to the other.
+    which has the weight's size in fp32, from one to the other.
     """
-    return small.clone()
+    return weight.clone()
 
 
 @_after.register_fake
-def _(small, gradient):
-    return torch.empty_like(small)
+def _(weight, gradient):
+    return torch.empty_like(weight)
 
 
 def _scaled(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, offset: Tensor, scaling: float) -> Tensor:
     """w [out, in // group, group]: fp32 (or fp64), whatever the type of the weight."""
-    w = torch.mm(lora_B * scaling, lora_A).add_(weight)
+    w = weight.to(scale.dtype, copy=True).addmm_(lora_B * scaling, lora_A)
     return w.unflatten(1, (scale.shape[1], -1)).sub_(offset).div_(scale)
 
 
 def _values(levels: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """s w~ + b, [out, in]."""
-    return torch.addcmul(offset, levels, scale).flatten(1)
+    return levels.mul(scale).add_(offset).flatten(1)
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -133,19 +133,20 @@ class _JointlyQuantized(torch.autograd.Function):
         needs_x, needs_weight, *_, needs_bias = ctx.needs_input_grad[:7]
         with torch.autocast(x.device.type, enabled=False):
             scale = _nonzero(scale)
-            w = _scaled(weight, lora_A, _after(lora_B, gradient), scale, offset, ctx.scaling)
-            levels = w.clamp(low, high)
-            outside = levels != w
-            levels.round_()
+            w = _scaled(_after(weight, gradient), lora_A, lora_B, scale, offset, ctx.scaling)
+            clipped = w.clamp(low, high)
+            inside = w.eq_(clipped)  # 1 where w is not clipped, else 0: multiplying is faster than a mask
+            levels = clipped.round()
             d_x = None
             if needs_x:
                 d_x = (gradient @ _values(levels, scale, offset).to(ctx.dtype)).to(x.dtype)
             rows = gradient.reshape(-1, gradient.shape[-1])
             g = torch.mm(rows.T, x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(w.dtype).view_as(w)
-            slope = levels.sub_(w.masked_fill_(outside, 0))
+            slope = levels.sub_(clipped.mul_(inside))
             d_scale = slope.mul_(g).sum(-1, keepdim=True)
-            d_offset = g.masked_fill(~outside, 0).sum(-1, keepdim=True)
-            g = g.masked_fill_(outside, 0).flatten(1)
+            inside = inside.mul_(g)
+            d_offset = g.sub_(inside).sum(-1, keepdim=True)
+            g = inside.flatten(1)
             d_A = torch.mm(lora_B.T * ctx.scaling, g)
             d_B = torch.mm(g, lora_A.T * ctx.scaling)
         d_weight = g.to(weight.dtype) if needs_weight else None

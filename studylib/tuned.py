@@ -22,7 +22,7 @@ from studylib.merging import FROM_ORIGINAL, QUANTIZED, merge
 from studylib.methods import CALIBRATION_WINDOWS
 from studylib.training import Log
 
-VALIDATION_PAIRS = 16  # the last of the training split: for learning curves and learning rates, never trained on
+VALIDATION_PAIRS = 8  # the last of the training split: for learning curves and learning rates, never trained on
 
 
 @functools.cache
