@@ -10,6 +10,7 @@ from studylib import adapters, merging
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, usual_format
 from studylib.distill import Training
 from studylib.evaluation import ZERO_SHOT, Evaluation
+from studylib.execution import Decoding, check_format
 from studylib.finetuning import Instructions, Tuning
 from studylib.formats import Format
 from studylib.layers import AFTER_ROTARY, PER_HEAD, Scheme
@@ -18,7 +19,7 @@ from studylib.quantizers import BitWidths
 from studylib.sampling import Sampling
 from studylib.training_data import RealText
 
-FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT, ENCODED = (
+FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT, ENCODED, EXECUTED = (
     "full-precision",
     "rtn",
     "smoothquant",
@@ -27,6 +28,7 @@ FULL_PRECISION, RTN, SMOOTHQUANT, GPTQ, AWQ, LLM_QAT, SMOOTHQUANT_QAT, ENCODED =
     "llm-qat",
     "smoothquant+llm-qat",
     "encoded",
+    "4-bit kernel",
 )
 TITLES = {
     FULL_PRECISION: "full precision",
@@ -37,6 +39,7 @@ TITLES = {
     LLM_QAT: "LLM-QAT",
     SMOOTHQUANT_QAT: "SmoothQuant + LLM-QAT",
     ENCODED: "rounded weights",
+    EXECUTED: "4-bit kernel",
     LORA: "LoRA",
     QLORA: "QLoRA",
     GPTQ_LORA: "GPTQ + LoRA",
@@ -65,6 +68,7 @@ RATES = {
     QAT: 0.05,
 }  # of the adapters' learning rate, where scales or weights train
 NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on
+DECODING = Decoding(shapes=("llama-7b",))  # L4Q's own model beside the study's
 CORPUS_TITLES = {"wikipedia": "Wikipedia", "c4": "C4"}
 GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
 KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
@@ -82,8 +86,9 @@ class Arm:
 
     method: one of METHODS; bits "W-A-KV"; scheme: grids and where they apply. data: the text that a method is
     calibrated or distilled on, training: the distillation, for methods that have them.
-    format: the number format of "encoded" weights, or of the base that the methods of TUNED fine-tune on
-    `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see merging.merge).
+    format: the number format of "encoded" weights, of those that the "4-bit kernel" multiplies (decoding: how that is
+    timed), or of the base that the methods of TUNED fine-tune on `instructions` with `tuning`, through `adapter`;
+    merge: how the result is deployed (see merging.merge).
     seed draws the data; it is 0 for methods that draw nothing, so that all seeds share one record.
     """
 
@@ -99,6 +104,7 @@ class Arm:
     instructions: Instructions | None = None
     tuning: Tuning | None = None
     merge: str = merging.ADAPTER
+    decoding: Decoding | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -114,6 +120,7 @@ class Arm:
             ("training", TRAINED),
             ("instructions", TUNED),
             ("tuning", TUNED),
+            ("decoding", (EXECUTED,)),
         ):
             if (getattr(self, name) is None) == (self.method in users):
                 state = "is missing" if self.method in users else "is given"
@@ -148,11 +155,11 @@ class Arm:
             for name, given in (("adapter", self.adapter), ("merge", self.merge != merging.ADAPTER)):
                 if given:
                     raise ValueError(f"{name}: is given, but {self.method!r} is not fine-tuned")
-            if (self.format is None) == (self.method == ENCODED):
-                state = "is missing" if self.format is None else "is given"
-                raise ValueError(
-                    f"format: {state}, but {self.method!r} is {'' if self.format is None else 'not '}{ENCODED!r}"
-                )
+            if (self.format is None) == (self.method in (ENCODED, EXECUTED)):
+                state, stores = ("is missing", "") if self.format is None else ("is given", "not ")
+                raise ValueError(f"format: {state}, but {self.method!r} is {stores}one of {ENCODED!r} and {EXECUTED!r}")
+            if self.method == EXECUTED:
+                check_format(self.format)
         if self.format and self.method != LORA and str(bits) != f"{self.format.bits}-16-16":
             raise ValueError(
                 f"bits: {self.bits} does not go with the format {self.format.title}; use {self.format.bits}-16-16"
@@ -326,6 +333,7 @@ class Profile:
     seeds: tuple[int, ...]
     few_shot: tuple[str, ...] = ()
     block: int = 64
+    decoding: Decoding = DECODING
 
     def extended(self, steps: int) -> "Profile":
         """This budget with `steps` more for every training, which goes on from where it ended."""
@@ -372,6 +380,7 @@ class Profile:
             tuned = dataclasses.replace(self.tuning, **({"learning_rate": rate} | (tuning or {})))
             adapter = adapter or (None if method == QAT else Adapter())
         chosen = {"format": format, "adapter": adapter, "instructions": instructions, "tuning": tuned, "merge": merge}
+        chosen["decoding"] = self.decoding if method == EXECUTED else None
         arm = Arm(model, method, bits, self.evaluation, scheme, data, trained, **chosen)
         if bits in HEADLINE.get(method, ()) and not arm.variant:
             few_shot = tuple(task for task in self.few_shot if task == "mmlu" or method not in TUNED)
@@ -389,6 +398,7 @@ PROFILES = {
         Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4, pairs=2),
         seeds=(0,),
         block=32,
+        decoding=Decoding(context=4, tokens=2, rounds=4),
     ),
     "quick": Profile(
         Sampling(count=32, length=256, batch=64),

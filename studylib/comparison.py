@@ -8,6 +8,7 @@ import numpy as np
 
 from studylib.arms import ENCODED, FULL_PRECISION, METHODS, TITLES, Arm, Profile, corpus_title
 from studylib.evaluation import ZERO_SHOT, Evaluation
+from studylib.execution import EXECUTIONS, LAYERS, OWN
 from studylib.quantizers import BitWidths
 from studylib.records import FINISHED, Record, arm_key
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
@@ -175,7 +176,7 @@ class Measure:
 
     name: "perplexity/<corpus>", "perplexity/text" (geometric mean over the corpora) or "perplexity/responses";
     "accuracy/mean" (zero-shot tasks, each weighing the same) or "accuracy/<task>", in %; "share/<of what>", in %;
-    "bits", stored bits a weight.
+    "bits", stored bits a weight; "seconds/<model>", of a decoded token, whose parts are execution.EXECUTIONS.
     parts: the scores behind it. sizes: items of each part. family: how many claims are judged by it at once.
     """
 
@@ -352,6 +353,26 @@ def weight_measures(records: Sequence[Record]) -> list[Measure]:
         Measure("share/non_normal", title, ("non_normal",), (len(record.scores["non_normal"]),)),
         Measure("bits", "stored bits a weight", ("bits",), (1,)),
     ]
+
+
+def decoding_measures(records: Sequence[Record]) -> list[Measure]:
+    """The time of a decoded token, of each model that was timed; empty where none was."""
+    record = next((record for record in records if record.arm.decoding and record.status == FINISHED), None)
+    if record is None:
+        return []
+    found, settings = [], record.arm.decoding
+    for name in (OWN, *settings.shapes):
+        title = "time of a token" + ("" if name == OWN else f" in {LAYERS} layers of {name}")
+        parts = tuple(f"seconds/{name}/{kind}" for kind in EXECUTIONS)
+        found.append(Measure(f"seconds/{name}", title, parts, (settings.rounds,) * len(parts)))
+    return found
+
+
+def speedup(measure: Measure, cell: Cell, fast: str, slow: str) -> Interval:
+    """How many times as fast a decoded token is in one of execution.EXECUTIONS as in another: the ratio of the medians
+    of their rounds, which took turns."""
+    times = [cell.scores(f"{measure.name}/{kind}") for kind in (fast, slow)]
+    return paired_bootstrap(lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), *times, family=measure.family)
 
 
 def task_measures(records: Sequence[Record]) -> list[Measure]:

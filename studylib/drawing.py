@@ -13,7 +13,18 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA
-from studylib.arms import AWQ, ENCODED, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, TITLES
+from studylib.arms import (
+    AWQ,
+    ENCODED,
+    EXECUTED,
+    FULL_PRECISION,
+    GPTQ,
+    LLM_QAT,
+    RTN,
+    SMOOTHQUANT,
+    SMOOTHQUANT_QAT,
+    TITLES,
+)
 from studylib.comparison import FULL, Cell, Cells, Measure, capital, identity
 from studylib.statistics import Interval
 
@@ -27,6 +38,7 @@ COLOURS = {
     LLM_QAT: "#0072B2",
     SMOOTHQUANT_QAT: "#56B4E9",
     ENCODED: "#D55E00",
+    EXECUTED: "#009E73",
     LORA: "#000000",
     QLORA: "#0072B2",
     GPTQ_LORA: "#009E73",
@@ -35,7 +47,7 @@ COLOURS = {
     L4Q: "#D55E00",
     QAT: "#CC79A7",
 }
-MARKERS = dict(zip(TITLES, "Ds^vPoXsDo^vpXP", strict=True))
+MARKERS = dict(zip(TITLES, "Ds^vPoXsPDo^vpXP", strict=True))
 HOLLOW = (RTN, SMOOTHQUANT, GPTQ, AWQ, ENCODED)
 STYLE = {
     "font.size": 9,

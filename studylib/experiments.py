@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, set_seed
 
 from studylib import corpora, methods, models
 from studylib.adapters import adapted_layers, check_paging
-from studylib.arms import AWQ, CALIBRATED, ENCODED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
+from studylib.arms import AWQ, CALIBRATED, ENCODED, EXECUTED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
 from studylib.evaluation import TASKS, Evaluation, score
+from studylib.execution import check_executable, decoding_seconds, executed_bytes, int4_model
 from studylib.finetuning import encode
 from studylib.formats import decode_model, encode_model, stored_bytes
 from studylib.layers import decoder_linears, quantize_model
@@ -68,6 +69,8 @@ def check(arm: Arm) -> None:
     if arm.format:
         for linear in decoder_linears(skeleton).values():
             arm.format.check_width(linear.in_features)
+    if arm.method == EXECUTED:
+        check_executable(skeleton, arm.format)
     if arm.tuning and arm.tuning.paged:
         check_paging()
     grid = "symmetric" if arm.scheme.grid == "lsq" else arm.scheme.grid  # the same shapes, without a pass over data
@@ -193,7 +196,7 @@ def carry_out(
 ) -> Record:
     """Compute the record of one arm. progress is told of finished work, in tokens of a forward pass."""
     set_seed(arm.seed)
-    seconds, tokens, log, data = {}, {}, Log([], []), None
+    seconds, tokens, log, data, load = {}, {}, Log([], []), None, functools.partial(models.load_model, arm.model)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -203,13 +206,19 @@ def carry_out(
 
     with peak_memory() as peak:
         with phase("load"):
-            model = models.load_model(arm.model)
+            model = load()
             tokenizer = models.load_tokenizer(arm.model)
         identity = models.identity(arm.model)
-        about_weights = {}
+        besides = {}
         if arm.method == ENCODED:
             with phase("quantize"):
-                about_weights = weight_scores(models.load_model(arm.model), encode_model(model, arm.format))
+                besides = weight_scores(load(), encode_model(model, arm.format))
+        if arm.method == EXECUTED:
+            with phase("quantize"):
+                model = int4_model(encode_model(model.cpu(), arm.format))
+            with phase("decode"):
+                timed = decoding_seconds(load, arm.format, arm.decoding)
+                besides = {f"seconds/{name}/{kind}": values for (name, kind), values in timed.items()}
         sizes = {
             "bytes/weights": _weight_bytes(arm, model),
             "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits, arm.scheme),
@@ -229,7 +238,6 @@ def carry_out(
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
         if arm.tuning:
             with phase("train"):
-                load = functools.partial(models.load_model, arm.model)
                 trained = store.adapter_file(arm_key(arm.as_trained))
                 windows, checkpoints = data and data.windows, _checkpoints(arm, store)
                 with store.lock(f"adapter-{trained.stem}"):
@@ -238,7 +246,7 @@ def carry_out(
         diverged = bool(log.steps) and not math.isfinite(log.steps[-1]["loss"])
         with phase("evaluate"), _counted(model, progress) as seen:
             metrics, scores = ({}, {}) if diverged else score(model, tokenizer, arm.evaluation)
-        scores |= {name: np.array(values) for name, values in about_weights.items()}
+        scores |= {name: np.array(values) for name, values in besides.items()}
         tokens["evaluated"] = seen["tokens"]
     del model
     gc.collect()
@@ -276,6 +284,8 @@ def _json_numbers(values: np.ndarray) -> list[float | None]:
 def _weight_bytes(arm: Arm, model: PreTrainedModel) -> int:
     if arm.tuning:
         return inference_bytes(model, arm.method, arm.format, arm.adapter, arm.merge)
+    if arm.method == EXECUTED:
+        return executed_bytes(model)
     return stored_bytes(model) if arm.format else weight_bytes(model, arm.bits, arm.scheme)
 
 

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from studylib.adapters import GPTQ_LORA, L4Q, QAT_LORA
-from studylib.arms import CALIBRATED, ENCODED, SMOOTHQUANT_QAT, Arm
+from studylib.arms import CALIBRATED, ENCODED, EXECUTED, SMOOTHQUANT_QAT, Arm
 
 COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory")
 DATA_CODE = ("decoding", "sampling", "text_statistics", "training_data")
@@ -28,6 +28,7 @@ TRAINING_CODE = ("losses", "training", "distill", "methods")
 PTQ_CODE = ("ptq", "methods")
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
 ENCODING_CODE = ("formats", "weight_statistics")
+EXECUTION_CODE = ("formats", "adapters", "l4q", "execution")
 TUNING_LIBRARIES = ("peft", "bitsandbytes")
 PTQ_LIBRARIES = ("llmcompressor", "compressed-tensors")
 
@@ -69,6 +70,8 @@ def arm_code(arm: Arm) -> dict[str, str]:
         modules += TUNING_CODE if arm.tuning else ENCODING_CODE
         modules += GRID_CODE if arm.method in (L4Q, QAT_LORA) else ()
         libraries += TUNING_LIBRARIES if arm.tuning else ()
+    elif arm.method == EXECUTED:
+        modules, libraries = modules + EXECUTION_CODE, libraries + TUNING_LIBRARIES
     else:
         modules += TRAINING_CODE if arm.training else PTQ_CODE
     if arm.method in (SMOOTHQUANT_QAT, GPTQ_LORA):
@@ -79,7 +82,7 @@ def arm_code(arm: Arm) -> dict[str, str]:
 
 
 # Taken when the process starts, so that editing a module during a long run cannot mislabel its records.
-for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE + TUNING_CODE + GRID_CODE + ENCODING_CODE:
+for _module in COMMON_CODE + DATA_CODE + TRAINING_CODE + PTQ_CODE + TUNING_CODE + ENCODING_CODE + EXECUTION_CODE:
     code_hash(_module)
 
 

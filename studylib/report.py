@@ -17,6 +17,7 @@ from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLOR
 from studylib.arms import (
     AWQ,
     ENCODED,
+    EXECUTED,
     FULL_PRECISION,
     GPTQ,
     LLM_QAT,
@@ -71,8 +72,8 @@ PAPERS = (
         "L4Q",
         "arXiv 2402.04902",
         "adapter and quantization trained as one",
-        (FULL_PRECISION, LORA, QLORA, GPTQ_LORA, QA_LORA, QAT_LORA, L4Q, QAT),
-        ("05",),
+        (FULL_PRECISION, EXECUTED, LORA, QLORA, GPTQ_LORA, QA_LORA, QAT_LORA, L4Q, QAT),
+        ("05", "08"),
     ),
 )
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger

@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studylib.comparison import Cell, Measure, identity, listed, percent, points, won_back, won_back_share
+from studylib.comparison import (
+    Cell,
+    Measure,
+    identity,
+    listed,
+    number,
+    percent,
+    points,
+    speedup,
+    won_back,
+    won_back_share,
+)
 from studylib.effects import (
     ACCURACY,
     BITS,
@@ -22,6 +33,7 @@ from studylib.effects import (
     Effect,
     Unit,
 )
+from studylib.execution import ADAPTED, EXECUTIONS, PACKED
 from studylib.records import Record
 from studylib.statistics import Interval
 
@@ -187,6 +199,20 @@ def takes_at_most(times: float) -> Callable[..., Outcome]:
         effect = Effect(found, TIMES, f"the time of {usual.title}, by {cell.title}, {seeds}", below=times, papers=False)
         text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds}, lowest and highest in brackets)."
         return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
+
+    return rule
+
+
+def decodes_faster(times: float) -> Callable[..., Outcome]:
+    """A rule: integers alone decode at least so many times as fast as with an adapter beside them."""
+
+    def rule(measure: Measure, cell: Cell) -> Outcome:
+        found = speedup(measure, cell, PACKED, ADAPTED)
+        what = "as fast without an adapter beside 4 bits"
+        effect = Effect(found, TIMES, what, above=times)
+        medians = [1000 * np.median(cell.scores(f"{measure.name}/{kind}")) for kind in EXECUTIONS]
+        texts = [f"{number(median)} ms in {kind}" for median, kind in zip(medians, EXECUTIONS, strict=True)]
+        return together([effect], f"{listed(texts)}: {effect.text} {what}.")
 
     return rule
 

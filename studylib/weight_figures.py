@@ -10,21 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.arms import ENCODED, FULL_PRECISION, TUNED
+from studylib.arms import ENCODED, EXECUTED, FULL_PRECISION, TUNED
 from studylib.comparison import (
     EMPTY,
     FULL,
     Cell,
     Measure,
     capital,
+    decoding_measures,
     gather,
     identity,
     listed,
     measures,
+    number,
     percent,
     points,
     response_measures,
     signed,
+    speedup,
 )
 from studylib.drawing import (
     HALO,
@@ -40,8 +43,10 @@ from studylib.drawing import (
     plain_ticks,
     set_title,
 )
+from studylib.execution import ADAPTED, EXECUTIONS, PACKED
 from studylib.formats import bits_per_parameter
 from studylib.records import Record
+from studylib.statistics import paired_bootstrap
 from studylib.weight_statistics import normal_error
 
 NEAR_BITS = 0.3  # formats so close in size are compared as equals
@@ -206,6 +211,36 @@ def _frontier_title(measure: Measure, shown: list[Cell]) -> str:
         f"{_title(best)} ({_bits(best):.2f} bits) beside {_title(normal)} ({_bits(normal):.2f} bits): {measure.title} "
         f"{change.text(lambda share: signed(share, percent))}"
     )
+
+
+def decoding_times(records: Sequence[Record]) -> Figure:
+    """A panel for each model that was timed: every round of each execution, its median, and its 95% interval."""
+    cell = next((cell for cell in gather(records).values() if cell.method == EXECUTED and cell.records), None)
+    if cell is None:
+        return empty_figure("Nothing was timed")
+    panels, found = decoding_measures(cell.records), []
+    with mpl.rc_context(STYLE):
+        figure, axes = new_panels(len(panels), width=6 * len(panels), height=2.8, sharey=True)
+        for ax, measure in zip(axes, panels, strict=True):
+            for row, (kind, colour) in enumerate(zip(EXECUTIONS, LINES, strict=False)):
+                times = 1000 * cell.scores(f"{measure.name}/{kind}")
+                middle = paired_bootstrap(lambda x: np.median(x, axis=-1), times)
+                ax.plot(times, np.full(len(times), row - 0.15), ".", ms=4, color=colour, alpha=0.4)
+                ax.plot([middle.low, middle.high], [row, row], color=colour, lw=1.5)
+                ax.plot(middle.estimate, row, "o", ms=5.5, color=colour)
+                ax.annotate(
+                    middle.text(number), (middle.high, row), xytext=(6, 0), textcoords="offset points", va="center"
+                )
+            ax.set_xlim(0, 1.5 * ax.get_xlim()[1])
+            ax.set_xlabel(f"{capital(measure.title)}, ms (lower is better)")
+            where = "" if measure is panels[0] else measure.title.removeprefix("time of a token ")
+            found.append(f"{speedup(measure, cell, PACKED, ADAPTED).text(number)} times as fast {where}".strip())
+        axes[0].set_yticks(range(len(EXECUTIONS)), EXECUTIONS)
+        axes[0].set_ylim(len(EXECUTIONS) - 0.5, -0.5)
+        handle = Line2D([], [], color="#444444", marker="o", label="median of the rounds (dots) with its 95% interval")
+        figure.legend(handles=[handle], loc="outside lower center")
+        set_title(figure, f"Without an adapter beside them, 4-bit weights decode {listed(found)}")
+    return figure
 
 
 def error_by_layer(records: Sequence[Record]) -> Figure:

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from studylib.adapters import L4Q, QA_LORA, QLORA, Adapter
-from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT
+from studylib.arms import ENCODED, EXECUTED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT
 from studylib.claims import CLAIMS
 from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
+from studylib.execution import EXECUTIONS
 from studylib.formats import Format
 from studylib.judging import judge
 from studylib.layers import Scheme
@@ -97,6 +99,19 @@ def test_bits_and_normality_are_counted_from_the_scores(tuned, make_record):
     worse = dataclasses.replace(same, scores=same.scores | {"bits": [4.5], "non_normal": [0.3, 0.2] * 20})
     changed = replaced(tuned, worse)
     assert verdicts("B3", changed) == verdicts("B9", changed) == [NOT_REPRODUCED]
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.5, REPRODUCED), (1.05, NOT_REPRODUCED), (1.2, INCONCLUSIVE)])
+def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, verdict):
+    record = make_record(EXECUTED, "4-16-16", changes={"format": INT4})
+    noise = 1 + 0.02 * np.random.default_rng(0).normal(size=(len(EXECUTIONS), 16))
+    noise[:, 3] = 9  # something else ran meanwhile
+    times = noise * np.array([[0.06], [0.03], [0.03 * slower]])
+    scores = {f"seconds/own/{kind}": row.tolist() for kind, row in zip(EXECUTIONS, times, strict=True)}
+    timed = dataclasses.replace(record, scores=record.scores | scores)
+    (finding,) = judge(CLAIMS["C5"], [timed])
+    assert finding.verdict == verdict and finding.found.startswith("Time of a token: 5")
+    assert verdicts("C5", [make_record(FULL_PRECISION)]) == [NOT_TESTED]
 
 
 def test_convergence_needs_several_seeds(tuned):

@@ -25,6 +25,7 @@ def test_there_are_notebooks():
         "05_qlora_vs_l4q",
         "06_number_formats",
         "07_memory",
+        "08_low_bit_execution",
     ]
 
 

@@ -1,11 +1,15 @@
 """Figures and tables of formats, fine-tuning and memory: what they must have whatever the numbers."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib import memory_figures, weight_figures
-from studylib.arms import FULL_PRECISION
+from studylib.arms import EXECUTED, FULL_PRECISION
+from studylib.execution import EXECUTIONS
+from studylib.formats import Format
 from studylib.published import PUBLISHED, against_papers
 
 
@@ -42,6 +46,15 @@ def test_figures_of_formats_say_what_they_found(records):
     assert "at four bits: NF4 12.5%" in flat(weight_figures.error_by_layer(records))
     for draw in (weight_figures.format_frontier, weight_figures.error_by_layer):
         assert "No weights were rounded" in draw(records[:1]).get_suptitle()
+
+
+def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_faster(make_record):
+    record = make_record(EXECUTED, "4-16-16", changes={"format": Format("affine", 4)})
+    assert "Nothing was timed" in weight_figures.decoding_times([]).get_suptitle()
+    scores = {f"seconds/own/{kind}": [0.01 * (at + 1)] * 4 for at, kind in enumerate(EXECUTIONS)}
+    figure = weight_figures.decoding_times([dataclasses.replace(record, scores=record.scores | scores)])
+    assert flat(figure) == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(EXECUTIONS)
 
 
 def test_plans_stand_beside_what_was_measured(fp32):
