@@ -123,7 +123,7 @@ def check_executable(model: nn.Module, format: Format) -> None:
 
 @torch.no_grad()
 def int4_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace the low-bit layers of a model in place by Int4Linear, and put all else into `dtype`.
+    """Replace the low-bit layers of a model in place by Int4Linear, put all else into `dtype`, and freeze it.
 
     What adapters.attach made of a model, trained or not: L4Q's layers; QA-LoRA's, with the adapter in their offsets;
     and integers as formats.encode_model stores them, with LoRA's adapters, if any, beside them.
@@ -148,7 +148,7 @@ def int4_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         )
     for name, layer in replaced.items():
         model.set_submodule(name, layer)
-    return model.to(dtype).eval()
+    return model.to(dtype).requires_grad_(False).eval()
 
 
 def _integers(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
