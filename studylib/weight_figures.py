@@ -233,13 +233,14 @@ def decoding_times(records: Sequence[Record]) -> Figure:
                 )
             ax.set_xlim(0, 1.5 * ax.get_xlim()[1])
             ax.set_xlabel(f"{capital(measure.title)}, ms (lower is better)")
-            where = "" if measure is panels[0] else measure.title.removeprefix("time of a token ")
-            found.append(f"{speedup(measure, cell, PACKED, ADAPTED).text(number)} times as fast {where}".strip())
+            times_as_fast = speedup(measure, cell, PACKED, ADAPTED).text(number)
+            where = measure.title.removeprefix("time of a token")
+            found.append(f"{where.strip()} {times_as_fast}" if found else f"{times_as_fast} times as fast")
         axes[0].set_yticks(range(len(EXECUTIONS)), EXECUTIONS)
         axes[0].set_ylim(len(EXECUTIONS) - 0.5, -0.5)
         handle = Line2D([], [], color="#444444", marker="o", label="median of the rounds (dots) with its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
-        set_title(figure, f"Without an adapter beside them, 4-bit weights decode {listed(found)}")
+        set_title(figure, f"Without an adapter beside them, 4-bit weights decode {', '.join(found)}")
     return figure
 
 
