@@ -210,7 +210,7 @@ def decodes_faster(times: float) -> Callable[..., Outcome]:
         found = speedup(measure, cell, PACKED, ADAPTED)
         what = "as fast without an adapter beside 4 bits"
         effect = Effect(found, TIMES, what, above=times)
-        medians = [1000 * np.median(cell.scores(f"{measure.name}/{kind}")) for kind in EXECUTIONS]
+        medians = [1000 * np.median(cell.scores(part)) for part in measure.parts]
         texts = [f"{number(median)} ms in {kind}" for median, kind in zip(medians, EXECUTIONS, strict=True)]
         return together([effect], f"{listed(texts)}: {effect.text} {what}.")
 

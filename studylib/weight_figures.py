@@ -222,8 +222,8 @@ def decoding_times(records: Sequence[Record]) -> Figure:
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=6 * len(panels), height=2.8, sharey=True)
         for ax, measure in zip(axes, panels, strict=True):
-            for row, (kind, colour) in enumerate(zip(EXECUTIONS, LINES, strict=False)):
-                times = 1000 * cell.scores(f"{measure.name}/{kind}")
+            for row, (part, colour) in enumerate(zip(measure.parts, LINES, strict=False)):
+                times = 1000 * cell.scores(part)
                 middle = paired_bootstrap(lambda x: np.median(x, axis=-1), times)
                 ax.plot(times, np.full(len(times), row - 0.15), ".", ms=4, color=colour, alpha=0.4)
                 ax.plot([middle.low, middle.high], [row, row], color=colour, lw=1.5)
