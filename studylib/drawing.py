@@ -5,12 +5,14 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA
 from studylib.arms import (
@@ -84,6 +86,16 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def draw_times(ax: Axes, measure: Measure, reference: Cell) -> None:
+    """Make the vertical axis that of a perplexity beside the reference's, on a log scale."""
+    ax.set_yscale("log")
+    plain_ticks(ax.yaxis)
+    ax.yaxis.set_major_locator(
+        FixedLocator((0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 6, 8))
+    )
+    ax.set_ylabel(f"{capital(measure.title)},\ntimes that of {reference.title} (log scale, lower is better)")
 
 
 def axis_title(measure: Measure, scale: str = "") -> str:
@@ -170,6 +182,13 @@ def off_scale(cells: Cells, measure: Measure) -> float:
         return np.inf
     found = [measure.interval(identity, cell) for cell in cells.values() if cell.records]
     return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
+
+
+def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float]) -> None:
+    """Move labels away from each other and from the points (x, y), with a line to where they stood."""
+    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
+    # In steps, not in seconds, as the library has it: a busy machine draws the same figure.
+    adjust_text(texts, x=x, y=y, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.8), iter_lim=1000)
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -45,6 +44,7 @@ from studylib.drawing import (
     empty_figure,
     finish,
     label_ends,
+    move_apart,
     new_panels,
     off_scale,
     plain_ticks,
@@ -194,8 +194,7 @@ def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarr
         label += f": {measure.text(value)}" if value > limit else ""
         heights.append(min(value, limit))
         texts.append(ax.text(size, heights[-1], label, fontsize=7.5, color=COLOURS[cell.method], path_effects=[HALO]))
-    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
-    adjust_text(texts, x=list(sizes), y=heights, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.3, 1.8))
+    move_apart(ax, texts, list(sizes), heights)
 
 
 def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[Measure] = ()) -> Figure:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -36,8 +35,10 @@ from studylib.drawing import (
     axis_title,
     draw_reference,
     draw_row_point,
+    draw_times,
     empty_figure,
     finish,
+    move_apart,
     new_panels,
     off_scale,
     plain_ticks,
@@ -140,7 +141,8 @@ def format_table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def format_frontier(records: Sequence[Record]) -> Figure:
-    """Stored bits of a weight against each perplexity; dashed: the formats that none is smaller and better than.
+    """Stored bits of a weight against each perplexity beside full precision's (or the best's, where that was not run),
+    with paired intervals; dashed: the formats that none is smaller and better than.
 
     Formats whose perplexity is off the scale are named in the corner.
     """
@@ -152,20 +154,14 @@ def format_frontier(records: Sequence[Record]) -> Figure:
         figure, axes = new_panels(len(panels), width=12, height=6.5)
         for ax, measure in zip(axes, panels, strict=True):
             limit = off_scale(cells, measure)
-            _draw_frontier(ax, measure, [c for c in shown if measure.value(identity, c) <= limit])
+            _draw_frontier(ax, measure, [c for c in shown if measure.value(identity, c) <= limit], cells.get(FULL))
             far = [c for c in shown if measure.value(identity, c) > limit]
             if far:
                 texts = [f"{_title(cell)} {measure.text(measure.value(identity, cell))}" for cell in far]
                 ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
                         fontsize=7.5, color="#444444")  # fmt: skip
-            full = cells.get(FULL)
-            if full and full.records:
-                ax.axhline(measure.value(identity, full), color="#000000", lw=1)
-        handles = [
-            Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"),
-            Line2D([], [], color="#000000", lw=1, label="full precision"),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, title="Bars: 95% intervals")
+        handle = Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size")
+        figure.legend(handles=[handle], loc="outside lower center", title="Bars: 95% intervals")
         set_title(figure, _frontier_title(panels[0], shown))
     return figure
 
@@ -178,24 +174,27 @@ def _bits(cell: Cell) -> float:
     return cell.records[0].scores["bits"][0]
 
 
-def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell]) -> None:
+def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None) -> None:
+    reference = full if full and full.records else min(shown, key=lambda cell: measure.value(identity, cell))
     kinds = list(dict.fromkeys(cell.records[0].arm.format.kind for cell in shown))
-    x, y = np.array([_bits(cell) for cell in shown]), np.array([measure.value(identity, cell) for cell in shown])
+    x = np.array([_bits(cell) for cell in shown])
+    y = np.array([measure.value(np.divide, cell, reference) for cell in shown])
     for cell, at in zip(shown, x, strict=True):
-        found, colour = measure.interval(identity, cell), LINES[kinds.index(cell.records[0].arm.format.kind)]
+        found, colour = (
+            measure.interval(np.divide, cell, reference),
+            LINES[kinds.index(cell.records[0].arm.format.kind)],
+        )
         ax.plot([at, at], [found.low, found.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
         ax.plot(at, found.estimate, marker="o", ms=5, color=colour, zorder=3)
     order = np.lexsort((y, x))
     best = order[np.minimum.accumulate(y[order]) == y[order]]
     ax.plot(x[best], y[best], color="#888888", lw=1, ls="--", zorder=1)
-    ax.set_yscale("log")
-    plain_ticks(ax.yaxis)
+    ax.axhline(1, color="#000000", lw=1)
+    draw_times(ax, measure, reference)
     ax.margins(x=0.12)
     ax.set_xlabel("Stored bits a weight, scales included")
-    ax.set_ylabel(axis_title(measure, "log scale, "))
     texts = [ax.text(*at, _title(cell), fontsize=7, path_effects=[HALO]) for cell, *at in zip(shown, x, y, strict=True)]
-    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
-    adjust_text(texts, x=list(x), y=list(y), ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.3, 1.7))
+    move_apart(ax, texts, list(x), list(y))
 
 
 def _frontier_title(measure: Measure, shown: list[Cell]) -> str:

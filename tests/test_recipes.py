@@ -256,6 +256,8 @@ def test_the_figure_names_the_frontier(picture, budget):
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in ax.texts]
     for a, b in itertools.combinations(boxes, 2):
         assert min(a.x1, b.x1) - max(a.x0, b.x0) <= 1 or min(a.y1, b.y1) - max(a.y0, b.y0) <= 0.25 * a.height
+    points = [(*line.get_xdata(), *line.get_ydata()) for line in ax.lines if len(line.get_xdata()) == 1]
+    assert (found.family.reference.size, 1.0) in points  # heights are beside the reference
     lines = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
     assert lines == ([budget] if budget and budget < 100 else [])
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
