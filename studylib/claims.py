@@ -361,7 +361,7 @@ CLAIMS = {
             "C9",
             "L4Q converges faster than QLoRA",
             "Figure only",
-            "Half-way through training, the validation loss of L4Q is below that of QLoRA* for every seed",
+            "Half-way through training, the validation loss of L4Q is below that of QLoRA* over all seeds",
             (Setting(L4Q, "4-16-16"), Setting(QLORA, "4-16-16", UNIFORM[4])),
             converges_faster,
             measures=response_measures,

@@ -213,11 +213,12 @@ class Measure:
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
         """95% interval of contrast(value of each cell), resampling the items that all of them were scored on.
 
-        Seeds that are common to all cells with several are resampled too; else scores are averaged over seeds.
+        The spread counts too over seeds that all cells with several have; else scores are averaged over them.
         """
         strata, statistic = self._statistic()
         seeds = _common_seeds(cells)
-        draws = int(np.clip(RESAMPLED // (self.items * max(1, len(seeds))), 1_000, 10_000))
+        multiplies = self.is_perplexity and contrast in (identity, np.divide)
+        draws = int(np.clip(RESAMPLED // self.items, 1_000, 10_000))
         scores = [
             np.stack([self._scores(cell, seed) for seed in seeds])
             if len(seeds) > 1 and len(cell.records) > 1
@@ -225,8 +226,17 @@ class Measure:
             for cell in cells
         ]
         return paired_bootstrap(
-            lambda *values: contrast(*map(statistic, values)), *scores, strata=strata, draws=draws, family=self.family
+            lambda *values: contrast(*map(statistic, values)),
+            *scores,
+            strata=strata,
+            draws=draws,
+            family=self.family,
+            multiplies=multiplies,
         )
+
+    def above(self, cell: Cell, other: Cell) -> Interval:
+        """A perplexity above another's, as a share."""
+        return self.interval(np.divide, cell, other).mapped(lambda times: times - 1)
 
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
         """contrast(value of each cell), without an interval; of one seed where given."""
@@ -372,7 +382,9 @@ def speedup(measure: Measure, cell: Cell, fast: str, slow: str) -> Interval:
     """How many times as fast a decoded token is in one of execution.EXECUTIONS as in another: the ratio of the medians
     of their rounds, which took turns."""
     times = [cell.scores(f"{measure.name}/{kind}") for kind in (fast, slow)]
-    return paired_bootstrap(lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), *times, family=measure.family)
+    return paired_bootstrap(
+        lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), *times, family=measure.family, multiplies=True
+    )
 
 
 def task_measures(records: Sequence[Record]) -> list[Measure]:

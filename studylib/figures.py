@@ -52,6 +52,7 @@ from studylib.drawing import (
     set_title,
 )
 from studylib.records import Record
+from studylib.statistics import Interval
 
 CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
 MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge with an arrow and their value
@@ -240,8 +241,7 @@ def _beside(baseline: Setting, setting: Setting) -> str:
 
 
 def _difference(ax: Axes, measure: Measure, base: Cell, cell: Cell, row: float) -> None:
-    contrast = _change if measure.is_perplexity else np.subtract
-    found = measure.interval(lambda a, b: contrast(b, a), base, cell)
+    found = _change(measure, base, cell) if measure.is_perplexity else measure.interval(np.subtract, cell, base)
     limit = 100 * MOST_CHANGE if measure.is_perplexity else np.inf
     fill = "#FFFFFF" if found.low <= 0 <= found.high else "#0072B2"
     beyond = found.estimate > limit
@@ -254,8 +254,9 @@ def _difference(ax: Axes, measure: Measure, base: Cell, cell: Cell, row: float) 
                 va="center", fontsize=7.5, color="#0072B2", path_effects=[HALO])  # fmt: skip
 
 
-def _change(value: np.ndarray, base: np.ndarray) -> np.ndarray:
-    return 100 * (value / base - 1)
+def _change(measure: Measure, base: Cell, cell: Cell) -> Interval:
+    """Of a perplexity, in %."""
+    return measure.above(cell, base).mapped(lambda share: 100 * share)
 
 
 def _change_text(value: float) -> str:
@@ -264,7 +265,7 @@ def _change_text(value: float) -> str:
 
 def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
     def text(cell: Cell) -> str:
-        found = measure.interval(lambda a, b: _change(b, a), base, cell)
+        found = _change(measure, base, cell)
         return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: signed(x, _change_text) + '%')}"
 
     if not others:
@@ -318,7 +319,7 @@ def _cache_label(setting: Setting) -> str:
 def _cache_title(full: Cell, others: list[Cell], measure: Measure) -> str:
     def text(cell: Cell) -> str:
         share = cell.records[0].metrics["bytes/cache_per_token"] / full.records[0].metrics["bytes/cache_per_token"]
-        cost = measure.interval(lambda f, c: c / f - 1, full, cell)
+        cost = measure.above(cell, full)
         way = _cache_label(cell.setting).replace("\n", " ")
         return f"{cost.text(percent)} at {percent(share)} of the bytes ({way})"
 

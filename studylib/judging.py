@@ -66,7 +66,7 @@ class Finding:
 def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list[Finding]:
     """One finding a measure; a single one without an effect where an arm was not run, or diverged for any seed.
 
-    Intervals resample the items that all arms of the claim share and, where there are several, their seeds. Those shown
+    Intervals resample the items that all arms of the claim share and count the spread over their seeds. Those shown
     are 95%; verdicts rest on wider ones, by Bonferroni for `family` claims of a paper.
     """
     if claim.test is None:

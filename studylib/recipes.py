@@ -102,7 +102,7 @@ class Family:
     def above(self, candidate: Candidate, other: Candidate, comparisons: int = 1) -> Interval:
         """The candidate's perplexity above the other's, as a share; `bounds` hold for all comparisons at once."""
         measure = dataclasses.replace(self.measure, family=comparisons)
-        return measure.interval(lambda a, b: b / a - 1, other.cell, candidate.cell)
+        return measure.above(candidate.cell, other.cell)
 
     def frontier(self) -> list[Candidate]:
         """The candidates that none is as small and as good as, the smallest first."""

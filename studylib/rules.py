@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ from studylib.effects import (
 )
 from studylib.execution import ADAPTED, EXECUTIONS, PACKED
 from studylib.records import Record
-from studylib.statistics import Interval
+from studylib.statistics import Interval, paired_bootstrap
 
 POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
 SHARE = 0.05  # tolerance in perplexity: five percent
@@ -105,7 +106,7 @@ def no_loss(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
 
 
 def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
-    found = measure.interval(lambda f, c: c / f, full, cell)
+    found = measure.interval(np.divide, cell, full)
     effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES)
     return together([effect], f"{cell.title} has {effect.text} full precision's.")
 
@@ -180,12 +181,9 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     def half_way(record: Record) -> float:
         return record.curve[len(record.curve) // 2]["loss"]
 
-    found, seeds, decided = _by_seed(lambda own, other: half_way(other) - half_way(own), fast, slow)
+    found, seeds, decided = _by_seed(measure, lambda own, other: half_way(other) - half_way(own), fast, slow)
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
-    text = (
-        f"half-way, the validation loss of {slow.title} is {effect.text} above that of {fast.title} "
-        f"({seeds}, lowest and highest in brackets)."
-    )
+    text = f"half-way, the validation loss of {slow.title} is {effect.text} above that of {fast.title} ({seeds})."
     return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
 
 
@@ -194,10 +192,10 @@ def takes_at_most(times: float) -> Callable[..., Outcome]:
 
     def rule(measure: Measure, usual: Cell, cell: Cell) -> Outcome:
         found, seeds, decided = _by_seed(
-            lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
+            measure, lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
         )
         effect = Effect(found, TIMES, f"the time of {usual.title}, by {cell.title}, {seeds}", below=times, papers=False)
-        text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds}, lowest and highest in brackets)."
+        text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds})."
         return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
 
     return rule
@@ -217,13 +215,15 @@ def decodes_faster(times: float) -> Callable[..., Outcome]:
     return rule
 
 
-def _by_seed(contrast: Callable[[Record, Record], float], a: Cell, b: Cell) -> tuple[Interval, str, bool]:
-    """One number for each seed of both: their mean, the lowest and the highest; how many, in words; if they say more
-    than one run does."""
+def _by_seed(
+    measure: Measure, contrast: Callable[[Record, Record], float], a: Cell, b: Cell
+) -> tuple[Interval, str, bool]:
+    """One number for each seed of both: their mean with Student's interval; how many, in words; if they say more than
+    one run does."""
     own, other = ({record.arm.seed: record for record in cell.records} for cell in (a, b))
-    found = [contrast(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+    found = [[contrast(own[seed], other[seed])] for seed in sorted(own.keys() & other.keys())]
     seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
-    return Interval(float(np.mean(found)), min(found), max(found)), seeds, len(found) > 1
+    return paired_bootstrap(partial(np.mean, axis=-1), found, family=measure.family), seeds, len(found) > 1
 
 
 def generalises(measure: Measure, generated: Cell, wikipedia: Cell, c4: Cell) -> Outcome:
@@ -256,7 +256,7 @@ def _worse(measure: Measure, a: Cell, b: Cell, what: str = "", papers: bool = Tr
     """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
     what = what or f"{_short(b)} behind {_short(a)}"
     if measure.is_perplexity:
-        return Effect(measure.interval(lambda x, y: y / x - 1, a, b), COST, what, papers=papers)
+        return Effect(measure.above(b, a), COST, what, papers=papers)
     return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, papers=papers)
 
 

@@ -98,7 +98,7 @@ def _rows_title(measure: Measure, shown: list[Cell]) -> str:
             key=lambda cell: measure.value(identity, cell),
         )
         if len(ranked) > 1:
-            lead = measure.interval(lambda best, next: next / best - 1, *ranked[:2])
+            lead = measure.above(ranked[1], ranked[0])
             found.append(f"{ranked[0].title} ({ranked[1].title} is {lead.text(percent)} worse)")
         elif ranked and ranked[0].method in TUNED:
             found.append(ranked[0].title)
@@ -133,7 +133,7 @@ def format_table(records: Sequence[Record]) -> pd.DataFrame:
                 row[name] = measure.text(measure.value(identity, cell))
             elif measure.is_perplexity:
                 row[name] = measure.text(measure.value(identity, cell))
-                row[f"{name}: cost"] = measure.interval(lambda f, c: c / f - 1, full, cell).text(percent)
+                row[f"{name}: cost"] = measure.above(cell, full).text(percent)
             else:
                 row[f"{name}: loss, points"] = measure.interval(measure.loss, full, cell).text(points)
         shown.append(row)
@@ -205,7 +205,7 @@ def _frontier_title(measure: Measure, shown: list[Cell]) -> str:
         return f"{capital(measure.title)} by number format"
     near = [cell for cell in affine if _bits(cell) <= _bits(normal) + NEAR_BITS]
     best = min(near or affine, key=lambda cell: measure.value(identity, cell))
-    change = measure.interval(lambda nf, other: other / nf - 1, normal, best)
+    change = measure.above(best, normal)
     return (
         f"{_title(best)} ({_bits(best):.2f} bits) beside {_title(normal)} ({_bits(normal):.2f} bits): {measure.title} "
         f"{change.text(lambda share: signed(share, percent))}"

@@ -34,7 +34,7 @@ def test_a_share_of_correct_items_has_the_binomial_interval():
     scores = np.repeat([1.0, 0.0], [60, 140])
     found = paired_bootstrap(lambda x: x.mean(-1), scores, draws=40_000)
     low, high = scipy.stats.binom(200, 0.3).ppf([0.025, 0.975]) / 200
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.0051)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.007)
 
 
 def test_intervals_cover_as_often_as_they_say():
@@ -98,7 +98,7 @@ def draw_runs(random, seeds, items, effect):
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_intervals_over_seeds_cover_nearly_as_often_as_they_say(seeds):
+def test_intervals_over_seeds_cover_as_often_as_they_say(seeds):
     random, hits, ignorant, runs = np.random.default_rng(5), 0, 0, 300
     for _ in range(runs):
         a, b = draw_runs(random, seeds, 40, 0.2)
@@ -106,8 +106,41 @@ def test_intervals_over_seeds_cover_nearly_as_often_as_they_say(seeds):
         averaged = paired_bootstrap(difference, a.mean(0), b.mean(0), draws=600)
         hits += found.low <= 0.2 <= found.high
         ignorant += averaged.low <= 0.2 <= averaged.high
-    # A handful of seeds cannot show their own spread; averaging them away pretends that there is none.
-    assert hits / runs >= {2: 0.70, 3: 0.80, 5: 0.86}[seeds] and ignorant < hits
+    assert hits / runs >= 0.92 and ignorant < hits  # averaging seeds away pretends that there is no spread
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_seeds_that_differ_make_no_effect_of_nothing(seeds):
+    random, wrong, runs = np.random.default_rng(8), 0, 400
+    for _ in range(runs):
+        found = paired_bootstrap(difference, *draw_runs(random, seeds, 40, 0.0), draws=600)
+        wrong += found.low > 0
+    assert wrong / runs <= 0.05
+
+
+def test_one_number_a_seed_gets_students_interval():
+    values = np.random.default_rng(9).normal(1.0, 0.3, size=5)
+    found = paired_bootstrap(lambda x: x.mean(-1), values[:, None], family=12)
+    low, high = scipy.stats.t.interval(1 - 0.05 / 12, 4, values.mean(), scipy.stats.sem(values))
+    expected = scipy.stats.t.interval(0.95, 4, values.mean(), scipy.stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected) and found.surely == pytest.approx((low, high))
+
+
+def test_errors_that_multiply_are_widened_on_a_log_scale():
+    losses = np.random.default_rng(11).normal(3.0, 0.5, size=(2, 12))
+    found = paired_bootstrap(perplexity, losses, multiplies=True, family=12)
+    expected = paired_bootstrap(lambda x: x.mean(-1), losses, family=12).mapped(np.exp)
+    numbers = [(each.estimate, each.low, each.high, *each.surely) for each in (found, expected)]
+    assert numbers[0] == pytest.approx(numbers[1])
+
+
+def test_a_few_items_get_nearly_students_interval():
+    """Means of 8 normal numbers; percentiles alone leave the true mean out in one case of eight."""
+    random, hits, runs = np.random.default_rng(10), 0, 600
+    for _ in range(runs):
+        found = paired_bootstrap(lambda x: x.mean(-1), random.normal(size=8), draws=1000)
+        hits += found.low <= 0 <= found.high
+    assert hits / runs == pytest.approx(0.95, abs=0.025)
 
 
 def test_many_claims_without_any_effect_are_rarely_reproduced():
