@@ -335,7 +335,7 @@ def learning_curve(records: Sequence[Record]) -> Figure:
         return empty_figure("No arm was trained")
     with mpl.rc_context(STYLE):
         figure, (ax,) = new_panels(1, width=9.5, height=5)
-        ends, changes = [], {}
+        ends, changes, several = [], {}, len({cell.method for cell in cells}) > 1
         for at, cell in enumerate(cells):
             tokens = np.array([entry["tokens"] for entry in cell.records[0].curve])
             losses = np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in cell.records])
@@ -345,6 +345,7 @@ def learning_curve(records: Sequence[Record]) -> Figure:
             if len(losses) > 1:
                 ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, lw=0)
             label = cell.setting.variant or f"{TITLES[cell.method]} {cell.bits}"
+            label = f"{TITLES[cell.method]}, {label}" if cell.setting.variant and several else label
             changes[label] = mean[-1] - mean[-2]
             ends.append((tokens[-1], mean[-1], label, style["color"]))
         drawn = np.concatenate([line.get_ydata() for line in ax.lines])

@@ -30,15 +30,14 @@ class Interval:
 
     @property
     def resolution(self) -> float:
-        """How far from a bound an effect must lie for `bounds` to leave that bound out in POWER of all cases.
+        """How far above a bound an effect must lie for `bounds` to leave that bound out in POWER of all cases.
 
-        The minimum detectable effect (Bloom 1995), in the estimate's unit: half the width of `bounds`, beyond which
+        The minimum detectable effect (Bloom 1995), in the estimate's unit: the lower side of `bounds`, beyond which
         half of the cases would be told, plus the normal quantile of POWER times the standard error, which is taken from
-        the interval's own width as if estimates were normal. 0 where nothing varies.
+        the lower side of the interval as if estimates were normal. 0 where nothing varies.
         """
-        low, high = self.bounds
-        error = (self.high - self.low) / 2 / ndtri((1 + self.level) / 2)
-        return float((high - low) / 2 + ndtri(POWER) * error)
+        error = (self.estimate - self.low) / ndtri((1 + self.level) / 2)
+        return float(self.estimate - self.bounds[0] + ndtri(POWER) * error)
 
     def mapped(self, increasing: Callable[[float], float]) -> "Interval":
         """The interval of an increasing function of the estimate."""

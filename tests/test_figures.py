@@ -41,6 +41,11 @@ def test_title_axes_and_legend(ablations, draw, tmp_path):
     assert all(ax.get_xlabel() for ax in figure.axes) and figure.axes[0].get_ylabel()
 
 
+def test_a_curve_of_several_methods_names_them(tuned):
+    labels = [text.get_text() for text in figures.learning_curve(tuned).axes[0].texts]
+    assert {"L4Q 4-16-16", "QLoRA, rank 4"} <= set(labels)
+
+
 def test_titles_say_the_finding(picture):
     assert "RTN multiplies perplexity on Wikipedia by 1.01 at 8-8-8" in flat(figures.bit_allocation(picture))
     assert "Wikipedia that RTN loses at 4-8-4: by LLM-QAT 85% [85%, 85%]" in flat(figures.recovery(picture))

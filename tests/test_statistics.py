@@ -171,7 +171,7 @@ def test_an_effect_as_far_from_a_bound_as_the_resolution_is_told_in_most_cases(f
 
     nothing, found = told(0.0)
     resolution = np.mean([each.resolution for each in found])
-    half_width = np.mean([each.bounds[1] - each.bounds[0] for each in found]) / 2
+    half_width = np.mean([each.estimate - each.bounds[0] for each in found])
     error = 1 / np.sqrt(60)
     normal = scipy.stats.norm
     assert resolution == pytest.approx(error * (normal.ppf(1 - 0.025 / family) + normal.ppf(POWER)), rel=0.05)
