@@ -27,7 +27,7 @@ from studylib.comparison import (
     text_measures,
 )
 from studylib.figures import CONTEXT, frontier, megabytes
-from studylib.records import Record
+from studylib.records import Record, seconds_alone
 from studylib.rules import SHARE
 from studylib.statistics import Interval
 from studylib.tables import as_markdown
@@ -152,16 +152,8 @@ def families(records: Sequence[Record]) -> list[Family]:
 
 
 def _minutes(cell: Cell, records: Sequence[Record]) -> dict[str, float]:
-    def longest(phase: str, arm: Arm) -> float:
-        alike = [record for record in records if _shared(phase, record.arm) == _shared(phase, arm)]
-        return max(record.cost["seconds"].get(phase, 0.0) for record in alike) / 60
-
-    return {phase: float(np.mean([longest(phase, record.arm) for record in cell.records])) for phase in PHASES}
-
-
-def _shared(phase: str, arm: Arm) -> object:
-    """What arms have in common that do the work of a phase once for all of them."""
-    return arm.data if phase == "data" else arm.as_trained
+    alone = [seconds_alone(record, records) for record in cell.records]
+    return {phase: float(np.mean([seconds.get(phase, 0.0) for seconds in alone])) / 60 for phase in PHASES}
 
 
 def check_budget(budget: float | None) -> None:

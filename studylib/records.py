@@ -11,6 +11,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -187,6 +188,18 @@ def read_records(folder: str | Path) -> Iterator[Record]:
     """All records in a folder of record files, in the order of their names."""
     for path in sorted(Path(folder).glob("*.json")):
         yield read_record(path)
+
+
+def seconds_alone(record: Record, records: Sequence[Record]) -> dict[str, float]:
+    """Seconds of each phase of a record's arm, had it been run alone: text, and a training that is deployed in several
+    ways, are made once by the first of the arms that share them."""
+
+    own = dict(record.cost["seconds"])
+    for phase, shared in (("data", attrgetter("data")), ("train", attrgetter("as_trained"))):
+        if phase in own:
+            alike = (other for other in records if shared(other.arm) == shared(record.arm))
+            own[phase] = max(other.cost["seconds"].get(phase, 0.0) for other in alike)
+    return own
 
 
 @functools.cache

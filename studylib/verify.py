@@ -9,7 +9,7 @@ import torch
 
 from studylib import experiments
 from studylib.comparison import points
-from studylib.records import FINISHED, Record
+from studylib.records import FINISHED, Record, seconds_alone
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # tolerances where the reference has one seed: 2% of a perplexity, 2 points
 SPREADS = 2.0  # with several seeds: so many times their standard deviation, if that is more
@@ -42,29 +42,26 @@ class Difference:
 def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> list[Record]:
     """Reference records to run again: those whose title holds one of `wanted`, or as many as fit into `minutes`.
 
-    The latter are the cheapest of each method in turn, by what they once cost. Raises ValueError where none is left.
+    The latter are the cheapest of each method in turn, by what they cost alone. Raises ValueError where none is left.
     """
     finished = [record for record in records if record.status == FINISHED]
     if wanted:
         chosen = [record for record in finished if any(text in record.arm.title for text in wanted)]
     else:
+        minutes_of = {record.key: sum(seconds_alone(record, records).values()) / 60 for record in finished}
         chosen, spent = [], 0.0
         by_method: dict[str, list[Record]] = {}
-        for record in sorted(finished, key=_minutes):
+        for record in sorted(finished, key=lambda record: minutes_of[record.key]):
             by_method.setdefault(record.arm.method, []).append(record)
         turns = [queue[i] for i in range(len(finished)) for queue in by_method.values() if i < len(queue)]
         for record in turns:
-            if spent + _minutes(record) <= minutes:
+            if spent + minutes_of[record.key] <= minutes:
                 chosen.append(record)
-                spent += _minutes(record)
+                spent += minutes_of[record.key]
     if not chosen:
         what = f"holds {' or '.join(map(repr, wanted))} in its title" if wanted else f"fits into {minutes:g} minutes"
         raise ValueError(f"reference: none of its {len(finished)} arms {what}; `study list --results` shows them")
     return chosen
-
-
-def _minutes(record: Record) -> float:
-    return sum(record.cost["seconds"].values()) / 60
 
 
 def compare(reference: Record, found: Record, all_records: Sequence[Record]) -> list[Difference]:

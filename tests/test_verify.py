@@ -71,6 +71,14 @@ def test_a_sample_fits_the_minutes_and_holds_every_method(picture):
         choose(picture, [], 0.01)
 
 
+def test_what_an_arm_shared_counts_where_it_is_run_alone(make_record):
+    first, other = (make_record(LLM_QAT, "4-8-4"), make_record(LLM_QAT, "4-8-8"))
+    first.cost["seconds"]["data"], other.cost["seconds"]["data"] = 600.0, 0.1  # the first made the text of both
+    assert choose([first, other], ["4-8-8"], 0) == [other]
+    with pytest.raises(ValueError, match="fits into 5 minutes"):
+        choose([first, other], [], 5)
+
+
 def test_a_reference_without_records_is_named(tmp_path, capsys):
     assert main(["verify", "--reference", str(tmp_path)]) == 2
     assert "holds no records" in capsys.readouterr().err
