@@ -193,7 +193,6 @@ def read_records(folder: str | Path) -> Iterator[Record]:
 def seconds_alone(record: Record, records: Sequence[Record]) -> dict[str, float]:
     """Seconds of each phase of a record's arm, had it been run alone: text, and a training that is deployed in several
     ways, are made once by the first of the arms that share them."""
-
     own = dict(record.cost["seconds"])
     for phase, shared in (("data", attrgetter("data")), ("train", attrgetter("as_trained"))):
         if phase in own:

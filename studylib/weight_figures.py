@@ -177,15 +177,12 @@ def _bits(cell: Cell) -> float:
 def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None) -> None:
     reference = full if full and full.records else min(shown, key=lambda cell: measure.value(identity, cell))
     kinds = list(dict.fromkeys(cell.records[0].arm.format.kind for cell in shown))
-    x = np.array([_bits(cell) for cell in shown])
-    y = np.array([measure.value(np.divide, cell, reference) for cell in shown])
-    for cell, at in zip(shown, x, strict=True):
-        found, colour = (
-            measure.interval(np.divide, cell, reference),
-            LINES[kinds.index(cell.records[0].arm.format.kind)],
-        )
-        ax.plot([at, at], [found.low, found.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
-        ax.plot(at, found.estimate, marker="o", ms=5, color=colour, zorder=3)
+    found = [measure.interval(np.divide, cell, reference) for cell in shown]
+    x, y = np.array([_bits(cell) for cell in shown]), np.array([interval.estimate for interval in found])
+    for cell, at, interval in zip(shown, x, found, strict=True):
+        colour = LINES[kinds.index(cell.records[0].arm.format.kind)]
+        ax.plot([at, at], [interval.low, interval.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
+        ax.plot(at, interval.estimate, marker="o", ms=5, color=colour, zorder=3)
     order = np.lexsort((y, x))
     best = order[np.minimum.accumulate(y[order]) == y[order]]
     ax.plot(x[best], y[best], color="#888888", lw=1, ls="--", zorder=1)

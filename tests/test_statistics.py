@@ -33,8 +33,10 @@ def test_pairing_matters():
 def test_a_share_of_correct_items_has_the_binomial_interval():
     scores = np.repeat([1.0, 0.0], [60, 140])
     found = paired_bootstrap(lambda x: x.mean(-1), scores, draws=40_000)
-    low, high = scipy.stats.binom(200, 0.3).ppf([0.025, 0.975]) / 200
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.007)
+    percentiles = scipy.stats.binom(200, 0.3).ppf([0.025, 0.975]) / 200
+    students = scipy.stats.t.ppf(0.975, 199) / scipy.stats.norm.ppf(0.975) * np.sqrt(200 / 199)
+    low, high = 0.3 + (percentiles - 0.3) * students
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.0051)
 
 
 def test_intervals_cover_as_often_as_they_say():
