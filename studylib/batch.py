@@ -7,13 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import nbformat
-import papermill
 from matplotlib.figure import Figure
-from nbconvert import HTMLExporter
-from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pandas import DataFrame
-from traitlets.config import Config
 
 from studylib.comparison import Setting, listed
 from studylib.records import Record, read_record
@@ -43,6 +38,8 @@ def _sums_up(notebook: Path) -> bool:
 
 def default_parameters(notebook: Path) -> dict:
     """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
+    import papermill  # not where a notebook imports this module: a second and a half
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     found = {name: ast.literal_eval(entry["default"]) for name, entry in papermill.inspect_notebook(notebook).items()}
     if not found:
@@ -92,6 +89,12 @@ def execute(notebook: Path, output: Path, parameters: dict) -> Path:
     What it prints, the progress bar above all, goes to this process's streams as it appears. A failing cell raises
     papermill.PapermillExecutionError, and the copy holds everything up to there.
     """
+    import nbformat
+    import papermill
+    from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+    from traitlets.config import Config
+
     output.mkdir(parents=True, exist_ok=True)
     copy = output / notebook.name
     papermill.execute_notebook(

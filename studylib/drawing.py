@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator, StrMethodFormatter
 
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA
 from studylib.arms import (
@@ -41,7 +41,7 @@ COLOURS = {
     SMOOTHQUANT_QAT: "#56B4E9",
     ENCODED: "#D55E00",
     EXECUTED: "#009E73",
-    LORA: "#000000",
+    LORA: "#666666",
     QLORA: "#0072B2",
     GPTQ_LORA: "#009E73",
     QA_LORA: "#E69F00",
@@ -49,7 +49,7 @@ COLOURS = {
     L4Q: "#D55E00",
     QAT: "#CC79A7",
 }
-MARKERS = dict(zip(TITLES, "Ds^vPoXsPDo^vpXP", strict=True))
+MARKERS = dict(zip(TITLES, "Ds^vPoXsPho^vpXP", strict=True))
 HOLLOW = (RTN, SMOOTHQUANT, GPTQ, AWQ, ENCODED)
 STYLE = {
     "font.size": 9,
@@ -81,9 +81,9 @@ def new_panels(count: int, width: float, height: float, sharey: bool = False) ->
     return figure, axes
 
 
-def plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10, ... on a log axis, without powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def plain_ticks(axis: Axis, at: Locator | None = None) -> None:
+    """1, 2, 5, 10, ... on a log axis, or what `at` finds, without powers of ten."""
+    axis.set_major_locator(at or LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
@@ -91,10 +91,7 @@ def plain_ticks(axis: Axis) -> None:
 def draw_times(ax: Axes, measure: Measure, reference: Cell) -> None:
     """Make the vertical axis that of a perplexity beside the reference's, on a log scale."""
     ax.set_yscale("log")
-    plain_ticks(ax.yaxis)
-    ax.yaxis.set_major_locator(
-        FixedLocator((0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 6, 8))
-    )
+    plain_ticks(ax.yaxis, FixedLocator((0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 6, 8)))
     ax.set_ylabel(f"{capital(measure.title)},\ntimes that of {reference.title} (log scale, lower is better)")
 
 

@@ -336,11 +336,16 @@ def learning_curve(records: Sequence[Record]) -> Figure:
     with mpl.rc_context(STYLE):
         figure, (ax,) = new_panels(1, width=9.5, height=5)
         ends, changes, several = [], {}, len({cell.method for cell in cells}) > 1
+        dashes = ["-", "--", ":", "-."]
         for at, cell in enumerate(cells):
             tokens = np.array([entry["tokens"] for entry in cell.records[0].curve])
             losses = np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in cell.records])
             mean = losses.mean(0)
-            style = {"color": LINES[at % len(LINES)], "ls": ["-", "--", ":"][at // len(LINES) % 3]}
+            if several:
+                alike = sum(other.method == cell.method for other in cells[:at])
+                style = {"color": COLOURS[cell.method], "ls": dashes[alike % len(dashes)]}
+            else:
+                style = {"color": LINES[at % len(LINES)], "ls": dashes[at // len(LINES) % len(dashes)]}
             ax.plot(tokens, mean, marker=".", lw=1.2, **style)
             if len(losses) > 1:
                 ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, lw=0)
@@ -355,9 +360,13 @@ def learning_curve(records: Sequence[Record]) -> Figure:
         ax.set_xlabel("Tokens seen in training")
         ax.set_ylabel("Held-out loss, nats a token (lower is better)")
         ranked = sorted(changes, key=changes.get)
-        found = listed([f"{signed(changes[name])} ({name})" for name in dict.fromkeys((ranked[0], ranked[-1]))])
+        found = listed([f"{signed(changes[name], _nats)} ({name})" for name in dict.fromkeys((ranked[0], ranked[-1]))])
         set_title(figure, f"Change of the held-out loss over the last quarter of training, nats a token: {found}")
     return figure
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4f}".replace("-", "−")
 
 
 def _by_damage(cells: Cells, measure: Measure) -> list[str]:

@@ -190,15 +190,24 @@ def read_records(folder: str | Path) -> Iterator[Record]:
         yield read_record(path)
 
 
+# What several arms of a model share, by the phase in which the first of them makes it.
+SHARED = {"data": attrgetter("model", "data"), "train": attrgetter("as_trained")}
+
+
 def seconds_alone(record: Record, records: Sequence[Record]) -> dict[str, float]:
-    """Seconds of each phase of a record's arm, had it been run alone: text, and a training that is deployed in several
-    ways, are made once by the first of the arms that share them."""
+    """Seconds of each phase of a record's arm, had it been run alone: what arms in `records` share with it, it makes
+    itself."""
     own = dict(record.cost["seconds"])
-    for phase, shared in (("data", attrgetter("data")), ("train", attrgetter("as_trained"))):
-        if phase in own:
-            alike = (other for other in records if shared(other.arm) == shared(record.arm))
-            own[phase] = max(other.cost["seconds"].get(phase, 0.0) for other in alike)
+    for phase in SHARED.keys() & own.keys():
+        own[phase] = max(other.cost["seconds"].get(phase, 0.0) for other in records if shares(phase, record, other))
     return own
+
+
+def shares(phase: str, record: Record, other: Record) -> bool:
+    """Whether one record's arm makes in `phase` what the other's needs as well: text, or a training that is deployed
+    in several ways."""
+    shared = SHARED[phase]
+    return shared(record.arm) == shared(other.arm)
 
 
 @functools.cache

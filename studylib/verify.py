@@ -9,7 +9,7 @@ import torch
 
 from studylib import experiments
 from studylib.comparison import points
-from studylib.records import FINISHED, Record, seconds_alone
+from studylib.records import FINISHED, SHARED, Record, seconds_alone, shares
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # tolerances where the reference has one seed: 2% of a perplexity, 2 points
 SPREADS = 2.0  # with several seeds: so many times their standard deviation, if that is more
@@ -42,22 +42,26 @@ class Difference:
 def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> list[Record]:
     """Reference records to run again: those whose title holds one of `wanted`, or as many as fit into `minutes`.
 
-    The latter are the cheapest of each method in turn, by what they cost alone. Raises ValueError where none is left.
+    The latter are the cheapest of each method in turn, the methods with the most arms first; what several of them share
+    is made once. Raises ValueError where none is left.
     """
     finished = [record for record in records if record.status == FINISHED]
     if wanted:
         chosen = [record for record in finished if any(text in record.arm.title for text in wanted)]
     else:
-        minutes_of = {record.key: sum(seconds_alone(record, records).values()) / 60 for record in finished}
+        seconds = {record.key: seconds_alone(record, records) for record in finished}
         chosen, spent = [], 0.0
         by_method: dict[str, list[Record]] = {}
-        for record in sorted(finished, key=lambda record: minutes_of[record.key]):
+        for record in sorted(finished, key=lambda record: sum(seconds[record.key].values())):
             by_method.setdefault(record.arm.method, []).append(record)
-        turns = [queue[i] for i in range(len(finished)) for queue in by_method.values() if i < len(queue)]
+        queues = sorted(by_method.values(), key=len, reverse=True)
+        turns = [queue[i] for i in range(len(finished)) for queue in queues if i < len(queue)]
         for record in turns:
-            if spent + minutes_of[record.key] <= minutes:
+            made = {phase for phase in SHARED if any(shares(phase, record, other) for other in chosen)}
+            further = sum(own for phase, own in seconds[record.key].items() if phase not in made) / 60
+            if spent + further <= minutes:
                 chosen.append(record)
-                spent += minutes_of[record.key]
+                spent += further
     if not chosen:
         what = f"holds {' or '.join(map(repr, wanted))} in its title" if wanted else f"fits into {minutes:g} minutes"
         raise ValueError(f"reference: none of its {len(finished)} arms {what}; `study list --results` shows them")

@@ -82,7 +82,7 @@ def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
                 ax.set_xscale("log")
                 plain_ticks(ax.xaxis)
             ax.margins(x=0.2)
-            ax.set_xlabel(axis_title(measure).replace(" (", "\n("))
+            ax.set_xlabel(axis_title(measure, "log scale, ").replace(" (", "\n("))
         axes[0].set_yticks(range(len(shown)), [cell.title for cell in shown])
         axes[0].set_ylim(len(shown) - 0.5, -0.5)
         finish(figure, _rows_title(panels[0], shown), cells)

@@ -79,6 +79,14 @@ def test_what_an_arm_shared_counts_where_it_is_run_alone(make_record):
         choose([first, other], [], 5)
 
 
+def test_what_chosen_arms_share_is_made_once(make_record):
+    first, other = (make_record(LLM_QAT, "4-8-4"), make_record(LLM_QAT, "4-8-8"))
+    first.cost["seconds"]["data"], other.cost["seconds"]["data"] = 600.0, 0.1
+    assert len(choose([first, other], [], 10 + 2 * 63 / 60 + 0.1)) == 2
+    elsewhere = dataclasses.replace(other, arm=dataclasses.replace(other.arm, model="another"), cost=first.cost)
+    assert len(choose([first, elsewhere], [], 10 + 2 * 63 / 60 + 0.1)) == 1
+
+
 def test_a_reference_without_records_is_named(tmp_path, capsys):
     assert main(["verify", "--reference", str(tmp_path)]) == 2
     assert "holds no records" in capsys.readouterr().err
