@@ -1,6 +1,7 @@
 """The reference against itself, against something else, and as a command."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from studylib.evaluation import Evaluation
 from studylib.records import Store
 from studylib.verify import choose, compare, verify
 
+PUBLISHED = Path(__file__).with_name("reference")
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=4, length=32))
 ARMS = [BUDGET.arm("tiny-random", method, bits) for method, bits in ((FULL_PRECISION, "16-16-16"), (RTN, "4-8-4"))]
 
@@ -29,6 +31,12 @@ def test_what_is_run_again_is_the_same_to_the_last_bit(reference, tmp_path, caps
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("pass  RTN 4-8-4: perplexity/wikipedia") and "the same, item by item" in shown[0]
     assert shown[1] == "1 of 1 numbers of 1 arms are as published."
+
+
+def test_each_system_gives_here_what_it_gave_where_it_was_recorded(tmp_path, capsys):
+    """LLM-QAT, QLoRA and L4Q on SmolLM2, a few steps each: neither this machine nor a newer library changes the study."""
+    assert main(["verify", "--reference", str(PUBLISHED), "--results", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert "6 of 6 numbers of 3 arms are as published." in capsys.readouterr().out
 
 
 def test_each_arm_has_as_many_threads_as_it_once_had(reference, tmp_path):
