@@ -1,6 +1,7 @@
 """What is run: an Arm says everything that determines a result, a Profile is a named budget to build arms from."""
 
 import dataclasses
+import functools
 import json
 import typing
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class Arm:
         bits = "" if self.method == FULL_PRECISION else f" {self.bits}"
         return TITLES[self.method] + bits + (f" ({self.variant})" if self.variant else "")
 
-    @property
+    @functools.cached_property
     def as_trained(self) -> "Arm":
         """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""
         format = None if self.method == LORA else self.format
