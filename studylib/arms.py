@@ -396,7 +396,7 @@ PROFILES = {
         Training(steps=4, batch=2, learning_rate=1e-3),
         Instructions(length=128),
         Tuning(steps=4, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
-        Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("piqa",), items=4, pairs=2),
+        Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("openbookqa",), items=4, pairs=2),
         seeds=(0,),
         block=32,
         decoding=Decoding(context=4, tokens=2, rounds=4),

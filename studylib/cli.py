@@ -157,18 +157,25 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.comparison import listed
+    from studylib.models import compute_dtype
     from studylib.records import read_records
     from studylib.verify import verify
 
     records = list(read_records(options.reference / "records"))
     if not records:
         raise ValueError(f"reference: {options.reference} holds no records")
+    here = str(compute_dtype()).removeprefix("torch.")
+    there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
+    if there != here:
+        print(f"Computed in {there} there and in {here} here: what differs by rounding, as another seed would, passes.")
     found = verify(records, options.arms, options.minutes, options.results.resolve())
     for difference in found:
         print(difference.text())
     failed = sum(not difference.passed for difference in found)
     arms = len({difference.arm for difference in found})
-    print(f"{len(found) - failed} of {len(found)} numbers of {arms} arms are as published.")
+    exact = sum(difference.exact for difference in found)
+    print(f"{len(found) - failed} of {len(found)} numbers of {arms} arms are as published, {exact} to the last bit.")
     return 1 if failed else 0
 
 

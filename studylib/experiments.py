@@ -161,16 +161,19 @@ def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, ba
     """Every arm once: first those that no other process is working on."""
     keep_freed_memory()
     waiting, parent = list(arms), multiprocessing.parent_process()
-    while waiting and (parent is None or parent.is_alive()):
-        with _locked(waiting, store) as arm:
-            waiting.remove(arm)
-            bar.set_description(arm.title)
-            end = bar.n + _work(arm)
-            if store.load(arm_key(arm)) is None:
-                store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
-                if not keep_checkpoints:
-                    shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
-            _advance(bar, end, end)
+    try:
+        while waiting and (parent is None or parent.is_alive()):
+            with _locked(waiting, store) as arm:
+                waiting.remove(arm)
+                bar.set_description(arm.title)
+                end = bar.n + _work(arm)
+                if store.load(arm_key(arm)) is None:
+                    store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
+                    if not keep_checkpoints:
+                        shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
+                _advance(bar, end, end)
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -250,6 +253,7 @@ def carry_out(
         tokens["evaluated"] = seen["tokens"]
     del model
     gc.collect()
+    gc.freeze()  # what is left are libraries, half a second to walk through each time anew
     numbers = metrics | sizes
     finite = all(map(math.isfinite, numbers.values())) and not diverged
     return Record(

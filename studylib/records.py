@@ -57,11 +57,12 @@ def code_hash(module: str) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
+_version = functools.cache(importlib.metadata.version)
+
+
 def code_versions(modules: Sequence[str], libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Hashes of the named studylib modules and the versions of the libraries that do arithmetic."""
-    return {f"studylib.{name}": code_hash(name)[:16] for name in modules} | {
-        name: importlib.metadata.version(name) for name in libraries
-    }
+    return {f"studylib.{name}": code_hash(name)[:16] for name in modules} | {name: _version(name) for name in libraries}
 
 
 def arm_code(arm: Arm) -> dict[str, str]:

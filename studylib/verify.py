@@ -1,32 +1,42 @@
 """Reproducibility: arms of the reference run anew, their numbers beside those that were published."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 
 from studylib import experiments
 from studylib.comparison import points
 from studylib.records import FINISHED, SHARED, Record, seconds_alone, shares
 
-PERPLEXITY, ACCURACY = 0.02, 0.02  # tolerances where the reference has one seed: 2% of a perplexity, 2 points
-SPREADS = 2.0  # with several seeds: so many times their standard deviation, if that is more
+PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
+NUMBERS = ("perplexity/", "accuracy/")
+LEVEL = 0.05  # chance that any of the compared numbers fails where only the arithmetic is another
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of a reference record and of its arm run anew: `change` relative for perplexities, absolute for shares
-    of right answers. exact: every score of every item is the same to the last bit."""
+    """A metric of a reference record and of its arm run anew: `change` of the logarithm of a perplexity, absolute for
+    shares of right answers. error: the standard error of the change between two runs whose arithmetic differs;
+    compared: with how many numbers it is judged. exact: every score of every item is the same to the last bit."""
 
     arm: str
     metric: str
     reference: float | None
     found: float | None
     change: float
-    tolerance: float
+    error: float
+    compared: int
     exact: bool
+
+    @property
+    def tolerance(self) -> float:
+        floor = PERPLEXITY if self.metric.startswith("perplexity/") else ACCURACY
+        return max(floor, float(ndtri(1 - LEVEL / 2 / self.compared)) * self.error)
 
     @property
     def passed(self) -> bool:
@@ -68,31 +78,51 @@ def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> 
     return chosen
 
 
-def compare(reference: Record, found: Record, all_records: Sequence[Record]) -> list[Difference]:
-    """Each perplexity and accuracy of the two records; tolerances from the spread over the seeds in `all_records`."""
-    answers = [name for name in reference.scores if not name.startswith("seconds/")]
-    exact = all(reference.scores[name] == found.scores.get(name) for name in answers)
-    differences = []
-    for metric, value in reference.metrics.items():
-        if not metric.startswith(("perplexity/", "accuracy/")):
-            continue
-        relative = metric.startswith("perplexity/")
-        own = found.metrics.get(metric)
-        change = np.inf if own is None else abs(own - value) / (value if relative else 1)
-        tolerance = _tolerance(metric, reference, all_records, relative)
-        differences.append(Difference(reference.arm.title, metric, value, own, float(change), tolerance, exact))
-    return differences
+def compare(pairs: Sequence[tuple[Record, Record]], records: Sequence[Record]) -> list[Difference]:
+    """Each perplexity and accuracy of each (reference, found) pair.
+
+    Where the arithmetic is another (threads, kernels, a type that the processor lacks) a rerun is like a fresh draw.
+    Two draws differ by the noise of the items, the standard error of their paired differences, and by that of training,
+    the standard deviation over seeds times the root of two: the arm's own in `records`, or the median of its method's
+    if that is more or there is but one seed. A number passes inside the normal interval that Bonferroni leaves to it.
+    """
+    numbers = [(*pair, metric) for pair in pairs for metric in pair[0].metrics if metric.startswith(NUMBERS)]
+    spreads = _spreads(records)
+    return [_difference(*number, spreads, len(numbers)) for number in numbers]
 
 
-def _tolerance(metric: str, reference: Record, records: Sequence[Record], relative: bool) -> float:
-    values = [
-        record.metrics[metric]
-        for record in records
-        if record.status == FINISHED
-        and (record.arm.title, record.arm.model) == (reference.arm.title, reference.arm.model)
-    ]
-    spread = SPREADS * float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return max(spread / (reference.metrics[metric] if relative else 1), PERPLEXITY if relative else ACCURACY)
+def _difference(reference: Record, found: Record, metric: str, spreads: dict, compared: int) -> Difference:
+    arm, value, own = reference.arm, reference.metrics[metric], found.metrics.get(metric)
+    scores = [name for name in reference.scores if not name.startswith("seconds/")]
+    exact = all(reference.scores[name] == found.scores.get(name) for name in scores)
+    change, error = 0.0 if own == value else np.inf, 0.0
+    if None not in (own, value):
+        change = abs(_additive(metric, own) - _additive(metric, value))
+        items = metric.replace("perplexity/", "loss/")
+        apart = np.subtract(found.scores[items], reference.scores[items])
+        training = max(spreads.get((name, arm.model, metric), 0.0) for name in (arm.title, arm.method))
+        error = np.sqrt(np.var(apart, ddof=1) / len(apart) + 2 * training**2)
+    return Difference(arm.title, metric, value, own, float(change), float(error), compared, exact)
+
+
+def _additive(metric: str, value: float) -> float:
+    return np.log(value) if metric.startswith("perplexity/") else value
+
+
+def _spreads(records: Sequence[Record]) -> dict[tuple[str, str, str], float]:
+    """Standard deviations over seeds by (title, model, metric), and the median of a method's by (method, model,
+    metric); of arms with several seeds."""
+    seeds, arms = defaultdict(list), {}
+    for record in records:
+        for metric, value in record.metrics.items():
+            if record.status == FINISHED and value is not None and metric.startswith(NUMBERS):
+                arms[record.arm.title, record.arm.model, metric] = record.arm.method
+                seeds[record.arm.title, record.arm.model, metric].append(_additive(metric, value))
+    found = {key: float(np.std(values, ddof=1)) for key, values in seeds.items() if len(values) > 1}
+    methods = defaultdict(list)
+    for (title, model, metric), spread in found.items():
+        methods[arms[title, model, metric], model, metric].append(spread)
+    return {key: float(np.median(values)) for key, values in methods.items()} | found
 
 
 def verify(records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path) -> list[Difference]:
@@ -110,7 +140,7 @@ def verify(records: Sequence[Record], wanted: Sequence[str], minutes: float, res
             found |= zip(arms, experiments.run(arms, results), strict=True)
     finally:
         torch.set_num_threads(threads)
-    return [difference for record in chosen for difference in compare(record, found[record.arm], records)]
+    return compare([(record, found[record.arm]) for record in chosen], records)
 
 
 def _threads(record: Record) -> int:

@@ -19,7 +19,7 @@ from studylib.execution import (
     int4_model,
 )
 from studylib.formats import EncodedLinear, Format
-from studylib.models import load_model
+from studylib.models import compute_dtype, load_model
 
 TOKENS = torch.arange(24).view(2, 12)
 AFFINE = Format("affine", 4, 32)
@@ -122,7 +122,12 @@ def test_an_arm_scores_the_kernel_as_the_decoded_weights_and_keeps_its_times(tmp
     )
     for metric in ("perplexity/wikipedia", "perplexity/responses"):
         assert packed.metrics[metric] == pytest.approx(decoded.metrics[metric], rel=1e-3)
-    assert packed.metrics["bytes/weights"] < decoded.metrics["bytes/weights"]  # scales and offsets in 16 bits
+    replaced = int4_model(attach(load_model("tiny-random"), QLORA, format=AFFINE, adapter=Adapter())).modules()
+    blocks = sum(
+        layer.in_features * layer.out_features // AFFINE.block for layer in replaced if isinstance(layer, Int4Linear)
+    )
+    kept, once = 2 * compute_dtype().itemsize, 4 + AFFINE.bits / 8  # bytes of a block's scale and offset
+    assert packed.metrics["bytes/weights"] - decoded.metrics["bytes/weights"] == blocks * (kept - once)
     assert all(len(packed.scores[f"seconds/{OWN}/{kind}"]) == budget.decoding.rounds for kind in EXECUTIONS)
     assert "studylib.execution" in packed.provenance["code"] and packed.cost["seconds"]["decode"] > 0
 
