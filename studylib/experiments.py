@@ -65,7 +65,7 @@ def check(arm: Arm) -> None:
     if arm.adapter:
         adapted_layers(skeleton, arm.adapter.layers)
     if arm.instructions:
-        encode(models.load_tokenizer(arm.model), training_pairs(arm.instructions.source)[0], arm.instructions.length)
+        _check_instructions(arm.model, arm.instructions.source, arm.instructions.length)
     if arm.format:
         for linear in decoder_linears(skeleton).values():
             arm.format.check_width(linear.in_features)
@@ -84,6 +84,11 @@ def check(arm: Arm) -> None:
     elif arm.data and arm.data.strategy == CHAT:
         chat_opening(models.load_tokenizer(arm.model))
     _check_evaluation(arm.model, arm.evaluation)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_instructions(model: str, source: str, length: int) -> None:
+    encode(models.load_tokenizer(model), training_pairs(source)[0], length)
 
 
 @functools.lru_cache(maxsize=8)

@@ -62,7 +62,7 @@ def shape():
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_record():
     """A record with chosen scores: mean losses (nats) by corpus, a share of right answers, noise shared by all arms."""
 
@@ -119,7 +119,7 @@ def make_record():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def picture(make_record):
     """Records of the papers' picture: 8 bits cost nothing, 4-8-4 breaks, training wins most of it back."""
     return [

@@ -17,13 +17,20 @@ from studylib.records import read_records
 from studylib.report import PAPERS, SUMMARY, summary, write_report
 
 
-@pytest.fixture
-def page(picture, tmp_path):
+@pytest.fixture(scope="module")
+def output(picture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output")
     drawn = {"bit_allocation": figures.bit_allocation(picture), "recovery": figures.recovery(picture)}
-    batch.publish(tmp_path, "04_ptq_vs_qat", picture, drawn, tables.scoreboard(picture))
-    batch.publish(tmp_path, "00_claims", picture, {"overview": drawn["recovery"]}, tables.scoreboard(picture))
-    notebooks = [tmp_path / "04_ptq_vs_qat.ipynb", tmp_path / "00_claims.ipynb"]
-    return write_report(tmp_path, picture, notebooks, "study run --notebooks 04 00").read_text()
+    batch.publish(folder, "04_ptq_vs_qat", picture, drawn, tables.scoreboard(picture))
+    batch.publish(folder, "00_claims", picture, {"overview": drawn["recovery"]}, tables.scoreboard(picture))
+    notebooks = [folder / "04_ptq_vs_qat.ipynb", folder / "00_claims.ipynb"]
+    write_report(folder, picture, notebooks, "study run --notebooks 04 00")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(output):
+    return (output / "report.html").read_text()
 
 
 class Reader(html.parser.HTMLParser):
@@ -129,8 +136,8 @@ def test_the_readme_shows_the_reference_results():
         assert all((reference / "records" / f"{key}.json").is_file() for key in keys)
 
 
-def test_published_files(page, picture, tmp_path):
-    folder = tmp_path / "04_ptq_vs_qat"
+def test_published_files(output, picture):
+    folder = output / "04_ptq_vs_qat"
     assert {path.name for path in folder.iterdir()} == {
         "bit_allocation.png",
         "bit_allocation.svg",
