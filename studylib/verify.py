@@ -15,18 +15,19 @@ from studylib.records import FINISHED, SHARED, Record, seconds_alone, shares
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
 NUMBERS = ("perplexity/", "accuracy/")
+TOGETHER = "all arms"
 LEVEL = 0.05  # chance that any of the compared numbers fails where only the arithmetic is another
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of a reference record and of its arm run anew: `change` of the logarithm of a perplexity, absolute for
-    shares of right answers. error: the standard error of the change between two runs whose arithmetic differs;
-    compared: with how many numbers it is judged. exact: every score of every item is the same to the last bit."""
+    """A metric of an arm run anew, and its change from the reference record: of the logarithm of a perplexity, of a
+    share of right answers. error: the change's standard error between two runs whose arithmetic differs; compared: with
+    how many numbers it is judged. exact: every score of every item is the same to the last bit. arm TOGETHER: the mean
+    change of all arms, where found is None."""
 
     arm: str
     metric: str
-    reference: float | None
     found: float | None
     change: float
     error: float
@@ -40,13 +41,14 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        return self.change <= self.tolerance
+        return abs(self.change) <= self.tolerance
 
     def text(self) -> str:
         """A line for a terminal."""
         how = "the same, item by item" if self.exact else f"off by {points(100 * self.change)}%"
-        allowed = f"allowed {points(100 * self.tolerance)}%"
-        return f"{'pass' if self.passed else 'FAIL'}  {self.arm}: {self.metric} {self.found:.4g}, {how} ({allowed})"
+        value = "on average" if self.arm == TOGETHER else "missing" if self.found is None else f"{self.found:.4g}"
+        verdict, allowed = "pass" if self.passed else "FAIL", points(100 * self.tolerance)
+        return f"{verdict}  {self.arm}: {self.metric} {value}, {how} (allowed {allowed}%)"
 
 
 def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> list[Record]:
@@ -85,10 +87,23 @@ def compare(pairs: Sequence[tuple[Record, Record]], records: Sequence[Record]) -
     Two draws differ by the noise of the items, the standard error of their paired differences, and by that of training,
     the standard deviation over seeds times the root of two: the arm's own in `records`, or the median of its method's
     if that is more or there is but one seed. A number passes inside the normal interval that Bonferroni leaves to it.
+    What moves all arms alike, each by less than its noise, shows in the mean change of each perplexity, which comes
+    last: weighted by their precision, none by more than the tolerance that it has at least.
     """
     numbers = [(*pair, metric) for pair in pairs for metric in pair[0].metrics if metric.startswith(NUMBERS)]
-    spreads = _spreads(records)
-    return [_difference(*number, spreads, len(numbers)) for number in numbers]
+    means = {metric for *_, metric in numbers if metric.startswith("perplexity/")} if len(pairs) > 1 else set()
+    spreads, compared = _spreads(records), len(numbers) + len(means)
+    found = [_difference(*number, spreads, compared) for number in numbers]
+    return found + [_mean([number for number in found if number.metric == metric]) for metric in sorted(means)]
+
+
+def _mean(numbers: Sequence[Difference]) -> Difference:
+    weights = np.array([max(number.error, PERPLEXITY) ** -2 for number in numbers])
+    change = float(np.average([number.change for number in numbers], weights=weights))
+    exact = all(number.exact for number in numbers)
+    return Difference(
+        TOGETHER, numbers[0].metric, None, change, float(weights.sum() ** -0.5), numbers[0].compared, exact
+    )
 
 
 def _difference(reference: Record, found: Record, metric: str, spreads: dict, compared: int) -> Difference:
@@ -97,12 +112,12 @@ def _difference(reference: Record, found: Record, metric: str, spreads: dict, co
     exact = all(reference.scores[name] == found.scores.get(name) for name in scores)
     change, error = 0.0 if own == value else np.inf, 0.0
     if None not in (own, value):
-        change = abs(_additive(metric, own) - _additive(metric, value))
+        change = _additive(metric, own) - _additive(metric, value)
         items = metric.replace("perplexity/", "loss/")
         apart = np.subtract(found.scores[items], reference.scores[items])
         training = max(spreads.get((name, arm.model, metric), 0.0) for name in (arm.title, arm.method))
         error = np.sqrt(np.var(apart, ddof=1) / len(apart) + 2 * training**2)
-    return Difference(arm.title, metric, value, own, float(change), float(error), compared, exact)
+    return Difference(arm.title, metric, own, float(change), float(error), compared, exact)
 
 
 def _additive(metric: str, value: float) -> float:
