@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="arms computed at a time (default: 1)")
+    _jobs(run)
     run.add_argument(
         "--set",
         nargs="+",
@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
     verify.add_argument("--reference", type=Path, default=REFERENCE, help="default: the results in the repository")
     verify.add_argument("--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title")
-    verify.add_argument("--minutes", type=float, default=15, help="else as many arms as fit (default: 15)")
+    verify.add_argument("--minutes", type=float, default=15, help="else what took so long there (default: 15)")
+    _jobs(verify)
     _results(verify)
     plan = commands.add_parser("plan", help="the memory that a fine-tuning would take, without any weights")
     plan.add_argument("--model", required=True, metavar="CONFIG", help="llama-7b, ..., a config.json, a model")
@@ -53,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--sequence", type=int, default=512, metavar="TOKENS", help="their length (default: 512)")
     plan.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
     return parser
+
+
+def _jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="arms computed at a time (default: 1)")
 
 
 def _budget(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +174,7 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
     if there != here:
         print(f"Computed in {there} there and in {here} here: what differs by rounding, as another seed would, passes.")
-    found = verify(records, options.arms, options.minutes, options.results.resolve())
+    found = verify(records, options.arms, options.minutes, options.results.resolve(), options.jobs)
     for difference in found:
         print(difference.text())
     failed = sum(not difference.passed for difference in found)

@@ -108,7 +108,7 @@ def gather(records: Sequence[Record]) -> Cells:
     for record in sorted(records, key=_order):
         grouped.setdefault(Setting.of(record.arm), []).append(record)
     for setting, group in grouped.items():
-        if len({_seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
+        if len({seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
             raise ValueError(f"records: there are different arms of {setting.title}; only seeds may differ")
     return {
         setting: Cell(
@@ -161,7 +161,8 @@ def _order(record: Record) -> tuple:
     return method > 0, -bits.weights, -bits.activations, -bits.cache, method, record.arm.variant != "", record.arm.seed
 
 
-def _seedless(record: Record) -> str:
+def seedless(record: Record) -> str:
+    """A record's arm without its seed and the tasks beyond ZERO_SHOT: equal for runs that differ in no more."""
     fields = asdict(record.arm)
     fields["evaluation"]["tasks"] = _shared(record.arm.evaluation).tasks
     for source in ("data", "instructions"):

@@ -10,8 +10,8 @@ import torch
 from scipy.special import ndtri
 
 from studylib import experiments
-from studylib.comparison import points
-from studylib.records import FINISHED, SHARED, Record, seconds_alone, shares
+from studylib.comparison import points, seedless
+from studylib.records import FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
 NUMBERS = ("perplexity/", "accuracy/")
@@ -115,7 +115,8 @@ def _difference(reference: Record, found: Record, metric: str, spreads: dict, co
         change = _additive(metric, own) - _additive(metric, value)
         items = metric.replace("perplexity/", "loss/")
         apart = np.subtract(found.scores[items], reference.scores[items])
-        training = max(spreads.get((name, arm.model, metric), 0.0) for name in (arm.title, arm.method))
+        alike = ((seedless(reference), metric), (arm.method, arm.model, metric))
+        training = max(spreads.get(key, 0.0) for key in alike)
         error = np.sqrt(np.var(apart, ddof=1) / len(apart) + 2 * training**2)
     return Difference(arm.title, metric, own, float(change), float(error), compared, exact)
 
@@ -124,35 +125,39 @@ def _additive(metric: str, value: float) -> float:
     return np.log(value) if metric.startswith("perplexity/") else value
 
 
-def _spreads(records: Sequence[Record]) -> dict[tuple[str, str, str], float]:
-    """Standard deviations over seeds by (title, model, metric), and the median of a method's by (method, model,
-    metric); of arms with several seeds."""
-    seeds, arms = defaultdict(list), {}
+def _spreads(records: Sequence[Record]) -> dict[tuple[str, ...], float]:
+    """Standard deviations over seeds, of arms with several: by (seedless arm, metric), and the median of a method's by
+    (method, model, metric)."""
+    arms = defaultdict(list)
     for record in records:
-        for metric, value in record.metrics.items():
-            if record.status == FINISHED and value is not None and metric.startswith(NUMBERS):
-                arms[record.arm.title, record.arm.model, metric] = record.arm.method
-                seeds[record.arm.title, record.arm.model, metric].append(_additive(metric, value))
-    found = {key: float(np.std(values, ddof=1)) for key, values in seeds.items() if len(values) > 1}
-    methods = defaultdict(list)
-    for (title, model, metric), spread in found.items():
-        methods[arms[title, model, metric], model, metric].append(spread)
-    return {key: float(np.median(values)) for key, values in methods.items()} | found
+        if record.status == FINISHED:
+            arms[seedless(record)].append(record)
+    found, methods = {}, defaultdict(list)
+    for key, seeds in arms.items():
+        for metric in (name for name in seeds[0].metrics if name.startswith(NUMBERS)):
+            values = [_additive(metric, record.metrics[metric]) for record in seeds if metric in record.metrics]
+            if len(values) > 1:
+                found[key, metric] = float(np.std(values, ddof=1))
+                methods[seeds[0].arm.method, seeds[0].arm.model, metric].append(found[key, metric])
+    return found | {key: float(np.median(values)) for key, values in methods.items()}
 
 
-def verify(records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path) -> list[Difference]:
+def verify(
+    records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path, jobs: int = 1
+) -> list[Difference]:
     """Run the chosen arms of `records` in the folder `results`, and compare. Records there are used where they match.
 
-    Each runs with as many threads as it once had: the order of a sum decides which way GPTQ rounds.
-    Raises ValueError as `choose` does, or for an arm that cannot be run here.
+    jobs: arms computed at a time. Each runs with as many threads as it once had: the order of a sum decides which way
+    GPTQ rounds. Raises ValueError as `choose` and experiments.run do.
     """
-    chosen, threads = choose(records, wanted, minutes), torch.get_num_threads()
+    chosen, threads, store = choose(records, wanted, minutes * max(1, jobs)), torch.get_num_threads(), Store(results)
     found = {}
     try:
         for cores in sorted({_threads(record) for record in chosen}):
-            torch.set_num_threads(cores)
             arms = [record.arm for record in chosen if _threads(record) == cores]
-            found |= zip(arms, experiments.run(arms, results), strict=True)
+            missing = sum(store.load(arm_key(arm)) is None for arm in arms)
+            torch.set_num_threads(cores * max(1, min(jobs, missing)))
+            found |= zip(arms, experiments.run(arms, results, jobs=jobs), strict=True)
     finally:
         torch.set_num_threads(threads)
     return compare([(record, found[record.arm]) for record in chosen], records)

@@ -47,15 +47,16 @@ def test_training_gives_here_what_it_gave_where_it_was_recorded(tmp_path):
     assert len(found) == 4 + 2 and all(number.passed for number in found), [number.text() for number in found]
 
 
-def test_each_arm_has_as_many_threads_as_it_once_had(reference, tmp_path):
+@pytest.mark.parametrize(("cores", "jobs"), [((2, 1), 1), ((1, 1), 2)])
+def test_each_arm_has_as_many_threads_as_it_once_had(reference, tmp_path, cores, jobs):
     def on(cores, record):
         hardware = record.provenance["hardware"] | {"cores": cores}
         return dataclasses.replace(record, provenance=record.provenance | {"hardware": hardware})
 
     before = torch.get_num_threads()
-    verify([on(cores, record) for cores, record in zip((2, 1), reference[1], strict=True)], [], 15, tmp_path / "again")
+    verify([on(*known) for known in zip(cores, reference[1], strict=True)], [], 15, tmp_path / "again", jobs)
     again = [Store(tmp_path / "again").load(record.key) for record in reference[1]]
-    assert [record.provenance["hardware"]["cores"] for record in again] == [2, 1]
+    assert tuple(record.provenance["hardware"]["cores"] for record in again) == cores
     assert torch.get_num_threads() == before
 
 
@@ -117,6 +118,11 @@ def test_what_chosen_arms_share_is_made_once(make_record):
     assert len(choose([first, other], [], 10 + 2 * 63 / 60 + 0.1)) == 2
     elsewhere = dataclasses.replace(other, arm=dataclasses.replace(other.arm, model="another"), cost=first.cost)
     assert len(choose([first, elsewhere], [], 10 + 2 * 63 / 60 + 0.1)) == 1
+
+
+def test_no_job_is_no_run(tmp_path, capsys):
+    assert main(["verify", "--jobs", "0", "--results", str(tmp_path)]) == 2
+    assert "jobs: 0 is not allowed; use 1 or more" in capsys.readouterr().err
 
 
 def test_a_reference_without_records_is_named(tmp_path, capsys):
