@@ -216,7 +216,7 @@ def carry_out(
         with phase("load"):
             model = load()
             tokenizer = models.load_tokenizer(arm.model)
-        identity = models.identity(arm.model)
+        identity, vocabulary = models.identity(arm.model), model.config.vocab_size
         besides = {}
         if arm.method == ENCODED:
             with phase("quantize"):
@@ -275,7 +275,7 @@ def carry_out(
         | {
             "compute_dtype": str(models.compute_dtype()).removeprefix("torch."),
             "code": arm_code(arm),
-            "model": identity,
+            "model": identity | {"vocabulary": vocabulary},
             "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },

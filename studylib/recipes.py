@@ -180,12 +180,13 @@ def recommend(family: Family, budget: float | None = None) -> Recommendation:
     if not fitting:
         smallest = f"{by_size[0].title}, takes {_size(by_size[0])}"
         text = f"Nothing that was run fits in {budget:g} MB: the smallest, {smallest}."
-        return Recommendation(family, budget, text, tuple(_left_out(family)))
+        return Recommendation(family, budget, text, (*_worse_than_guessing(family), *_left_out(family)))
     best, *others = fitting
     gaps = {other: family.above(other, best, len(others)) for other in others}
     equals = tuple(other for other in others if gaps[other].bounds[0] <= 0)
     cheapest = min((best, *equals), key=lambda candidate: candidate.effort)
     details = [
+        *_worse_than_guessing(family),
         *_far_from_reference(family, budget, best),
         *_beside_others(budget, best, equals, cheapest, gaps),
         *(_cost(candidate) for candidate in dict.fromkeys((best, cheapest))),
@@ -211,6 +212,17 @@ def _headline(family: Family, budget: float | None, best: Candidate) -> str:
         return f"{text}."
     above = family.above(smaller[-1], best).text(percent)
     return f"{text}; the next, {smaller[-1].title}, {above} above, in {_size(smaller[-1])}."
+
+
+def _worse_than_guessing(family: Family) -> list[str]:
+    best = family.reference
+    vocabulary = best.cell.records[0].provenance["model"].get("vocabulary", math.inf)  # older records have none
+    if best.cell.bits != "16-16-16" or family.loss(best) < vocabulary:
+        return []
+    return [
+        f"All of this is meaningless: {best.title} has a {family.measure.title} of {number(family.loss(best))}, more "
+        f"than the {vocabulary:,} of guessing evenly among its tokens. Are these its weights and its tokenizer?"
+    ]
 
 
 def _far_from_reference(family: Family, budget: float | None, best: Candidate) -> list[str]:

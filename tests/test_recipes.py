@@ -44,6 +44,20 @@ def test_a_candidate_is_an_arm_as_it_is_deployed(picture):
     assert family.reference.title == "full precision" and len(family.candidates) == len(picture)
 
 
+def test_a_model_that_knows_nothing_is_named(make_record):
+    def of(loss, bits="16-16-16", method=FULL_PRECISION, **known):
+        record = make_record(method, bits, loss)
+        return dataclasses.replace(record, provenance={"model": record.provenance["model"] | known})
+
+    found = recommended([of(12.0, vocabulary=49_152), of(12.1, "2-16-16", RTN, vocabulary=49_152)], budget=0.1)
+    assert found.details[0].startswith(
+        "All of this is meaningless: full precision has a perplexity on Wikipedia and C4"
+    )
+    assert "more than the 49,152 of guessing evenly among its tokens" in found.details[0]
+    for fine in ([of(9.0, vocabulary=49_152)], [of(12.0)], [of(12.0, "2-16-16", RTN, vocabulary=49_152)]):
+        assert "meaningless" not in " ".join(recommended(fine).details)
+
+
 def test_corpora_weigh_the_same_and_are_resampled_apart(make_record):
     (family,) = recipes.families([make_record(RTN, "4-8-4", spread=0.0)])
     found = family.measure.interval(identity, family.candidates[0].cell)
