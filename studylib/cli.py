@@ -163,14 +163,13 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.comparison import listed
-    from studylib.models import compute_dtype
-    from studylib.records import read_records
+    from studylib.records import environment, read_records
     from studylib.verify import TOGETHER, verify
 
     records = list(read_records(options.reference / "records"))
     if not records:
         raise ValueError(f"reference: {options.reference} holds no records")
-    here = str(compute_dtype()).removeprefix("torch.")
+    here = environment()["compute_dtype"]
     there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
     if there != here:
         print(f"Computed in {there} there and in {here} here: what differs by rounding, as another seed would, passes.")

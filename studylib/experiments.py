@@ -132,7 +132,9 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
             mininterval=2,
             dynamic_ncols=True,
         ) as bar,
+        contextlib.ExitStack() as afterwards,
     ):
+        afterwards.callback(gc.unfreeze)
         _carry_out_all(missing, store, keep_checkpoints, bar)
     return [store.load(arm_key(arm)) for arm in arms]
 
@@ -166,19 +168,17 @@ def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, ba
     """Every arm once: first those that no other process is working on."""
     keep_freed_memory()
     waiting, parent = list(arms), multiprocessing.parent_process()
-    try:
-        while waiting and (parent is None or parent.is_alive()):
-            with _locked(waiting, store) as arm:
-                waiting.remove(arm)
-                bar.set_description(arm.title)
-                end = bar.n + _work(arm)
-                if store.load(arm_key(arm)) is None:
-                    store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
-                    if not keep_checkpoints:
-                        shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
-                _advance(bar, end, end)
-    finally:
-        gc.unfreeze()
+    while waiting and (parent is None or parent.is_alive()):
+        with _locked(waiting, store) as arm:
+            waiting.remove(arm)
+            bar.set_description(arm.title)
+            end = bar.n + _work(arm)
+            if store.load(arm_key(arm)) is None:
+                store.save(carry_out(arm, store, keep_checkpoints, functools.partial(_advance, bar, end)))
+                gc.freeze()  # what is left are libraries, half a second to walk through each time anew
+                if not keep_checkpoints:
+                    shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
+            _advance(bar, end, end)
 
 
 @contextlib.contextmanager
@@ -258,7 +258,6 @@ def carry_out(
         tokens["evaluated"] = seen["tokens"]
     del model
     gc.collect()
-    gc.freeze()  # what is left are libraries, half a second to walk through each time anew
     numbers = metrics | sizes
     finite = all(map(math.isfinite, numbers.values())) and not diverged
     return Record(
@@ -273,7 +272,6 @@ def carry_out(
         cost={"seconds": seconds, "tokens": tokens, "peak_bytes": peak["bytes"]},
         provenance=environment()
         | {
-            "compute_dtype": str(models.compute_dtype()).removeprefix("torch."),
             "code": arm_code(arm),
             "model": identity | {"vocabulary": vocabulary},
             "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},

@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from studylib.adapters import GPTQ_LORA, L4Q, QAT_LORA
 from studylib.arms import CALIBRATED, ENCODED, EXECUTED, SMOOTHQUANT_QAT, Arm
+from studylib.models import compute_dtype
 
 COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory")
 DATA_CODE = ("decoding", "sampling", "text_statistics", "training_data")
@@ -223,7 +224,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def environment() -> dict:
-    """Where and with what a record was made: versions, commit, dirty flag, hardware."""
+    """Where and with what a record was made: versions, commit, dirty flag, hardware, the type it multiplies in."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git("rev-parse", "HEAD"),
@@ -235,4 +236,5 @@ def environment() -> dict:
             "memory_bytes": psutil.virtual_memory().total,
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
+        "compute_dtype": str(compute_dtype()).removeprefix("torch."),
     }

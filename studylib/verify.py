@@ -1,13 +1,15 @@
 """Reproducibility: arms of the reference run anew, their numbers beside those that were published."""
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.special import ndtri
+from scipy.stats import sem
 
 from studylib import experiments
 from studylib.comparison import points, seedless
@@ -22,17 +24,22 @@ LEVEL = 0.05  # chance that any of the compared numbers fails where only the ari
 @dataclass(frozen=True)
 class Difference:
     """A metric of an arm run anew, and its change from the reference record: of the logarithm of a perplexity, of a
-    share of right answers. error: the change's standard error between two runs whose arithmetic differs; compared: with
-    how many numbers it is judged. exact: every score of every item is the same to the last bit. arm TOGETHER: the mean
-    change of all arms, where found is None."""
+    share of right answers. items, training: the change's standard errors between two runs whose arithmetic differs;
+    compared: how many numbers LEVEL is shared by. exact: every score of every item is the same to the last bit. arm
+    TOGETHER: the mean change of all arms, where found is None."""
 
     arm: str
     metric: str
     found: float | None
     change: float
-    error: float
+    items: float
+    training: float
     compared: int
     exact: bool
+
+    @property
+    def error(self) -> float:
+        return math.hypot(self.items, self.training)
 
     @property
     def tolerance(self) -> float:
@@ -88,37 +95,37 @@ def compare(pairs: Sequence[tuple[Record, Record]], records: Sequence[Record]) -
     the standard deviation over seeds times the root of two: the arm's own in `records`, or the median of its method's
     if that is more or there is but one seed. A number passes inside the normal interval that Bonferroni leaves to it.
     What moves all arms alike, each by less than its noise, shows in the mean change of each perplexity, which comes
-    last: weighted by their precision, none by more than the tolerance that it has at least.
+    last, weighted by their precision. Arms share their text and its order, so that their trainings may well err alike.
+    The means take one half of LEVEL, the single numbers the other.
     """
-    numbers = [(*pair, metric) for pair in pairs for metric in pair[0].metrics if metric.startswith(NUMBERS)]
-    means = {metric for *_, metric in numbers if metric.startswith("perplexity/")} if len(pairs) > 1 else set()
-    spreads, compared = _spreads(records), len(numbers) + len(means)
-    found = [_difference(*number, spreads, compared) for number in numbers]
-    return found + [_mean([number for number in found if number.metric == metric]) for metric in sorted(means)]
+    metrics = [name for reference, _ in pairs for name in reference.metrics if name.startswith(NUMBERS)]
+    means = sorted({name for name in metrics if name.startswith("perplexity/")}) if len(pairs) > 1 else []
+    spreads, families = _spreads(records), 2 if means else 1
+    found = [number for pair in pairs for number in _differences(*pair, spreads, families * len(metrics))]
+    return found + [_mean([n for n in found if n.metric == metric], families * len(means)) for metric in means]
 
 
-def _mean(numbers: Sequence[Difference]) -> Difference:
+def _mean(numbers: Sequence[Difference], compared: int) -> Difference:
     weights = np.array([max(number.error, PERPLEXITY) ** -2 for number in numbers])
-    change = float(np.average([number.change for number in numbers], weights=weights))
+    change, training = weights @ [(number.change, number.training) for number in numbers] / weights.sum()
+    items = np.linalg.norm(weights * [number.items for number in numbers]) / weights.sum()
     exact = all(number.exact for number in numbers)
-    return Difference(
-        TOGETHER, numbers[0].metric, None, change, float(weights.sum() ** -0.5), numbers[0].compared, exact
-    )
+    return Difference(TOGETHER, numbers[0].metric, None, float(change), float(items), float(training), compared, exact)
 
 
-def _difference(reference: Record, found: Record, metric: str, spreads: dict, compared: int) -> Difference:
-    arm, value, own = reference.arm, reference.metrics[metric], found.metrics.get(metric)
+def _differences(reference: Record, found: Record, spreads: dict, compared: int) -> Iterator[Difference]:
+    arm, alike = reference.arm, seedless(reference)
     scores = [name for name in reference.scores if not name.startswith("seconds/")]
     exact = all(reference.scores[name] == found.scores.get(name) for name in scores)
-    change, error = 0.0 if own == value else np.inf, 0.0
-    if None not in (own, value):
-        change = _additive(metric, own) - _additive(metric, value)
-        items = metric.replace("perplexity/", "loss/")
-        apart = np.subtract(found.scores[items], reference.scores[items])
-        alike = ((seedless(reference), metric), (arm.method, arm.model, metric))
-        training = max(spreads.get(key, 0.0) for key in alike)
-        error = np.sqrt(np.var(apart, ddof=1) / len(apart) + 2 * training**2)
-    return Difference(arm.title, metric, own, float(change), float(error), compared, exact)
+    for metric in (name for name in reference.metrics if name.startswith(NUMBERS)):
+        value, own = reference.metrics[metric], found.metrics.get(metric)
+        change, noise, spread = 0.0 if own == value else np.inf, 0.0, 0.0
+        if None not in (own, value):
+            change = _additive(metric, own) - _additive(metric, value)
+            items = metric.replace("perplexity/", "loss/")
+            noise = float(sem(np.subtract(found.scores[items], reference.scores[items])))
+            spread = max(spreads.get(key, 0.0) for key in ((alike, metric), (arm.method, arm.model, metric)))
+        yield Difference(arm.title, metric, own, float(change), noise, math.sqrt(2) * spread, compared, exact)
 
 
 def _additive(metric: str, value: float) -> float:

@@ -1,7 +1,6 @@
 """The reference against itself, against something else, and as a command."""
 
 import dataclasses
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def test_a_tolerance_is_the_noise_of_items_and_seeds(make_record):
     alone, *others = compare([(seeds[0], seeds[1])], seeds[:1])
     apart = np.subtract(seeds[1].scores["loss/wikipedia"], seeds[0].scores["loss/wikipedia"])
     assert alone.metric == "perplexity/wikipedia" and alone.change == pytest.approx(abs(apart.mean()))
-    z = statistics.NormalDist().inv_cdf(1 - 0.025 / (1 + len(others)))
+    z = stats.norm.ppf(1 - 0.025 / (1 + len(others)))
     assert alone.tolerance == pytest.approx(max(0.02, z * stats.sem(apart)))
     own, *_ = compare([(seeds[0], seeds[1])], seeds)
     losses = [np.mean(record.scores["loss/wikipedia"]) for record in seeds]
@@ -143,8 +142,18 @@ def test_another_seed_of_the_reference_passes(published):
     pairs = [(first[record.arm.title], record) for record in published if record.arm.seed == 2]
     found = compare(pairs, known)
     assert len(found) > 300 and sum(not number.passed for number in found) <= 0.01 * len(found)
+    assert all(number.passed for number in found if number.arm == TOGETHER)
     apart = np.array([number.change / number.error for number in found if number.error])
     assert 0.8 < np.sqrt(np.mean(apart**2)) < 1.2
+
+
+def test_what_a_processor_without_bf16_made_of_the_reference_passes(published):
+    known = {record.key: record for record in published}
+    again = list(read_records(REFERENCE / "without-bf16" / "records"))
+    assert {record.provenance["compute_dtype"] for record in again} == {"float32"}
+    found = compare([(known[record.key], record) for record in again], published)
+    assert len(again) >= 29 and not [number.text() for number in found if not number.passed]
+    assert not any(number.exact for number in found)
 
 
 def test_a_loss_that_is_larger_everywhere_fails(published):
