@@ -60,8 +60,9 @@ Progress = Callable[[int], None]
 
 def check(arm: Arm) -> None:
     """Everything that can be wrong with an arm beyond its fields, found before any long work starts: ValueError."""
+    config = models.load_config(arm.model)  # which may write the weights first, so not under the meta device
     with torch.device("meta"):
-        skeleton = models.skeleton(models.load_config(arm.model))
+        skeleton = models.skeleton(config)
     if arm.adapter:
         adapted_layers(skeleton, arm.adapter.layers)
     if arm.instructions:

@@ -252,6 +252,15 @@ def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path
         experiments.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
 
 
+def test_weights_that_are_written_by_a_check_have_numbers(monkeypatch):
+    """A check is the first to ask for the model's folder where nothing is cached, and may have to make it."""
+    devices = []
+    load = models.load_config
+    monkeypatch.setattr(models, "load_config", lambda name: devices.append(torch.get_default_device()) or load(name))
+    experiments.check(FP)
+    assert devices == [torch.device("cpu")]
+
+
 def test_a_corpus_without_a_single_training_window_is_refused_before_any_work(tmp_path):
     (tmp_path / "short.txt").write_text("a\nfew words\n")
     arm = BUDGET.arm("tiny-random", LLM_QAT, "4-8-4", corpus=str(tmp_path / "short.txt"))
