@@ -123,9 +123,13 @@ def test_the_recipe_follows_the_ledger(page, picture):
     assert section in summary(picture, 5)
 
 
-def test_the_readme_shows_the_reference_results():
+def test_readme_and_report_show_the_reference_results():
     reference = NOTEBOOKS.parent / "results" / "reference"
     records = list(read_records(reference / "records"))
+    (report,) = reference.glob("*/report.html")
+    text = " ".join(" ".join(Reader(report.read_text(encoding="utf-8")).text).split())
+    for sentence in (finding.sentence for entry in ledger(records) for finding in entry.findings):
+        assert sentence in text, f"{report} is not up to date; `study report --output {report.parent}` makes it again"
     readme, page = ((folder / "README.md").read_text() for folder in (NOTEBOOKS.parent, reference))
     for found, text in ((ledger_table(ledger(records)), readme), (summary(records), page)):
         assert found in text, f"it is not up to date and must hold:\n{found}"
