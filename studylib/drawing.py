@@ -189,7 +189,7 @@ def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[floa
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Labels (x, y, text, colour) to the right of the lines that end there, moved apart up and down where they meet."""
+    """Labels (x, y, text, colour) right of the lines that end there, moved apart up and down within the axes."""
     low, high = ax.get_ylim()
     ends = sorted(ends, key=lambda end: end[1])
     wanted = np.clip([y for _, y, *_ in ends], low, high)
@@ -201,7 +201,8 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
         while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
             (y_last, n_last), (y_before, n_before) = pools.pop(), pools.pop()
             pools.append([(y_last * n_last + y_before * n_before) / (n_last + n_before), n_last + n_before])
-    shifted = np.repeat([y for y, _ in pools], [n for _, n in pools]) + step * np.arange(len(ends))
+    firsts = np.clip([y for y, _ in pools], low + step / 2, high - (len(ends) - 0.5) * step)
+    shifted = np.repeat(firsts, [n for _, n in pools]) + step * np.arange(len(ends))
     right = max(x for x, *_ in ends)
     for (x, y, text, colour), at in zip(ends, shifted, strict=True):
         ax.plot([x, right * 1.03], [y, at], color=colour, lw=0.6)

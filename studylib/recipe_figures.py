@@ -1,6 +1,7 @@
 """The figure of a recommendation: what each recipe takes, what it loses, and which are the best of their size."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -25,6 +26,7 @@ from studylib.figures import CONTEXT
 from studylib.recipes import Candidate, Family, Recommendation
 from studylib.rules import SHARE
 
+LINE_POINTS = 30  # that labels avoid on each stretch of the line
 LIMIT = 3  # times the reference's perplexity; what is above stands at the edge, or is not drawn if off the frontier
 
 
@@ -71,7 +73,7 @@ def _times(family: Family, candidate: Candidate) -> float:
 
 
 def _label(ax: Axes, found: Recommendation, named: Sequence[Candidate], height: dict[Candidate, float]) -> None:
-    """Names at the points, clear of every point that is drawn."""
+    """Names at the points, clear of every point that is drawn and of the line between the best."""
     family, texts = found.family, []
     for candidate in named:
         y, colour = height[candidate], COLOURS[candidate.cell.method]
@@ -79,4 +81,8 @@ def _label(ax: Axes, found: Recommendation, named: Sequence[Candidate], height: 
         side = "top" if candidate is found.best else "bottom"  # of its equals, which stand above it, the best
         texts.append(ax.text(candidate.size, y, text, va=side, fontsize=8, color=colour, path_effects=[HALO]))
     drawn = [candidate for candidate in family.candidates if candidate in named or height[candidate] < LIMIT]
-    move_apart(ax, texts, [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn])
+    x, y = [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn]
+    for left, right in pairwise(family.frontier()):
+        x.extend(np.linspace(left.size, right.size, LINE_POINTS))
+        y.extend(np.geomspace(height[left], height[right], LINE_POINTS))
+    move_apart(ax, texts, x, y)

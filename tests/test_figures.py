@@ -2,12 +2,17 @@
 
 import itertools
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib import figures
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
 from studylib.comparison import Setting
+from studylib.drawing import label_ends
 from studylib.records import DIVERGED
 
 DEFAULT = Setting(LLM_QAT, "4-8-4")
@@ -114,3 +119,18 @@ def test_a_diverged_run_is_drawn_around(picture, make_record, draw):
     figure.savefig("/dev/null", format="png")
     if draw in (figures.bit_allocation, figures.recovery):
         assert "LLM-QAT diverged" in texts(figure)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=25))
+def test_labels_of_ends_stay_in_order_apart_and_within_the_axes(heights):
+    figure, ax = plt.subplots()
+    ax.set_ylim(0, 1)
+    label_ends(ax, [(1.0, y, f"{y}", "black") for y in heights])
+    low, high = ax.get_ylim()
+    placed = [(text.get_position()[1], float(text.get_text())) for text in ax.texts]
+    plt.close(figure)
+    assert placed == sorted(placed)
+    positions = np.array([at for at, _ in placed])
+    step = min(0.032, 1 / len(heights))
+    assert (np.diff(positions) > 0.999 * step).all()
+    assert low + 0.499 * step < positions.min() and positions.max() < high - 0.499 * step
