@@ -120,7 +120,7 @@ def write_report(
         peak=number(max(record.cost["peak_bytes"] for record in records) / 2**30),
         sources=_sources(records),
         machine=_machine(records),
-        notebooks=[path.name for path in notebooks],
+        notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
         items=sum(measures(records)[-1].sizes) if measures(records) else 0,
         command=command,
         family=FAMILY,
