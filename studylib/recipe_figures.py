@@ -64,7 +64,7 @@ def frontier_figure(found: Recommendation) -> Figure:
         ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
         cells = {candidate.cell.setting: candidate.cell for candidate in family.candidates}
         finish(figure, found.headline.removesuffix("."), cells, *further)
-        _label(ax, found, named, height)
+        _label(ax, found, front, named, height)
     return figure
 
 
@@ -72,7 +72,13 @@ def _times(family: Family, candidate: Candidate) -> float:
     return family.loss(candidate) / family.loss(family.reference)
 
 
-def _label(ax: Axes, found: Recommendation, named: Sequence[Candidate], height: dict[Candidate, float]) -> None:
+def _label(
+    ax: Axes,
+    found: Recommendation,
+    front: Sequence[Candidate],
+    named: Sequence[Candidate],
+    height: dict[Candidate, float],
+) -> None:
     """Names at the points, clear of every point that is drawn and of the line between the best."""
     family, texts = found.family, []
     for candidate in named:
@@ -82,7 +88,7 @@ def _label(ax: Axes, found: Recommendation, named: Sequence[Candidate], height: 
         texts.append(ax.text(candidate.size, y, text, va=side, fontsize=8, color=colour, path_effects=[HALO]))
     drawn = [candidate for candidate in family.candidates if candidate in named or height[candidate] < LIMIT]
     x, y = [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn]
-    for left, right in pairwise(family.frontier()):
+    for left, right in pairwise(front):
         x.extend(np.linspace(left.size, right.size, LINE_POINTS))
         y.extend(np.geomspace(height[left], height[right], LINE_POINTS))
     move_apart(ax, texts, x, y)
