@@ -60,6 +60,7 @@ STYLE = {
 }
 LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 HALO = withStroke(linewidth=2, foreground="white")
+LINE_STEP = 8  # points of length between the places of a line that labels avoid
 OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
 
 
@@ -181,11 +182,30 @@ def off_scale(cells: Cells, measure: Measure) -> float:
     return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
 
 
-def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float]) -> None:
-    """Move labels away from each other and from the points (x, y), with a line to where they stood."""
+def draw_best(ax: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
+    """The dashed line through those that nothing is both smaller and better than; its own handle in a legend."""
+    (line,) = ax.plot(x, y, color="#888888", lw=1, ls="--", label="best for its size", zorder=1)
+    return line
+
+
+def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float], line: Line2D | None = None) -> None:
+    """Move labels away from each other, from the points (x, y) and from `line`, with a thin one to where they stood."""
+    if line:
+        ax.figure.draw_without_rendering()  # before its layout is settled, the line is not where it will be
+        x, y = np.concatenate([np.column_stack([x, y]), _places_along(line)]).T
     arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
     # In steps, not in seconds, as the library has it: a busy machine draws the same figure.
     adjust_text(texts, x=x, y=y, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.8), iter_lim=1000)
+
+
+def _places_along(line: Line2D) -> np.ndarray:
+    """(n, 2): positions in data coordinates, evenly spaced on the page."""
+    to_page = line.axes.transData
+    corners = to_page.transform(line.get_xydata())
+    reached = np.cumsum([0, *np.hypot(*np.diff(corners, axis=0).T)])
+    steps = np.arange(0, reached[-1], LINE_STEP * line.figure.dpi / 72)
+    places = np.column_stack([np.interp(steps, reached, corners[:, axis]) for axis in (0, 1)])
+    return to_page.inverted().transform(places)
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

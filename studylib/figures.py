@@ -38,6 +38,7 @@ from studylib.drawing import (
     LINES,
     STYLE,
     axis_title,
+    draw_best,
     draw_point,
     draw_reference,
     draw_row_point,
@@ -153,14 +154,14 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6)
         sizes = np.array([megabytes(cell) for cell in shown])
-        limits = [off_scale(cells, measure) for measure in panels]
+        limits, lines = [off_scale(cells, measure) for measure in panels], []
         for ax, measure, limit in zip(axes, panels, limits, strict=True):
             found = [measure.interval(identity, cell) for cell in shown]
             heights = np.array([min(interval.estimate, limit) for interval in found])
             for cell, size, interval in zip(shown, sizes, found, strict=True):
                 draw_point(ax, size, min(interval.estimate, limit), cell.method, interval, "y", limit)
             front = frontier(measure, shown, sizes)
-            ax.plot(sizes[front], heights[front], color="#888888", lw=1, ls="--", zorder=1)
+            lines.append(draw_best(ax, sizes[front], heights[front]))
             ax.set_xlim(sizes.min() / 1.1, sizes.max() * 1.06)
             if measure.is_perplexity:
                 ax.set_yscale("log")
@@ -170,9 +171,9 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
             ax.set_ylabel(axis_title(measure, "log scale, "))
         best = listed([shown[i].title for i in frontier(panels[0], shown, sizes)])
         title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
-        finish(figure, title, cells, Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size"))
-        for ax, measure, limit in zip(axes, panels, limits, strict=True):
-            _label_points(ax, measure, shown, sizes, limit)
+        finish(figure, title, cells, lines[0])
+        for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
+            _label_points(ax, measure, shown, sizes, limit, line)
     return figure
 
 
@@ -187,7 +188,7 @@ def frontier(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int
     return found
 
 
-def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarray, limit: float) -> None:
+def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarray, limit: float, line: Line2D) -> None:
     texts, heights = [], []
     for cell, size in zip(shown, sizes, strict=True):
         value = measure.value(identity, cell)
@@ -195,7 +196,7 @@ def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarr
         label += f": {measure.text(value)}" if value > limit else ""
         heights.append(min(value, limit))
         texts.append(ax.text(size, heights[-1], label, fontsize=7.5, color=COLOURS[cell.method], path_effects=[HALO]))
-    move_apart(ax, texts, list(sizes), heights)
+    move_apart(ax, texts, sizes, heights, line)
 
 
 def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[Measure] = ()) -> Figure:

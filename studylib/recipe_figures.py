@@ -1,7 +1,6 @@
 """The figure of a recommendation: what each recipe takes, what it loses, and which are the best of their size."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +14,7 @@ from studylib.drawing import (
     HALO,
     MARKERS,
     STYLE,
+    draw_best,
     draw_point,
     draw_times,
     fill_of,
@@ -26,7 +26,6 @@ from studylib.figures import CONTEXT
 from studylib.recipes import Candidate, Family, Recommendation
 from studylib.rules import SHARE
 
-LINE_POINTS = 30  # that labels avoid on each stretch of the line
 LIMIT = 3  # times the reference's perplexity; what is above stands at the edge, or is not drawn if off the frontier
 
 
@@ -49,8 +48,8 @@ def frontier_figure(found: Recommendation) -> Figure:
             draw_point(ax, candidate.size, height[candidate], candidate.cell.method, interval, "y", LIMIT)
         for candidate in marked:
             ax.plot(candidate.size, height[candidate], "o", ms=13, mfc="none", mec="#444444", zorder=4)
-        ax.plot([c.size for c in front], [height[c] for c in front], color="#888888", lw=1, ls="--", zorder=1)
-        further = [Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size")]
+        line = draw_best(ax, [candidate.size for candidate in front], [height[candidate] for candidate in front])
+        further = [line]
         if marked:
             further.append(Line2D([], [], color="#444444", marker="o", ms=11, mfc="none", ls="", label="recommended"))
         if found.budget is None:
@@ -64,7 +63,7 @@ def frontier_figure(found: Recommendation) -> Figure:
         ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
         cells = {candidate.cell.setting: candidate.cell for candidate in family.candidates}
         finish(figure, found.headline.removesuffix("."), cells, *further)
-        _label(ax, found, front, named, height)
+        _label(ax, found, named, height, line)
     return figure
 
 
@@ -73,11 +72,7 @@ def _times(family: Family, candidate: Candidate) -> float:
 
 
 def _label(
-    ax: Axes,
-    found: Recommendation,
-    front: Sequence[Candidate],
-    named: Sequence[Candidate],
-    height: dict[Candidate, float],
+    ax: Axes, found: Recommendation, named: Sequence[Candidate], height: dict[Candidate, float], line: Line2D
 ) -> None:
     """Names at the points, clear of every point that is drawn and of the line between the best."""
     family, texts = found.family, []
@@ -87,8 +82,5 @@ def _label(
         side = "top" if candidate is found.best else "bottom"  # of its equals, which stand above it, the best
         texts.append(ax.text(candidate.size, y, text, va=side, fontsize=8, color=colour, path_effects=[HALO]))
     drawn = [candidate for candidate in family.candidates if candidate in named or height[candidate] < LIMIT]
-    x, y = [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn]
-    for left, right in pairwise(front):
-        x.extend(np.linspace(left.size, right.size, LINE_POINTS))
-        y.extend(np.geomspace(height[left], height[right], LINE_POINTS))
-    move_apart(ax, texts, x, y)
+    sizes, heights = [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn]
+    move_apart(ax, texts, sizes, heights, line)

@@ -33,6 +33,7 @@ from studylib.drawing import (
     LINES,
     STYLE,
     axis_title,
+    draw_best,
     draw_reference,
     draw_row_point,
     draw_times,
@@ -45,6 +46,7 @@ from studylib.drawing import (
     set_title,
 )
 from studylib.execution import ADAPTED, EXECUTIONS, PACKED
+from studylib.figures import frontier
 from studylib.formats import bits_per_parameter
 from studylib.records import Record
 from studylib.statistics import paired_bootstrap
@@ -154,14 +156,14 @@ def format_frontier(records: Sequence[Record]) -> Figure:
         figure, axes = new_panels(len(panels), width=12, height=6.5)
         for ax, measure in zip(axes, panels, strict=True):
             limit = off_scale(cells, measure)
-            _draw_frontier(ax, measure, [c for c in shown if measure.value(identity, c) <= limit], cells.get(FULL))
+            near = [cell for cell in shown if measure.value(identity, cell) <= limit]
+            line = _draw_frontier(ax, measure, near, cells.get(FULL))
             far = [c for c in shown if measure.value(identity, c) > limit]
             if far:
                 texts = [f"{_title(cell)} {measure.text(measure.value(identity, cell))}" for cell in far]
                 ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
                         fontsize=7.5, color="#444444")  # fmt: skip
-        handle = Line2D([], [], color="#888888", lw=1, ls="--", label="best for its size")
-        figure.legend(handles=[handle], loc="outside lower center", title="Bars: 95% intervals")
+        figure.legend(handles=[line], loc="outside lower center", title="Bars: 95% intervals")
         set_title(figure, _frontier_title(panels[0], shown))
     return figure
 
@@ -174,7 +176,7 @@ def _bits(cell: Cell) -> float:
     return cell.records[0].scores["bits"][0]
 
 
-def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None) -> None:
+def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None) -> Line2D:
     reference = full if full and full.records else min(shown, key=lambda cell: measure.value(identity, cell))
     kinds = list(dict.fromkeys(cell.records[0].arm.format.kind for cell in shown))
     found = [measure.interval(np.divide, cell, reference) for cell in shown]
@@ -183,15 +185,15 @@ def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell], full: Cell | N
         colour = LINES[kinds.index(cell.records[0].arm.format.kind)]
         ax.plot([at, at], [interval.low, interval.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
         ax.plot(at, interval.estimate, marker="o", ms=5, color=colour, zorder=3)
-    order = np.lexsort((y, x))
-    best = order[np.minimum.accumulate(y[order]) == y[order]]
-    ax.plot(x[best], y[best], color="#888888", lw=1, ls="--", zorder=1)
+    best = frontier(measure, shown, x)
+    line = draw_best(ax, x[best], y[best])
     ax.axhline(1, color="#000000", lw=1)
     draw_times(ax, measure, reference)
     ax.margins(x=0.12)
     ax.set_xlabel("Stored bits a weight, scales included")
     texts = [ax.text(*at, _title(cell), fontsize=7, path_effects=[HALO]) for cell, *at in zip(shown, x, y, strict=True)]
-    move_apart(ax, texts, list(x), list(y))
+    move_apart(ax, texts, x, y)  # too crowded for labels that avoid the line as well
+    return line
 
 
 def _frontier_title(measure: Measure, shown: list[Cell]) -> str:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from studylib import figures
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
 from studylib.comparison import Setting
-from studylib.drawing import label_ends
+from studylib.drawing import draw_best, label_ends, move_apart
 from studylib.records import DIVERGED
 
 DEFAULT = Setting(LLM_QAT, "4-8-4")
@@ -134,3 +134,21 @@ def test_labels_of_ends_stay_in_order_apart_and_within_the_axes(heights):
     step = min(0.032, 1 / len(heights))
     assert (np.diff(positions) > 0.999 * step).all()
     assert low + 0.499 * step < positions.min() and positions.max() < high - 0.499 * step
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_labels_avoid_the_line_of_the_best_between_its_points(scale):
+    def on_the_line(avoid):
+        figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        ax.set_yscale(scale)
+        line = draw_best(ax, [1, 9, 10], [9.0, 1.5, 1.0])
+        labels = [ax.text(at, line.get_ydata()[1], f"at {at}", va="center") for at in (4.0, 9.0)]
+        labels[0].set_y(np.interp(4.0, line.get_xdata(), line.get_ydata()) if scale == "linear" else 9 * 6 ** (-3 / 8))
+        move_apart(ax, labels, [1, 9, 10], [9.0, 1.5, 1.0], line if avoid else None)
+        path = ax.transData.transform_path(line.get_path())
+        crossed = [path.intersects_bbox(text.get_window_extent(), filled=False) for text in labels]
+        plt.close(figure)
+        return crossed
+
+    assert any(on_the_line(avoid=False))
+    assert not any(on_the_line(avoid=True))
