@@ -191,7 +191,7 @@ def draw_best(ax: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
 def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float], line: Line2D | None = None) -> None:
     """Move labels away from each other, from the points (x, y) and from `line`, with a thin one to where they stood."""
     if line:
-        ax.figure.draw_without_rendering()  # before its layout is settled, the line is not where it will be
+        ax.figure.draw_without_rendering()  # before that, limits and lengths on the page are not settled
         x, y = np.concatenate([np.column_stack([x, y]), _places_along(line)]).T
     arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
     # In steps, not in seconds, as the library has it: a busy machine draws the same figure.
