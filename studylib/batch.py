@@ -1,6 +1,8 @@
 """Notebooks run by papermill: parameters checked beforehand, executed copies kept, records gathered for the report."""
 
 import ast
+import contextlib
+import io
 import json
 import logging
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from studylib.arms import Arm
 from studylib.comparison import Setting, listed
 from studylib.records import Record, read_record
 
@@ -81,6 +84,27 @@ def _check_type(notebook: Path, name: str, value: object, default: object) -> No
             f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
             f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it"
         )
+
+
+def planned(notebook: Path, parameters: dict) -> list[Arm]:
+    """The arms that the notebook with `parameters` needs first: its code is run here up to its `experiments.run`.
+
+    Raises what its code raises: ValueError for an arm that cannot be run.
+    """
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    from studylib import experiments
+
+    filled, names = parameterize_notebook(load_notebook_node(str(notebook)), parameters), {}
+    with experiments.planning(), contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(notebook.parent):
+        try:
+            for cell in filled.cells:
+                if cell.cell_type == "code":
+                    exec(compile(cell.source, notebook.name, "exec"), names)
+        except experiments.Planned as found:
+            return found.arms
+    return []
 
 
 def execute(notebook: Path, output: Path, parameters: dict) -> Path:

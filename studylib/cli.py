@@ -125,6 +125,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
 
+    shared = [notebook for notebook in notebooks if "jobs" in assigned[notebook]]
+    if len(shared) > 1:
+        failing = _compute_together(shared, assigned, store.folder, options.jobs)
+        notebooks.sort(key=lambda notebook: notebook != failing)
     executed = []
     for notebook in notebooks:
         print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
@@ -144,6 +148,28 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {page}")
     return 0
+
+
+def _compute_together(notebooks: list[Path], assigned: dict[Path, dict], results: Path, jobs: int) -> Path | None:
+    """Compute the arms of all notebooks before the first is executed, so that no job waits between two notebooks.
+
+    Returns the first notebook that cannot say what its arms are; then nothing is computed.
+    """
+    from studylib import batch, experiments
+
+    wanted = []
+    for notebook in notebooks:
+        try:
+            wanted += batch.planned(notebook, assigned[notebook])
+        except Exception:  # whatever it is, executed it shows that at its place
+            return notebook
+    keep_checkpoints = any(own.get("keep_checkpoints", False) for own in assigned.values())
+    print(f"{len(dict.fromkeys(wanted))} arms of {', '.join(n.stem for n in notebooks)}", file=sys.stderr)
+    try:
+        experiments.run(wanted, results, keep_checkpoints, jobs)
+    except Exception as error:
+        print(f"study: {error}; the notebook that needs this arm computes it again", file=sys.stderr)
+    return None
 
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Arm -> Record: what is cached is loaded, what is missing is computed, nothing finished is lost."""
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import gc
@@ -56,6 +57,25 @@ GENERATION_WORK = 2  # and a generated one two, with its share of the teacher's 
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
 
 Progress = Callable[[int], None]
+_planning = contextvars.ContextVar("planning", default=False)
+
+
+class Planned(BaseException):
+    """What `run` raises inside `planning`; not an error, so that no `except Exception` keeps it."""
+
+    def __init__(self, arms: Sequence[Arm]):
+        super().__init__(f"{len(arms)} arms")
+        self.arms = list(arms)
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Inside, `run` checks its arms and raises Planned with them in place of computing them."""
+    token = _planning.set(True)
+    try:
+        yield
+    finally:
+        _planning.reset(token)
 
 
 def check(arm: Arm) -> None:
@@ -122,6 +142,8 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     for arm in missing:
         check(arm)
+    if _planning.get():
+        raise Planned(arms)
     helpers = max(0, min(jobs, len(missing)) - 1)
     with (
         _sharing_threads(helpers, missing, results, keep_checkpoints),
