@@ -1,6 +1,7 @@
 """Tables and figures of number formats and of fine-tuning on low-bit weights; titles are computed from the numbers."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -29,7 +30,6 @@ from studylib.comparison import (
     speedup,
 )
 from studylib.drawing import (
-    HALO,
     LINES,
     STYLE,
     axis_title,
@@ -39,7 +39,6 @@ from studylib.drawing import (
     draw_times,
     empty_figure,
     finish,
-    move_apart,
     new_panels,
     off_scale,
     plain_ticks,
@@ -47,11 +46,12 @@ from studylib.drawing import (
 )
 from studylib.execution import ADAPTED, EXECUTIONS, PACKED
 from studylib.figures import frontier
-from studylib.formats import bits_per_parameter
+from studylib.formats import Format, bits_per_parameter
 from studylib.records import Record
 from studylib.statistics import paired_bootstrap
 from studylib.weight_statistics import normal_error
 
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
 
@@ -146,26 +146,33 @@ def format_frontier(records: Sequence[Record]) -> Figure:
     """Stored bits of a weight against each perplexity beside full precision's (or the best's, where that was not run),
     with paired intervals; dashed: the formats that none is smaller and better than.
 
-    Formats whose perplexity is off the scale are named in the corner.
+    Colours tell the levels, markers what scales them. Formats off the scale are named in the corner.
     """
     cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
     shown = _encoded(records)
     if not panels or not shown:
         return empty_figure("No weights were rounded")
+    colours, markers = _styles(map(_levels, shown), LINES), _styles(map(_scales, shown), MARKERS)
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6.5)
         for ax, measure in zip(axes, panels, strict=True):
             limit = off_scale(cells, measure)
             near = [cell for cell in shown if measure.value(identity, cell) <= limit]
-            line = _draw_frontier(ax, measure, near, cells.get(FULL))
+            line = _draw_frontier(ax, measure, near, cells.get(FULL), colours, markers)
             far = [c for c in shown if measure.value(identity, c) > limit]
             if far:
                 texts = [f"{_title(cell)} {measure.text(measure.value(identity, cell))}" for cell in far]
                 ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
                         fontsize=7.5, color="#444444")  # fmt: skip
-        figure.legend(handles=[line], loc="outside lower center", title="Bars: 95% intervals")
+        keys = [Line2D([], [], ls="", marker="o", color=colour, label=name) for name, colour in colours.items()]
+        keys += [Line2D([], [], ls="", marker=marker, color="#666666", label=name) for name, marker in markers.items()]
+        figure.legend(handles=[*keys, line], loc="outside lower center", ncols=7, title="Bars: 95% intervals")
         set_title(figure, _frontier_title(panels[0], shown))
     return figure
+
+
+def _styles(names: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(names), itertools.cycle(styles), strict=False))
 
 
 def _title(cell: Cell) -> str:
@@ -176,23 +183,35 @@ def _bits(cell: Cell) -> float:
     return cell.records[0].scores["bits"][0]
 
 
-def _draw_frontier(ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None) -> Line2D:
+def _levels(cell: Cell) -> str:
+    """What a format's levels are called at any width, as "NF" or "affine Int"."""
+    format = cell.records[0].arm.format
+    return Format(format.kind, format.bits).title.removesuffix(str(format.bits))
+
+
+def _scales(cell: Cell) -> str:
+    """What a format adds to its levels' name, as "DQ, block 32"."""
+    format = cell.records[0].arm.format
+    added = format.title.removeprefix(Format(format.kind, format.bits).title).strip(" +,")
+    return added or f"block {format.block}"
+
+
+def _draw_frontier(
+    ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None, colours: dict[str, str], markers: dict[str, str]
+) -> Line2D:
     reference = full if full and full.records else min(shown, key=lambda cell: measure.value(identity, cell))
-    kinds = list(dict.fromkeys(cell.records[0].arm.format.kind for cell in shown))
     found = [measure.interval(np.divide, cell, reference) for cell in shown]
     x, y = np.array([_bits(cell) for cell in shown]), np.array([interval.estimate for interval in found])
     for cell, at, interval in zip(shown, x, found, strict=True):
-        colour = LINES[kinds.index(cell.records[0].arm.format.kind)]
+        colour, marker = colours[_levels(cell)], markers[_scales(cell)]
         ax.plot([at, at], [interval.low, interval.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
-        ax.plot(at, interval.estimate, marker="o", ms=5, color=colour, zorder=3)
+        ax.plot(at, interval.estimate, marker=marker, ms=6, color=colour, zorder=3)
     best = frontier(measure, shown, x)
     line = draw_best(ax, x[best], y[best])
     ax.axhline(1, color="#000000", lw=1)
     draw_times(ax, measure, reference)
     ax.margins(x=0.12)
     ax.set_xlabel("Stored bits a weight, scales included")
-    texts = [ax.text(*at, _title(cell), fontsize=7, path_effects=[HALO]) for cell, *at in zip(shown, x, y, strict=True)]
-    move_apart(ax, texts, x, y)  # too crowded for labels that avoid the line as well
     return line
 
 

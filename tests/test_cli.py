@@ -8,10 +8,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill import PapermillExecutionError
 
-from studylib import batch, tables
+from studylib import batch, experiments, tables
 from studylib.cli import main
-from studylib.records import Store, read_record
+from studylib.records import Store, arm_key, read_record
 
 STUDY = str(Path(sys.executable).with_name("study"))
 SMOKE = ("--profile", "smoke", "--model", "tiny-random")
@@ -49,6 +50,18 @@ def test_the_run_ends_with_the_table_and_the_reports_path(finished, output):
 def test_progress_was_shown_with_the_time_left(finished):
     assert "RTN 4-8-4" in finished[1].stderr and "100%" in finished[1].stderr and "tok/s" in finished[1].stderr
     assert "Warning" not in finished[1].stderr and "WARNING" not in finished[1].stderr
+
+
+def test_the_arms_of_all_notebooks_are_computed_before_the_first_is_executed(finished, output):
+    shared = batch.find_notebooks(["01", "02", "03", "04", "05", "06"])
+    assigned = batch.assign_parameters(
+        shared, {"model": "tiny-random", "profile": "smoke", "results": str(finished[0]), "output": str(output)}
+    )
+    planned = {path: {arm_key(arm) for arm in batch.planned(path, assigned[path])} for path in shared}
+    assert planned == {path: set(batch.read_published(output, path.stem)["records"]) for path in shared}
+    before, _, after = finished[1].stderr.partition("01_sampling_strategy  (tiny-random, smoke)")
+    assert f"{len(set().union(*planned.values()))} arms of 01_sampling_strategy, 02_dist" in before
+    assert "100%" in before and "tok/s" not in after.partition("08_low_bit_execution  (")[0]
 
 
 def test_executed_notebooks_hold_their_results(output):
@@ -101,6 +114,31 @@ def test_a_notebook_that_fails_says_why(tmp_path, capfd):
     told = capfd.readouterr().err
     assert "04_ptq_vs_qat.ipynb failed: ValueError: bits of the activations: 9 is not allowed" in told
     assert "Traceback" not in told
+
+
+def test_a_notebook_that_cannot_start_fails_before_any_arm_is_computed(tmp_path, capfd):
+    arguments = ("--notebooks", "03", "04", *SMOKE, "--results", str(tmp_path), "--set", "hard=4-9-4")
+    assert main(["run", *arguments]) == 1
+    assert "04_ptq_vs_qat.ipynb failed: ValueError: bits of the activations: 9" in capfd.readouterr().err
+    assert not list((tmp_path / "records").iterdir())
+
+
+def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd, monkeypatch):
+    executed = []
+
+    def fail(arm, *rest):
+        raise RuntimeError(f"{arm.title} found no memory")
+
+    def stop(notebook, *rest):
+        executed.append(notebook.stem)
+        raise PapermillExecutionError(0, 1, "", "RuntimeError", "found no memory again", [])
+
+    monkeypatch.setattr(experiments, "carry_out", fail)
+    monkeypatch.setattr(batch, "execute", stop)
+    assert main(["run", "--notebooks", "02", "03", *SMOKE, "--results", str(tmp_path)]) == 1
+    told = capfd.readouterr().err
+    assert executed == ["02_distillation_loss"] and "02_distillation_loss.ipynb failed: RuntimeError" in told
+    assert "study: full precision found no memory; the notebook that needs this arm computes it again" in told
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib import memory_figures, weight_figures
-from studylib.arms import EXECUTED, FULL_PRECISION
+from studylib.arms import ENCODED, EXECUTED, FULL_PRECISION
 from studylib.execution import EXECUTIONS
 from studylib.formats import Format
 from studylib.published import PUBLISHED, against_papers
@@ -46,6 +46,18 @@ def test_figures_of_formats_say_what_they_found(records):
     assert "at four bits: NF4 12.5%" in flat(weight_figures.error_by_layer(records))
     for draw in (weight_figures.format_frontier, weight_figures.error_by_layer):
         assert "No weights were rounded" in draw(records[:1]).get_suptitle()
+
+
+def test_formats_are_told_apart_by_colour_for_levels_and_marker_for_scales(make_record):
+    formats = [Format("nf"), Format("nf", double=True), Format("affine", 3, double=True), Format("affine", 4, 32)]
+    made = [make_record(ENCODED, f"{f.bits}-16-16", changes={"format": f}) for f in formats]
+    figure = weight_figures.format_frontier(made)
+    (legend,) = figure.legends
+    named = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert list(named) == ["NF", "affine Int", "block 64", "DQ", "block 32", "best for its size"]
+    drawn = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_marker() != "None"]
+    looks = [("NF", "block 64"), ("NF", "DQ"), ("affine Int", "DQ"), ("affine Int", "block 32")]
+    assert drawn == [(named[levels].get_color(), named[scales].get_marker()) for levels, scales in looks]
 
 
 def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_faster(make_record):
