@@ -56,7 +56,7 @@ def test_formats_are_told_apart_by_colour_for_levels_and_marker_for_scales(make_
     named = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles, strict=True)}
     assert list(named) == ["NF", "affine Int", "block 64", "DQ", "block 32", "best for its size"]
     drawn = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_marker() != "None"]
-    looks = [("NF", "block 64"), ("NF", "DQ"), ("affine Int", "DQ"), ("affine Int", "block 32")]
+    looks = [("NF", "block 64"), ("NF", "DQ"), ("affine Int", "block 32"), ("affine Int", "DQ")]
     assert drawn == [(named[levels].get_color(), named[scales].get_marker()) for levels, scales in looks]
 
 
