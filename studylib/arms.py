@@ -408,7 +408,6 @@ PROFILES = {
         Tuning(steps=24, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=16, length=256, tasks=("piqa", "arc_easy"), items=40, pairs=16),
         seeds=(0,),
-        few_shot=("mmlu", "triviaqa"),
     ),
     "full": Profile(
         Sampling(count=4096, length=512, batch=128),

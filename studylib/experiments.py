@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ from studylib.tuned import training_pairs, tune
 from studylib.weight_statistics import weight_scores
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
-GENERATION_WORK = 2  # and a generated one two, with its share of the teacher's pass over the finished text
+GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
 
 Progress = Callable[[int], None]
@@ -125,7 +126,8 @@ def _check_evaluation(model: str, wanted: Evaluation) -> None:
 
 
 def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1) -> list[Record]:
-    """The records of `arms`, in their order: loaded from results/records where present, computed and saved otherwise.
+    """The records of `arms`, in their order: loaded from results/records where present, computed and saved otherwise,
+    those that take longest first, so that all jobs have work to the end.
 
     Shows one progress bar over the missing arms with an estimate of the time left. Killed at any point, the next call
     goes on: finished records are kept, generated data and training continue from their last batch and checkpoint.
@@ -140,6 +142,7 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
         raise ValueError(f"jobs: {jobs} is not allowed; use 1 or more")
     store = Store(results)
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
+    missing.sort(key=_work, reverse=True)
     for arm in missing:
         check(arm)
     if _planning.get():
@@ -183,6 +186,7 @@ def _sharing_threads(helpers: int, arms: Sequence[Arm], *where) -> Iterator[None
 
 
 def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent stops this process
     torch.set_num_threads(threads)
     _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
 
@@ -378,7 +382,8 @@ def _work(arm: Arm) -> int:
     work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
     if arm.tuning:
         work += TRAINING_WORK * arm.tuning.steps * arm.tuning.batch * arm.instructions.length
-    if arm.training:
+    if arm.data:
         work += GENERATION_WORK * arm.data.count * arm.data.length
+    if arm.training:
         work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.data.length
     return work
