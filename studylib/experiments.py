@@ -210,9 +210,16 @@ def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, ba
 
 @contextlib.contextmanager
 def _locked(arms: Sequence[Arm], store: Store) -> Iterator[Arm]:
-    """The first arm that no other process holds, held inside; where there is none, the first, once it is let go."""
+    """The first arm that no other process holds, held inside; where there is none, the first, once it is let go.
+
+    Arms whose data another process is making just now come last.
+    """
+
+    def awaits_data(arm: Arm) -> bool:
+        return arm.data is not None and store.is_held(_data_lock(_data_folder(arm, store)))
+
     with contextlib.ExitStack() as held:
-        for arm, wait in [*((arm, False) for arm in arms), (arms[0], True)]:
+        for arm, wait in [*((arm, False) for arm in sorted(arms, key=awaits_data)), (arms[0], True)]:
             try:
                 held.enter_context(store.lock(arm_key(arm)).acquire(blocking=wait))
             except Timeout:
@@ -260,7 +267,7 @@ def carry_out(
         }
         if arm.data:
             with phase("data"):
-                data = _prepare_data(arm, model, tokenizer, identity, store, progress)
+                data = _prepare_data(arm, model, tokenizer, store, progress)
             tokens["data"] = data.windows.numel()
         decode_model(model)
         if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
@@ -327,21 +334,33 @@ def _times(progress: Progress, work: int, tokens: int) -> None:
     progress(tokens * work)
 
 
-def _prepare_data(
-    arm: Arm, model: PreTrainedModel, tokenizer, identity: dict, store: Store, progress: Progress
-) -> TrainingData:
-    """The arm's windows, made once for all arms that share them."""
-    described = {
-        "model": identity,
+_identity = functools.cache(models.identity)
+
+
+def _data_description(arm: Arm) -> dict:
+    return {
+        "model": _identity(arm.model),
         "data": dataclasses.asdict(arm.data),
         "code": code_versions((*DATA_CODE, "corpora"), ("torch", "transformers")),
     }
-    folder = store.data_folder(digest(json.dumps(described, sort_keys=True)))
+
+
+def _data_folder(arm: Arm, store: Store) -> Path:
+    return store.data_folder(digest(json.dumps(_data_description(arm), sort_keys=True)))
+
+
+def _data_lock(folder: Path) -> str:
+    return f"data-{folder.name}"
+
+
+def _prepare_data(arm: Arm, model: PreTrainedModel, tokenizer, store: Store, progress: Progress) -> TrainingData:
+    """The arm's windows, made once for all arms that share them."""
+    folder = _data_folder(arm, store)
     states = folder / f"teacher_states-{code_hash('distill')[:8]}.npy"
     teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
-    with store.lock(f"data-{folder.name}"):
+    with store.lock(_data_lock(folder)):
         data = prepare(model, tokenizer, arm.data, arm.training, folder, states, teacher, progress)
-        (folder / "provenance.json").write_text(json.dumps(described | environment(), indent=1))
+        (folder / "provenance.json").write_text(json.dumps(_data_description(arm) | environment(), indent=1))
     return data
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from studylib.adapters import GPTQ_LORA, L4Q, QAT_LORA
 from studylib.arms import CALIBRATED, ENCODED, EXECUTED, SMOOTHQUANT_QAT, Arm
@@ -160,6 +160,14 @@ class Store:
     def lock(self, name: str) -> FileLock:
         """Held by the process that computes `name`; another one waits for it and then finds its result."""
         return FileLock(self.folder / "locks" / f"{name}.lock")
+
+    def is_held(self, name: str) -> bool:
+        """Whether some process holds the lock of `name` just now."""
+        try:
+            with self.lock(name).acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
 
     def load(self, key: str) -> Record | None:
         """The record of `key`, None if there is none; RecordError if its file cannot be read."""

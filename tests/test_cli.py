@@ -138,7 +138,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
     assert main(["run", "--notebooks", "02", "03", *SMOKE, "--results", str(tmp_path)]) == 1
     told = capfd.readouterr().err
     assert executed == ["02_distillation_loss"] and "02_distillation_loss.ipynb failed: RuntimeError" in told
-    assert "study: full precision found no memory; the notebook that needs this arm computes it again" in told
+    assert "4-8-4 found no memory; the notebook that needs this arm computes it again" in told
 
 
 @pytest.mark.parametrize(

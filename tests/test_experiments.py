@@ -148,6 +148,7 @@ def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
     long = dataclasses.replace(TRAINED, training=dataclasses.replace(TRAINED.training, steps=40))
     whole = experiments.run([long], tmp_path / "whole")[0]
 
+    experiments.run([FP], tmp_path / "killed")
     process = start([FP, long], tmp_path / "killed")
     checkpoints = tmp_path / "killed" / "checkpoints"
     while not list(checkpoints.glob("*/checkpoint-1?/trainer_state.json")):  # a checkpoint is written at every step
@@ -176,6 +177,17 @@ def test_two_processes_share_a_folder_and_compute_each_arm_once(tmp_path):
     first, second = start([FP, TRAINED], tmp_path), start([TRAINED, FP], tmp_path)
     assert (first.wait(120), second.wait(120)) == (0, 0), first.stderr.read() + second.stderr.read()
     assert {path.name for path in (tmp_path / "records").iterdir()} == {f"{arm_key(arm)}.json" for arm in (FP, TRAINED)}
+
+
+def test_the_longest_arm_comes_first_unless_its_data_are_being_made_elsewhere(tmp_path, monkeypatch):
+    begun, store, original = [], Store(tmp_path), experiments.carry_out
+    monkeypatch.setattr(experiments, "carry_out", lambda arm, *rest: begun.append(arm) or original(arm, *rest))
+    experiments.run([FP, ROUNDED, TRAINED], tmp_path)
+    assert begun == [TRAINED, FP, ROUNDED]
+    (folder,) = (tmp_path / "data").iterdir()
+    for name, first in ((f"data-{folder.name}", FP), ("data-other", TRAINED)):
+        with store.lock(name), experiments._locked([TRAINED, FP], store) as arm:
+            assert arm == first
 
 
 def test_jobs_share_the_arms_and_leave_the_same_records(tmp_path, monkeypatch):
