@@ -191,6 +191,12 @@ class Measure:
     def is_perplexity(self) -> bool:
         return self.name.startswith("perplexity/")
 
+    @property
+    def short_title(self) -> str:
+        """For an axis, which has no room for how many tasks a mean is of."""
+        is_mean = self.name == "accuracy/mean" and len(self.parts) > 1
+        return self.title.partition(" on ")[0] if is_mean else self.title
+
     def covers(self, cell: Cell) -> bool:
         """Whether the cell has finished records that were scored on it."""
         return bool(cell.records) and all(part in cell.records[0].scores for part in self.parts)

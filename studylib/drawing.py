@@ -99,7 +99,7 @@ def draw_times(ax: Axes, measure: Measure, reference: Cell) -> None:
 def axis_title(measure: Measure, scale: str = "") -> str:
     if measure.is_perplexity:
         return f"{capital(measure.title)} ({scale}lower is better)"
-    return "Mean accuracy, % (higher is better)"
+    return f"{capital(measure.short_title)}, % (higher is better)"
 
 
 def empty_figure(why: str) -> Figure:

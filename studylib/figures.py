@@ -219,7 +219,7 @@ def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[M
                 else:
                     say_diverged(ax, cell, row)
             ax.margins(x=0.2)
-            what = f"{measure.title}, change in %" if measure.is_perplexity else "mean accuracy, change in points"
+            what = f"{measure.short_title}, change in {'%' if measure.is_perplexity else 'points'}"
             ax.set_xlabel(f"{capital(what)}\n({'lower' if measure.is_perplexity else 'higher'} is better)")
         axes[0].set_yticks(range(len(others)), [_beside(baseline, cell.setting) for cell in others])
         axes[0].set_ylim(len(others) - 0.5, -0.5)

@@ -21,6 +21,7 @@ from studylib.comparison import (
     response_measures,
     task_measures,
 )
+from studylib.evaluation import ZERO_SHOT
 from studylib.records import Record
 
 WORDS = ("Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
@@ -78,14 +79,16 @@ def readable(board: pd.DataFrame, tasks: bool = True) -> pd.DataFrame:
         f"{value / 1e6:.0f}" if value >= 1e7 else number(value / 1e6) for value in board["bytes/weights"]
     ]
     shown["Cache, kB/token"] = [number(value / 1e3) for value in board["bytes/cache_per_token"]]
-    count = sum(name.startswith("accuracy/") and name.count("/") == 1 and name != "accuracy/mean" for name in board)
+    asked = [task for task in TASK_TITLES if f"accuracy/{task}" in board]
+    averaged = [TASK_TITLES[task] for task in asked if task in ZERO_SHOT]
+    accuracy = f"Accuracy on {averaged[0]}, %" if len(averaged) == 1 else "Mean accuracy, %"
     for name in board:
         kind, _, part = name.partition("/")
         if f"{name}/low" in board:
             what = "Alpaca responses" if part == "responses" else corpus_title(part)
-            title = f"Perplexity, {what}" if kind == "perplexity" else "Mean accuracy, %"
+            title = f"Perplexity, {what}" if kind == "perplexity" else accuracy
             shown[title] = [_cell(row, name, number if kind == "perplexity" else points) for _, row in board.iterrows()]
-        elif kind == "accuracy" and part in TASK_TITLES and tasks and count > 1:
+        elif kind == "accuracy" and part in TASK_TITLES and tasks and len(asked) > 1:
             shown[f"{TASK_TITLES[part]}, %"] = [points(value) if np.isfinite(value) else EMPTY for value in board[name]]
     shown["Training, min"] = [number(value) if np.isfinite(value) else EMPTY for value in board["training_minutes"]]
     return shown

@@ -1,9 +1,12 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
+from studylib.comparison import measures
+from studylib.drawing import axis_title
 from studylib.records import DIVERGED
 from studylib.tables import as_html, as_markdown, as_text, data_statistics, readable, samples, scoreboard
 
@@ -46,6 +49,14 @@ def test_the_same_table_as_text_markdown_and_html(picture):
     for shown in (text, markdown, page):
         assert "66.7 [64." in shown
     assert "PIQA" in markdown and "PIQA" not in text
+
+
+def test_the_mean_of_one_task_goes_by_its_name(make_record):
+    several = make_record(RTN, "4-8-4")
+    alone = dataclasses.replace(several.arm, evaluation=dataclasses.replace(several.arm.evaluation, tasks=("piqa",)))
+    for record, name in ((several, "Mean accuracy"), (dataclasses.replace(several, arm=alone), "Accuracy on PIQA")):
+        assert [title for title in readable(scoreboard([record])) if "ccuracy" in title] == [f"{name}, %"]
+        assert axis_title(measures([record])[-1]) == f"{name}, % (higher is better)"
 
 
 def test_variants_have_a_column_of_words(ablations):
