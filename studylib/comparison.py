@@ -315,6 +315,11 @@ def listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
+def accuracy_title(tasks: Sequence[str]) -> str:
+    """What the accuracy on zero-shot tasks is called where there is no room for how many they are."""
+    return f"accuracy on {TASK_TITLES[tasks[0]]}" if len(tasks) == 1 else "mean accuracy"
+
+
 def measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
     record = next((record for record in records if record.status == FINISHED), None)
@@ -332,11 +337,7 @@ def measures(records: Sequence[Record]) -> list[Measure]:
     ]
     tasks = [task for task in evaluation.tasks if task in ZERO_SHOT]
     if tasks:
-        title = (
-            f"mean accuracy on {len(tasks)} zero-shot tasks"
-            if len(tasks) > 1
-            else f"accuracy on {TASK_TITLES[tasks[0]]}"
-        )
+        title = accuracy_title(tasks) + (f" on {len(tasks)} zero-shot tasks" if len(tasks) > 1 else "")
         found.append(_accuracy("mean", title, tasks, record))
     return found
 

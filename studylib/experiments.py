@@ -55,9 +55,10 @@ from studylib.weight_statistics import weight_scores
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
 GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much
-ITEM_WORK = 100  # forward tokens that one benchmark item takes on average, for the estimate of the time left only
+ITEM_WORK = 100  # forward tokens that one benchmark item takes on average
 
 Progress = Callable[[int], None]
+_identity = functools.cache(models.identity)
 _planning = contextvars.ContextVar("planning", default=False)
 
 
@@ -250,7 +251,7 @@ def carry_out(
         with phase("load"):
             model = load()
             tokenizer = models.load_tokenizer(arm.model)
-        identity, vocabulary = models.identity(arm.model), model.config.vocab_size
+        identity, vocabulary = _identity(arm.model), model.config.vocab_size
         besides = {}
         if arm.method == ENCODED:
             with phase("quantize"):
@@ -332,9 +333,6 @@ def _weight_bytes(arm: Arm, model: PreTrainedModel) -> int:
 
 def _times(progress: Progress, work: int, tokens: int) -> None:
     progress(tokens * work)
-
-
-_identity = functools.cache(models.identity)
 
 
 def _data_description(arm: Arm) -> dict:

@@ -13,6 +13,8 @@ from studylib.comparison import (
     TASK_TITLES,
     Cell,
     Measure,
+    accuracy_title,
+    capital,
     gather,
     identity,
     measures,
@@ -80,8 +82,7 @@ def readable(board: pd.DataFrame, tasks: bool = True) -> pd.DataFrame:
     ]
     shown["Cache, kB/token"] = [number(value / 1e3) for value in board["bytes/cache_per_token"]]
     asked = [task for task in TASK_TITLES if f"accuracy/{task}" in board]
-    averaged = [TASK_TITLES[task] for task in asked if task in ZERO_SHOT]
-    accuracy = f"Accuracy on {averaged[0]}, %" if len(averaged) == 1 else "Mean accuracy, %"
+    accuracy = f"{capital(accuracy_title([task for task in asked if task in ZERO_SHOT]))}, %"
     for name in board:
         kind, _, part = name.partition("/")
         if f"{name}/low" in board:

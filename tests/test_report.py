@@ -7,13 +7,14 @@ import re
 import pytest
 
 from studylib import batch, figures, tables
+from studylib.arms import FULL_PRECISION
 from studylib.batch import NOTEBOOKS
 from studylib.claims import CLAIMS
 from studylib.effects import VERDICTS
 from studylib.judging import judge
 from studylib.ledger import ledger, ledger_table
 from studylib.recipes import SIZES, recommendations
-from studylib.records import read_records
+from studylib.records import arm_key, read_records
 from studylib.report import PAPERS, SUMMARY, summary, write_report
 
 
@@ -143,6 +144,17 @@ def test_readme_and_report_show_the_reference_results():
     for published in reference.glob("*/*/published.json"):
         keys = json.loads(published.read_text())["records"]
         assert all((reference / "records" / f"{key}.json").is_file() for key in keys)
+
+
+def test_what_readme_says_of_benchmarks_that_quick_leaves_out_is_on_record():
+    (record,) = read_records(NOTEBOOKS.parent / "results" / "reference" / "left-out")
+    assert arm_key(record.arm) == record.key and record.arm.method == FULL_PRECISION
+    said = {"arc_easy": "(55%;", "piqa": "PIQA 55%", "openbookqa": "OpenBookQA 27.5%", "mmlu": "MMLU 12.5%"}
+    said |= {"triviaqa": "TriviaQA 0%"}
+    readme = " ".join((NOTEBOOKS.parent / "README.md").read_text().split())
+    assert set(said) == set(record.arm.evaluation.tasks) and all(words in readme for words in said.values())
+    for task, words in said.items():
+        assert f"{100 * record.metrics[f'accuracy/{task}']:g}%" in words
 
 
 def test_published_files(output, picture):
