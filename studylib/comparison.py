@@ -27,7 +27,7 @@ TASK_TITLES = {
     "triviaqa": "TriviaQA",
 }
 EMPTY = "–"
-RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 1,000
+RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 2,000
 
 Contrast = Callable[..., np.ndarray]
 
@@ -178,7 +178,7 @@ class Measure:
     name: "perplexity/<corpus>", "perplexity/text" (geometric mean over the corpora) or "perplexity/responses";
     "accuracy/mean" (zero-shot tasks, each weighing the same) or "accuracy/<task>", in %; "share/<of what>", in %;
     "bits", stored bits a weight; "seconds/<model>", of a decoded token, whose parts are execution.EXECUTIONS.
-    parts: the scores behind it. sizes: items of each part. family: how many claims are judged by it at once.
+    parts: the scores behind it. sizes: items of each part. family: how many comparisons are judged by it at once.
     """
 
     name: str
@@ -225,7 +225,7 @@ class Measure:
         strata, statistic = self._statistic()
         seeds = _common_seeds(cells)
         multiplies = self.is_perplexity and contrast in (identity, np.divide)
-        draws = int(np.clip(RESAMPLED // self.items, 1_000, 10_000))
+        draws = int(np.clip(RESAMPLED // self.items, 2_000, 10_000))
         scores = [
             np.stack([self._scores(cell, seed) for seed in seeds])
             if len(seeds) > 1 and len(cell.records) > 1
@@ -291,6 +291,11 @@ def number(value: float) -> str:
 def points(value: float) -> str:
     """One decimal, a true minus, no minus before zero: percent and points of accuracy."""
     return f"{round(value, 1) + 0.0:,.1f}".replace("-", "−")
+
+
+def nats(value: float) -> str:
+    """Three decimals, a true minus, no minus before zero."""
+    return f"{round(value, 3) + 0.0:,.3f}".replace("-", "−")
 
 
 def signed(value: float, form: Callable[[float], str] = number) -> str:

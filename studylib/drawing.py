@@ -73,9 +73,16 @@ class NotebookFigure(Figure):
         return png.getvalue()
 
 
-def new_panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def new_panels(
+    count: int, width: float, height: float, sharey: bool = False, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
     figure = NotebookFigure(figsize=(width, height), layout="constrained", dpi=110)
-    axes = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    columns = -(-count // rows)
+    axes = list(figure.subplots(rows, columns, sharex=rows > 1, sharey=sharey, squeeze=False).flat)
+    while len(axes) > count:
+        axes.pop().remove()
+    for ax in axes[-columns:]:
+        ax.tick_params(labelbottom=True)  # also above a place that is left empty
     for ax in axes:
         ax.grid(color="#E8E8E8", lw=0.7)
         ax.set_axisbelow(True)
@@ -206,25 +213,3 @@ def _places_along(line: Line2D) -> np.ndarray:
     steps = np.arange(0, reached[-1], LINE_STEP * line.figure.dpi / 72)
     places = np.column_stack([np.interp(steps, reached, corners[:, axis]) for axis in (0, 1)])
     return to_page.inverted().transform(places)
-
-
-def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Labels (x, y, text, colour) right of the lines that end there, moved apart up and down within the axes."""
-    low, high = ax.get_ylim()
-    ends = sorted(ends, key=lambda end: end[1])
-    wanted = np.clip([y for _, y, *_ in ends], low, high)
-    step = min((high - low) * 0.032, (high - low) / max(1, len(ends)))
-    # The nearest positions at least a step apart: those of equal labels, by pooling neighbours that violate it.
-    pools = []
-    for at, y in enumerate(wanted):
-        pools.append([y - at * step, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (y_last, n_last), (y_before, n_before) = pools.pop(), pools.pop()
-            pools.append([(y_last * n_last + y_before * n_before) / (n_last + n_before), n_last + n_before])
-    firsts = np.clip([y for y, _ in pools], low + step / 2, high - (len(ends) - 0.5) * step)
-    shifted = np.repeat(firsts, [n for _, n in pools]) + step * np.arange(len(ends))
-    right = max(x for x, *_ in ends)
-    for (x, y, text, colour), at in zip(ends, shifted, strict=True):
-        ax.plot([x, right * 1.03], [y, at], color=colour, lw=0.6)
-        ax.text(right * 1.035, at, text, fontsize=7.5, color=colour, va="center")
-    ax.set_xlim(right=right * 1.4)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from studylib.comparison import number, percent, points
+from studylib.comparison import Setting, nats, number, percent, points
 from studylib.statistics import Interval
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
@@ -33,18 +33,20 @@ ACCURACY = Unit(points, " points")
 PERPLEXITY = Unit(number)
 TIMES = Unit(number, " times", ratio=True)
 NEURONS = Unit(points, "%")
-BITS, NATS, GIGABYTES = Unit(number, " bits"), Unit(number, " nats"), Unit(number, " GB")
+BITS, NATS, GIGABYTES = Unit(number, " bits"), Unit(nats, " nats"), Unit(number, " GB")
 MEMORY = Unit(percent, " of the memory")
 
 
 @dataclass(frozen=True)
 class PaperNumber:
-    """A paper's own effect. words: what surrounds its text. recalled: known from memory only, and marked so."""
+    """A paper's own effect. words: what surrounds its text. recalled: known from memory only, and marked so. of: the
+    settings that it is of, where a claim has several parts."""
 
     value: float
     unit: Unit
     words: str = "{}"
     recalled: bool = False
+    of: tuple[Setting, ...] = ()
 
     @property
     def text(self) -> str:
@@ -55,7 +57,7 @@ class PaperNumber:
 class Effect:
     """A number, in words what it is of, and where its claim holds: above `above`, below `below`, or between them.
 
-    papers: whether the paper's own number, if it has one in this unit, is of the same.
+    of: the setting that it is of. papers: whether the paper's own number, if it has one in this unit, is of the same.
     """
 
     interval: Interval
@@ -63,6 +65,7 @@ class Effect:
     what: str
     above: float = -math.inf
     below: float = math.inf
+    of: Setting | None = None
     papers: bool = True
 
     @property
@@ -95,7 +98,8 @@ class Effect:
 
     def mark(self, paper: PaperNumber | None) -> PaperNumber | None:
         """The paper's number where it can stand on the same axis."""
-        return paper if paper and self.papers and paper.unit == self.unit else None
+        alike = paper and self.papers and paper.unit == self.unit and (not paper.of or self.of in paper.of)
+        return paper if alike else None
 
     @property
     def bound(self) -> float:

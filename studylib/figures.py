@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from studylib.arms import (
     FULL_PRECISION,
@@ -26,6 +27,7 @@ from studylib.comparison import (
     identity,
     listed,
     measures,
+    nats,
     number,
     percent,
     points,
@@ -35,7 +37,6 @@ from studylib.comparison import (
 from studylib.drawing import (
     COLOURS,
     HALO,
-    LINES,
     STYLE,
     axis_title,
     draw_best,
@@ -44,7 +45,6 @@ from studylib.drawing import (
     draw_row_point,
     empty_figure,
     finish,
-    label_ends,
     move_apart,
     new_panels,
     off_scale,
@@ -56,6 +56,7 @@ from studylib.records import Record
 from studylib.statistics import Interval
 
 CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
+PANELS_A_ROW = 4
 MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge with an arrow and their value
 
 
@@ -330,44 +331,62 @@ def _cache_title(full: Cell, others: list[Cell], measure: Measure) -> str:
 
 
 def learning_curve(records: Sequence[Record]) -> Figure:
-    """Held-out loss over the tokens seen by each training, averaged over seeds: whether more of them would help."""
+    """Held-out loss over the tokens seen by each training, a panel each: whether more of them would help."""
     cells = [cell for cell in gather(records).values() if cell.records and cell.records[0].curve]
     if not cells:
         return empty_figure("No arm was trained")
+    several = len({cell.method for cell in cells}) > 1
+    curves = [
+        np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in c.records]) for c in cells
+    ]
+    tokens = [np.array([entry["tokens"] for entry in cell.records[0].curve]) for cell in cells]
+    changes = [losses[:, -1] - losses[:, -2] for losses in curves]
+    rows = -(-len(cells) // PANELS_A_ROW)
     with mpl.rc_context(STYLE):
-        figure, (ax,) = new_panels(1, width=9.5, height=5)
-        ends, changes, several = [], {}, len({cell.method for cell in cells}) > 1
-        dashes = ["-", "--", ":", "-."]
-        for at, cell in enumerate(cells):
-            tokens = np.array([entry["tokens"] for entry in cell.records[0].curve])
-            losses = np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in cell.records])
-            mean = losses.mean(0)
-            if several:
-                alike = sum(other.method == cell.method for other in cells[:at])
-                style = {"color": COLOURS[cell.method], "ls": dashes[alike % len(dashes)]}
-            else:
-                style = {"color": LINES[at % len(LINES)], "ls": dashes[at // len(LINES) % len(dashes)]}
-            ax.plot(tokens, mean, marker=".", lw=1.2, **style)
-            if len(losses) > 1:
-                ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.15, lw=0)
-            label = cell.setting.variant or f"{TITLES[cell.method]} {cell.bits}"
-            label = f"{TITLES[cell.method]}, {label}" if cell.setting.variant and several else label
-            changes[label] = mean[-1] - mean[-2]
-            ends.append((tokens[-1], mean[-1], label, style["color"]))
-        drawn = np.concatenate([line.get_ydata() for line in ax.lines])
-        finite = drawn[np.isfinite(drawn)]
-        ax.set_ylim(finite.min() - 0.05 * np.ptp(finite), min(finite.max() + 0.05 * np.ptp(finite), 3 * finite.min()))
-        label_ends(ax, [end for end in ends if np.isfinite(end[1])])
-        ax.set_xlabel("Tokens seen in training")
-        ax.set_ylabel("Held-out loss, nats a token (lower is better)")
-        ranked = sorted(changes, key=changes.get)
-        found = listed([f"{signed(changes[name], _nats)} ({name})" for name in dict.fromkeys((ranked[0], ranked[-1]))])
-        set_title(figure, f"Change of the held-out loss over the last quarter of training, nats a token: {found}")
+        figure, axes = new_panels(len(cells), width=12, height=1.6 + 1.9 * rows, sharey=True, rows=rows)
+        for ax, cell, seen, losses, change in zip(axes, cells, tokens, curves, changes, strict=True):
+            for others_seen, others in zip(tokens, curves, strict=True):
+                ax.plot(others_seen, others.mean(0), color="#D0D0D0", lw=0.8)
+            ax.fill_between(seen, losses.min(0), losses.max(0), color=COLOURS[cell.method], alpha=0.25, lw=0)
+            ax.plot(seen, losses.mean(0), color=COLOURS[cell.method], marker=".", lw=1.4)
+            name = f"{TITLES[cell.method]} {cell.bits}"
+            if cell.setting.variant:
+                name = f"{TITLES[cell.method]}, {cell.setting.variant}" if several else cell.setting.variant
+            ax.set_title(name, fontsize=8.5, loc="left")
+            spread = f" ({signed(change.min(), nats)} to {signed(change.max(), nats)})" if len(change) > 1 else ""
+            ax.text(0.98, 0.95, f"last {seen[-1] - seen[-2]:,} tokens:\n{signed(change.mean(), nats)}{spread}",
+                    transform=ax.transAxes, ha="right", va="top", fontsize=7.5, path_effects=[HALO])  # fmt: skip
+        means = np.concatenate([losses.mean(0) for losses in curves])
+        finite = means[np.isfinite(means)]
+        margin = 0.05 * np.ptp(finite)
+        axes[0].set_ylim(finite.min() - margin, min(finite.max() + margin, 3 * finite.min()))
+        columns = -(-len(cells) // rows)
+        for ax in axes[-columns:]:
+            ax.set_xlabel("Tokens seen in training")
+        for ax in axes[::columns]:
+            ax.set_ylabel("Held-out loss, nats\na token (lower is better)")
+        handles = [
+            Line2D([], [], color="#444444", marker=".", label="mean of seeds"),
+            Patch(color="#444444", alpha=0.25, lw=0, label="lowest to highest seed"),
+            Line2D([], [], color="#D0D0D0", label="the others"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        set_title(figure, _still_learning(changes))
     return figure
 
 
-def _nats(value: float) -> str:
-    return f"{value:.4f}".replace("-", "−")
+def _losses(cell: Cell) -> np.ndarray:
+    """[seeds, times]: the learning curves."""
+    curves = [[entry["loss"] for entry in record.curve] for record in cell.records]
+    return np.array(curves, dtype=float)  # None, of a training that diverged, as NaN
+
+
+def _still_learning(changes: Sequence[np.ndarray]) -> str:
+    """How many trainings were at their end, by all of their seeds; changes of the loss, [seeds] each."""
+    falls, rises = (sum(bool((sign * change > 0).all()) for change in changes) for sign in (-1, 1))
+    found = f"At the end of training the held-out loss still falls in {falls} of {len(changes)} arms, rises in {rises}"
+    between = len(changes) - falls - rises
+    return f"{found}; seeds differ in {between}" if between else found
 
 
 def _by_damage(cells: Cells, measure: Measure) -> list[str]:

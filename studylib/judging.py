@@ -9,7 +9,7 @@ from studylib.memory_rules import PLANNED
 from studylib.records import Record
 from studylib.rules import Outcome
 
-FAMILY = 12  # claims of a paper at most: a true verdict of each is asked for at once
+FAMILY = 60  # comparisons of a paper at most, by claim, measure and part: a true verdict of each is asked for at once
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list
     """One finding a measure; a single one without an effect where an arm was not run, or diverged for any seed.
 
     Intervals resample the items that all arms of the claim share and count the spread over their seeds. Those shown
-    are 95%; verdicts rest on wider ones, by Bonferroni for `family` claims of a paper.
+    are 95%; verdicts rest on wider ones, by Bonferroni for `family` comparisons of a paper.
     """
     if claim.test is None:
         return [Finding(claim.id, "", NOT_TESTED, f"{claim.untested}.")]

@@ -4,13 +4,13 @@ from studylib.adapters import L4Q, LORA, QAT, QLORA, usual_format
 from studylib.comparison import Measure, percent
 from studylib.effects import GIGABYTES, MEMORY, NOT_REPRODUCED, REPRODUCED, TIMES, Effect, Unit
 from studylib.planning import GB, SHAPES, inference_bytes
-from studylib.published import planned
+from studylib.published import planned, planned_qlora
 from studylib.rules import Outcome
 from studylib.statistics import Interval
 
 PLANNED = Measure("bytes", "planned memory", (), ())
 DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
-SLIGHTLY = 1.1  # "slightly over": at most this many times what a card has
+NEARLY = 1.1  # "nearly": at most this many times what a card has
 CLOSE, FAR = 1.1, 0.5  # "about LoRA's": at most this many times; "far below": at most this share
 
 
@@ -23,20 +23,20 @@ def _judged(holds: bool) -> str:
 
 
 def fits_cards(measure: Measure) -> Outcome:
-    """Whether 65B fits 48 GB, 33B fits 24 GB or is slightly over, and 7B a phone of 6 GB, by NF4 + DQ."""
-    large, middle = (planned(name, QLORA, 64, 512, True).total / GB + DRIVER for name in ("llama-65b", "llama-33b"))
+    """Whether 65B fits 48 GB, 33B fits 24 GB or nearly, and 7B a phone of 6 GB, by NF4 + DQ."""
+    large, middle = (planned_qlora(name, 64, 512, True).total / GB for name in ("llama-65b", "llama-33b"))
     phone = inference_bytes(SHAPES["llama-7b"], usual_format(QLORA), 512) / GB
     text = (
-        f"at 1 x 512 tokens, rank 64, checkpointing, and with {DRIVER:g} GB for the driver, 65B takes {large:.1f} of "
-        f"48 GB and 33B {middle:.1f} of 24 GB; 7B takes {phone:.1f} of a phone's 6 GB."
+        f"at 1 x 512 tokens, rank 64, checkpointing, 65B takes {large:.1f} of 48 GB and 33B {middle:.1f} of 24, beside "
+        f"{DRIVER:g} GB for the driver; 7B takes {phone:.1f} of a phone's 6 GB."
     )
-    effect = _exact(large, GIGABYTES, "for 65B on a card of 48 GB", below=48)
-    return Outcome(effect, _judged(large <= 48 and middle <= 24 * SLIGHTLY and phone <= 6), text)
+    effect = _exact(large, GIGABYTES, "for 65B on a card of 48 GB, less the driver's share", below=48 - DRIVER)
+    return Outcome(effect, _judged(large + DRIVER <= 48 and middle + DRIVER <= 24 * NEARLY and phone <= 6), text)
 
 
 def activations_dominate(measure: Measure) -> Outcome:
     """Whether activations take more than everything else that adapters add, and checkpointing most of them away."""
-    kept, less = (planned("llama-7b", QLORA, 64, 512, on) for on in (False, True))
+    kept, less = (planned_qlora("llama-7b", 64, 512, on) for on in (False, True))
     added = kept.trained + kept.gradients + kept.optimizer
     share = kept.activations / (kept.activations + added)
     text = (

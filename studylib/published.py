@@ -102,10 +102,15 @@ def planned(model: str, method: str, rank: int, length: int, checkpointing: bool
     return plan(SHAPES[model], method, format=format, adapter=adapter, length=length, checkpointing=checkpointing)
 
 
+def planned_qlora(model: str, rank: int, length: int, checkpointing: bool) -> TrainingMemory:
+    """`planned` for QLoRA, its adapters and their gradients in bf16 as in its code."""
+    memory = planned(model, QLORA, rank, length, checkpointing)
+    return replace(memory, trained=memory.trained // 2, gradients=memory.gradients // 2)
+
+
 def _beside(row: Published) -> dict:
-    memory = planned(row.model, row.method, row.rank, row.length, row.checkpointing)
-    if row.claim in QLORA_CLAIMS:
-        memory = replace(memory, trained=memory.trained // 2, gradients=memory.gradients // 2)
+    step = row.rank, row.length, row.checkpointing
+    memory = planned_qlora(row.model, *step) if row.claim in QLORA_CLAIMS else planned(row.model, row.method, *step)
     ours = getattr(memory, row.part) / GB
     if row.gigabytes is None:
         ratio, reason = math.nan, f"the paper: out of memory; ours {'exceeds' if ours > CARDS[-1] else 'fits'} 80 GB"

@@ -12,6 +12,7 @@ from studylib.comparison import (
     Measure,
     identity,
     listed,
+    nats,
     number,
     percent,
     points,
@@ -76,12 +77,16 @@ def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
     return Outcome(shown, Effect(rule, PERPLEXITY, "", above=0).verdict, text)
 
 
-def cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) -> Outcome:
+def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: Cell | None) -> Outcome:
+    """Whether four bits for the cache cost RTN much, and more than four bits for the `weights`; and LLM-QAT less."""
     cost = _worse(measure, eight, four, f"lost by RTN from {eight.bits} to {four.bits}", papers=False)
     cost = replace(cost, above=_tolerance(measure))
-    text = f"with RTN, going from {eight.bits} to {four.bits} costs {_tolerated(measure, cost)}."
+    where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by RTN", papers=False), above=0)
+    text = f"with RTN, going from {eight.bits} to {four.bits} costs {_tolerated(measure, cost)}; "
+    text += f"{four.bits} is worse than {weights.bits} by {where.text}."
     if qat is None:
-        return together([cost], f"{text} LLM-QAT at {four.bits} was not run, so only this half of the claim is tested.")
+        text += f" LLM-QAT at {four.bits} was not run, so only this part of the claim is tested."
+        return together([cost, where], text)
 
     def gained(r, q):
         return measure.loss(q, r)
@@ -89,7 +94,7 @@ def cache_breaks(measure: Measure, eight: Cell, four: Cell, qat: Cell | None) ->
     found = measure.interval(gained, four, qat)
     gain = Effect(found, _unit(measure), f"gained by LLM-QAT over RTN at {four.bits}", above=0)
     text += f" LLM-QAT wins back {gain.text}{_seeds(measure, gained, measure.text, four, qat)}."
-    return together([cost, gain], text)
+    return together([cost, where, gain], text)
 
 
 def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4: Cell | None) -> Outcome:
@@ -148,10 +153,11 @@ def small_groups_help(measure: Measure, usual: Cell, small: Cell) -> Outcome:
     return together([effect], text)
 
 
-def keeps_up(measure: Measure, full: Cell, *cells: Cell) -> Outcome:
-    """Whether every cell loses less than the tolerance against `full`; an open question has no other direction."""
-    effects = [replace(_worse(measure, full, cell), below=_tolerance(measure)) for cell in cells]
-    texts = [f"{cell.title} by {_tolerated(measure, effect)}" for cell, effect in zip(cells, effects, strict=True)]
+def keeps_up(measure: Measure, full: Cell, *cells: Cell | None) -> Outcome:
+    """Whether every cell that was run loses less than the tolerance against `full`."""
+    run = [cell for cell in cells if cell]
+    effects = [replace(_worse(measure, full, cell), below=_tolerance(measure)) for cell in run]
+    texts = [f"{cell.title} by {_tolerated(measure, effect)}" for cell, effect in zip(run, effects, strict=True)]
     worst = sorted(effects, key=lambda effect: -effect.interval.estimate)
     return together(worst, f"worse than {full.title}: {listed(texts)}.")
 
@@ -176,14 +182,20 @@ def near_normal(measure: Measure, cell: Cell) -> Outcome:
 
 
 def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
-    """Whether `fast` needs fewer steps to where `slow` ends, by the validation loss at half of the training."""
+    """Whether the validation loss of `fast` is below that of `slow` at half of the training, wherever both began."""
 
-    def half_way(record: Record) -> float:
-        return record.curve[len(record.curve) // 2]["loss"]
+    def behind(at: float) -> Callable[[Record, Record], float]:
+        def losses(own: Record, other: Record) -> float:
+            ours, theirs = (record.curve[int(at * (len(record.curve) - 1))]["loss"] for record in (own, other))
+            return theirs - ours
 
-    found, seeds, decided = _by_seed(measure, lambda own, other: half_way(other) - half_way(own), fast, slow)
+        return losses
+
+    found, seeds, decided = _by_seed(measure, behind(0.5), fast, slow)
+    began, *_ = _by_seed(measure, behind(0.0), fast, slow)
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
-    text = f"half-way, the validation loss of {slow.title} is {effect.text} above that of {fast.title} ({seeds})."
+    text = f"half-way, the validation loss of {slow.title} is {effect.text} above that of {fast.title} ({seeds}); "
+    text += f"before training, {began.text(nats)}."
     return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
 
 
@@ -256,8 +268,8 @@ def _worse(measure: Measure, a: Cell, b: Cell, what: str = "", papers: bool = Tr
     """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
     what = what or f"{_short(b)} behind {_short(a)}"
     if measure.is_perplexity:
-        return Effect(measure.above(b, a), COST, what, papers=papers)
-    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, papers=papers)
+        return Effect(measure.above(b, a), COST, what, of=b.setting, papers=papers)
+    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting, papers=papers)
 
 
 def _within(measure: Measure, a: Cell, b: Cell) -> Effect:

@@ -1,7 +1,7 @@
 """Paired intervals over seeds, windows and items, their correction for many claims, what they can show."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +76,12 @@ def paired_bootstrap(
     samples: scores of the same n items, [n] of one run or [S, n] of S seeds, the same S wherever it is above 1; strata:
     a label an item, items are resampled inside their stratum. statistic gets arrays [..., n], means over seeds, and
     reduces the last axis.
-    Each side of the percentile interval is widened to what so few items and seeds can tell (see _widened).
-    family: how many claims are judged beside each other; `surely` is then the interval at the level that Bonferroni
-    leaves to each of them. multiplies: the statistic is positive and its errors multiply, as those of perplexities and
-    their ratios do, so that it is widened on a log scale.
+    Each side of the percentile interval is widened to what so few items and seeds can tell (see _widened). Where every
+    score is 0 or 1, its standard errors are at least what one item more or less of each stratum changes: that none of
+    40 differs does not say that none ever does (Agresti & Min 2005 count half an item more on either side).
+    family: how many comparisons are judged beside each other; `surely` is then the interval at the level that
+    Bonferroni leaves to each of them. multiplies: the statistic is positive and its errors multiply, as those of
+    perplexities and their ratios do, so that it is widened on a log scale.
     Raises ValueError for samples that are empty, of unequal length or not finite, or a level outside 0..1.
     """
     arrays = [np.atleast_2d(np.asarray(sample, dtype=np.float64)) for sample in samples]
@@ -110,26 +112,44 @@ def paired_bootstrap(
     of_seeds = [float(statistic(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
     if multiplies:
         estimate, drawn, of_seeds = math.log(estimate), np.log(drawn), [math.log(value) for value in of_seeds]
-    low, high = _widened(estimate, drawn, level, n, of_seeds)
-    surely = _widened(estimate, drawn, 1 - (1 - level) / family, n, of_seeds) if family > 1 else None
+    z = ndtri((1 + level) / 2)
+    ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    errors = np.maximum((estimate - ends) * [1, -1], 0) / z * np.sqrt(n / max(1, n - 1))
+    if all(np.isin(array, (0, 1)).all() for array in arrays):
+        errors = np.maximum(errors, _error_of_an_item(statistic, means, groups))
+    low, high = _widened(estimate, errors, level, n, of_seeds)
+    surely = _widened(estimate, errors, 1 - (1 - level) / family, n, of_seeds) if family > 1 else None
     found = Interval(estimate, low, high, level, surely)
     return found.mapped(lambda x: math.exp(min(x, LARGEST))) if multiplies else found
 
 
-def _widened(estimate: float, drawn: np.ndarray, level: float, n: int, of_seeds: list[float]) -> tuple[float, float]:
-    """The percentile interval of `drawn`, made as wide as n items and len(of_seeds) seeds ask for.
+def _error_of_an_item(
+    statistic: Callable[..., np.ndarray], samples: Sequence[np.ndarray], groups: Sequence[np.ndarray]
+) -> float:
+    """What the statistic changes by where one right answer of each group becomes wrong, or one wrong right: the root of
+    the sum of squares, by the sample that changes it most."""
+    changes = np.zeros((len(groups), len(samples)))
+    for at, group in enumerate(groups):
+        for number, sample in enumerate(samples):
+            other = sample.copy()
+            other[group[0]] += 1 if other[group[0]] < 0.5 else -1
+            changed = [other if i == number else same for i, same in enumerate(samples)]
+            changes[at, number] = statistic(*changed) - statistic(*samples)
+    return float(np.linalg.norm(np.abs(changes).max(1)))
 
-    Percentiles are those of a normal variable whose variance is too small by (n - 1) / n: both are made good, as in the
-    expanded percentile interval (Hesterberg 2015, section 3.2). The variance of the mean over seeds, of_seeds, is added
-    to that over items, and Student's t takes the degrees of freedom of the sum (Satterthwaite 1946). To resample two or
-    three seeds instead, as the hierarchical bootstrap does, leaves out the true value in one case of four.
+
+def _widened(estimate: float, errors: np.ndarray, level: float, n: int, of_seeds: list[float]) -> tuple[float, float]:
+    """The interval at `level`, of standard errors below and above, as wide as n items and len(of_seeds) seeds ask for.
+
+    The errors are those of a percentile interval made good for its variance, too small by (n - 1) / n; Student's t
+    takes the place of normal quantiles, as in the expanded percentile interval (Hesterberg 2015, section 3.2). The
+    variance of the mean over seeds, of_seeds, is added to that over items, and t takes the degrees of freedom of the
+    sum (Satterthwaite 1946). To resample two or three seeds instead, as the hierarchical bootstrap does, leaves out the
+    true value in one case of four. Percentiles further out are not drawn: they rest on a few draws of thousands.
     """
-    z = ndtri((1 + level) / 2)
-    ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    sides = np.maximum((estimate - ends) * [1, -1], 0) / z * np.sqrt(n / max(1, n - 1))  # a standard error each
-    items, seeds = float(np.mean(sides)) ** 2, np.var(of_seeds, ddof=1) / len(of_seeds) if len(of_seeds) > 1 else 0.0
+    items, seeds = float(np.mean(errors)) ** 2, np.var(of_seeds, ddof=1) / len(of_seeds) if len(of_seeds) > 1 else 0.0
     if items + seeds == 0:
         return estimate, estimate
     free = (items + seeds) ** 2 / (items**2 / max(1, n - 1) + seeds**2 / max(1, len(of_seeds) - 1))
-    below, above = stdtrit(free, (1 + level) / 2) * np.sqrt(sides**2 + seeds)
+    below, above = stdtrit(free, (1 + level) / 2) * np.sqrt(errors**2 + seeds)
     return float(estimate - below), float(estimate + above)

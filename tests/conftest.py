@@ -81,7 +81,7 @@ def make_record():
             scores["bits"] = [bits_per_parameter(arm.format)]
             scores |= {"non_normal": [0.05, 0.06] * 20, "error/q_proj": [0.1, 0.1], "error/up_proj": [0.1, 0.2]}
         for task in arm.evaluation.tasks:
-            scores[f"accuracy/{task}"] = [float(item < accuracy * 100) for item in range(100)]
+            scores[f"accuracy/{task}"] = [float(item < accuracy * 150) for item in range(150)]
             metrics[f"accuracy/{task}"] = accuracy
         trained = arm.training is not None or arm.tuning is not None
         steps = [{"step": step, "loss": 2.0 / step, "learning_rate": 1e-3, "grad_norm": 1.0} for step in range(1, 21)]

@@ -50,12 +50,31 @@ def test_intervals_cover_as_often_as_they_say():
 
 def test_strata_keep_their_sizes_and_weigh_the_same():
     strata = np.repeat([0, 1], [10, 90])
-    scores = np.concatenate([np.ones(10), np.zeros(90)])
+    scores = np.concatenate([np.full(10, 2.0), np.zeros(90)])
     statistic = stratified_mean(strata)
-    assert statistic(scores) == 0.5
+    assert statistic(scores) == 1.0
     found = paired_bootstrap(statistic, scores, strata=strata)
-    assert (found.low, found.high) == (0.5, 0.5)  # nothing varies inside a stratum
-    assert paired_bootstrap(lambda x: x.mean(-1), scores).high > 0.1
+    assert (found.low, found.high) == (1.0, 1.0)  # nothing varies inside a stratum
+    assert paired_bootstrap(lambda x: x.mean(-1), scores).high > 0.2
+
+
+def test_answers_of_which_none_differs_do_not_say_that_none_ever_does():
+    answers, half = np.ones(40), np.repeat([0, 1], [10, 30])
+    found = paired_bootstrap(difference, answers, answers)
+    assert (found.low, found.high) == pytest.approx(scipy.stats.t(39).ppf([0.025, 0.975]) / 40)
+    found = paired_bootstrap(stratified_mean(half), answers, strata=half)
+    assert found.high - found.estimate == pytest.approx(scipy.stats.t(39).ppf(0.975) * np.hypot(1 / 20, 1 / 60))
+    found = paired_bootstrap(difference, 0.7 * answers, 0.7 * answers)
+    assert (found.low, found.high) == (0, 0)  # these are no answers
+
+
+@pytest.mark.parametrize("share", [0.025, 0.05, 0.2])
+def test_intervals_of_answers_cover_where_few_differ(share):
+    random, hits, runs = np.random.default_rng(12), 0, 400
+    for _ in range(runs):
+        found = paired_bootstrap(difference, np.ones(40), (random.random(40) >= share).astype(float), draws=400)
+        hits += found.low <= share <= found.high
+    assert hits / runs >= 0.92
 
 
 def test_perplexity():
