@@ -136,6 +136,8 @@ class Arm:
             raise ValueError(
                 f"grid: 'lsq' is learned in training, which {self.method!r} has none of; use {' or '.join(TRAINED)}"
             )
+        if self.scheme.grid == "lsq" and self.training.mask is not None:
+            raise ValueError(f"mask: {self.training.mask} does not go with the grid 'lsq', whose gradients are its own")
         if (
             self.training
             and ATTENTION in self.training.features

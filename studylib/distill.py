@@ -168,7 +168,7 @@ def train_llm_qat(
             "learning rates round away in lower precision"
         )
     if settings.masters == "bf16":
-        student.to(torch.bfloat16)
+        models.cast_parameters(student, torch.bfloat16)
 
     def held_out_loss() -> Tensor:
         losses = [
@@ -196,7 +196,7 @@ def train_llm_qat(
             progress=progress,
         )
     finally:
-        student.float()
+        models.cast_parameters(student, torch.float32)
 
 
 def _check_loss(student: PreTrainedModel, teacher: PreTrainedModel | np.ndarray | None, settings: Training) -> None:

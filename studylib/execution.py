@@ -148,7 +148,7 @@ def int4_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         )
     for name, layer in replaced.items():
         model.set_submodule(name, layer)
-    return model.to(dtype).requires_grad_(False).eval()
+    return models.cast_parameters(model, dtype).requires_grad_(False).eval()
 
 
 def _integers(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

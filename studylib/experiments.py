@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from studylib import corpora, methods, models
 from studylib.adapters import adapted_layers, check_paging
 from studylib.arms import AWQ, CALIBRATED, ENCODED, EXECUTED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
+from studylib.distill import check_head
 from studylib.evaluation import TASKS, Evaluation, score
 from studylib.execution import check_executable, decoding_seconds, executed_bytes, int4_model
 from studylib.finetuning import encode
@@ -251,6 +252,8 @@ def carry_out(
         with phase("load"):
             model = load()
             tokenizer = models.load_tokenizer(arm.model)
+        if arm.training or arm.tuning:
+            check_head(model)
         identity, vocabulary = _identity(arm.model), model.config.vocab_size
         besides = {}
         if arm.method == ENCODED:

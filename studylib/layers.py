@@ -40,6 +40,11 @@ class Scheme:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+        if self.grid == "lsq" and self.weight_group is not None:
+            raise ValueError(
+                f"weight_group: {self.weight_group!r} does not go with the grid 'lsq', which learns one scale a row; "
+                "use None"
+            )
         if self.grid == "lsq" and (self.keys, self.cache_scale) != (BEFORE_ROTARY, PER_TOKEN):
             raise ValueError(
                 f"keys: {self.keys!r} with cache_scale {self.cache_scale!r} does not go with the grid 'lsq', which "
@@ -120,16 +125,29 @@ AttentionMaskInterface.register(ROTATED_KEYS, sdpa_mask)
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that the papers quantize, by name: all but the output head. ValueError where there are none."""
+    """The linear layers that the papers quantize, by name: all but the output head.
+
+    ValueError where there are none, or where a decoder has more to quantize than they are (experts that share a
+    tensor), or they are of more than a decoder (images).
+    """
+    name = type(model).__name__
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(f"{name} is more than a decoder of text; use the language model inside it by itself")
+    experts = [key for key, parameter in model.named_parameters() if "experts" in key and parameter.ndim > 2]
+    if experts:
+        raise ValueError(f"{name} has experts that share a tensor ({experts[0]}); use a decoder without experts")
     head = model.get_output_embeddings()
     linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        key: module for key, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }
     if not linears:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear layers; use a decoder made of them (Llama, Mistral, Qwen2, ...)"
-        )
+        raise ValueError(f"{name} has no nn.Linear layers; use a decoder made of them (Llama, Mistral, Qwen2, ...)")
     return linears
+
+
+def is_projection(name: str, *wanted: str) -> bool:
+    """Whether the layer of this name is one of `wanted`: "attn.v_proj" is a "v_proj", "attn.qkv_proj" is not."""
+    return name.rpartition(".")[2] in wanted
 
 
 def head_width(model: nn.Module) -> int:
@@ -152,7 +170,8 @@ def quantize_model(
     taken from, in one forward pass.
     Raises ValueError for bits that are not allowed, a group that does not divide a layer's input, a model without
     linear layers, one that is quantized already, one without k_proj and v_proj if the cache is to be quantized, "lsq"
-    without tokens, or keys after rotary embedding in a model that does not use scaled dot-product attention.
+    without tokens or with a mask, or keys after rotary embedding in a model that does not use scaled dot-product
+    attention.
     """
     bits = BitWidths.parse(bits)
     linears = decoder_linears(model)
@@ -161,13 +180,15 @@ def quantize_model(
     learned = scheme.grid == "lsq"
     if learned and tokens is None:
         raise ValueError("tokens: missing; the grid 'lsq' takes its first scales from them")
+    if learned and mask is not None:
+        raise ValueError(f"mask: {mask!r} does not go with the grid 'lsq', whose gradients are its own; use None")
 
     def grid(width: int, group: int | None = None) -> Grid | None:
         return None if width == OFF else Grid(width, scheme.grid, group)
 
     weight, activation = grid(bits.weights, scheme.weight_group), grid(bits.activations)
     cache = grid(bits.cache, head_width(model) if scheme.cache_scale == PER_HEAD else None)
-    if cache is not None and not any(name.endswith(CACHE_PROJECTIONS) for name in linears):
+    if cache is not None and not any(is_projection(name, *CACHE_PROJECTIONS) for name in linears):
         raise ValueError(
             f"{type(model).__name__} has no layers named {' and '.join(CACHE_PROJECTIONS)}, whose outputs "
             f"are the keys and values; cache bits must be {OFF} for it"
@@ -180,7 +201,7 @@ def quantize_model(
         )
     replaced = {}
     for name, linear in linears.items():
-        at_output = name.endswith("v_proj" if rotated else CACHE_PROJECTIONS)
+        at_output = is_projection(name, *(("v_proj",) if rotated else CACHE_PROJECTIONS))
         if weight or activation or (cache and at_output):
             replaced[name] = QuantizedLinear(linear, weight, activation, cache if at_output else None, mask)
     if learned:
@@ -192,7 +213,7 @@ def quantize_model(
         setattr(model.get_submodule(parent), child, module)
     if rotated:
         for name in linears:
-            if name.endswith("k_proj"):
+            if is_projection(name, "k_proj"):
                 attention = model.get_submodule(name.rpartition(".")[0])
                 attention.key_grid, attention.key_mask = cache, mask
         model.set_attn_implementation(ROTATED_KEYS)

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from studylib.layers import CACHE_PROJECTIONS, PER_HEAD, Scheme, decoder_linears, head_width
+from studylib.layers import CACHE_PROJECTIONS, PER_HEAD, Scheme, decoder_linears, head_width, is_projection
 from studylib.quantizers import OFF, BitWidths
 
 SCALE_BYTES = 4  # scales are fp32
@@ -45,8 +45,13 @@ def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Schem
     """
     width = BitWidths.parse(bits).cache
     outputs = [
-        linear.out_features for name, linear in decoder_linears(model).items() if name.endswith(CACHE_PROJECTIONS)
+        linear.out_features
+        for name, linear in decoder_linears(model).items()
+        if is_projection(name, *CACHE_PROJECTIONS)
     ]
+    if not outputs:  # one projection of queries, keys and values
+        heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+        outputs = [heads * head_width(model)] * (2 * model.config.num_hidden_layers)
     if width == OFF:
         return sum(outputs) * FLOAT_BYTES
     if scheme.grid == "lsq":

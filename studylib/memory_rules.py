@@ -1,6 +1,6 @@
 """The rules of claims about memory. They need no records: plans are exact, and the same everywhere."""
 
-from studylib.adapters import L4Q, LORA, QAT, QLORA, usual_format
+from studylib.adapters import L4Q, LORA, QAT, QLORA, Adapter, usual_format
 from studylib.comparison import Measure, percent
 from studylib.effects import GIGABYTES, MEMORY, NOT_REPRODUCED, REPRODUCED, TIMES, Effect, Unit
 from studylib.planning import GB, SHAPES, inference_bytes
@@ -25,7 +25,7 @@ def _judged(holds: bool) -> str:
 def fits_cards(measure: Measure) -> Outcome:
     """Whether 65B fits 48 GB, 33B fits 24 GB or nearly, and 7B a phone of 6 GB, by NF4 + DQ."""
     large, middle = (planned_qlora(name, 64, 512, True).total / GB for name in ("llama-65b", "llama-33b"))
-    phone = inference_bytes(SHAPES["llama-7b"], usual_format(QLORA), 512) / GB
+    phone = inference_bytes(SHAPES["llama-7b"], QLORA, format=usual_format(QLORA), adapter=Adapter(64), length=512) / GB
     text = (
         f"at 1 x 512 tokens, rank 64, checkpointing, 65B takes {large:.1f} of 48 GB and 33B {middle:.1f} of 24, beside "
         f"{DRIVER:g} GB for the driver; 7B takes {phone:.1f} of a phone's 6 GB."

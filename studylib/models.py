@@ -159,6 +159,14 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`. Buffers stay: `.to` would round the frequencies of rotary embeddings,
+    which puts the last of 2,048 tokens up to 2.8 radians from where it is."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 autocast where the hardware computes in bf16, nothing elsewhere."""
     return torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() == torch.bfloat16)

@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AutoConfig, LlamaConfig, PreTrained
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib import models
+from studylib import merging, models
 from studylib.adapters import DORA, GPTQ_LORA, LORA, QAT, Adapter, attach, usual_format
 from studylib.distill import last_hidden
-from studylib.formats import GRIDS, EncodedLinear, Format, encode_model, levels, scale_levels, stored_bytes
+from studylib.formats import GRIDS, EncodedLinear, Format, levels, scale_levels
 from studylib.losses import label_loss
 from studylib.memory import cache_bytes_per_token
 from studylib.sampling import check_length
@@ -313,8 +313,16 @@ def _by_layers(config: PreTrainedConfig, count: Callable[[PreTrainedConfig], lis
     return [one + (layers - 1) * (two - one) for one, two in zip(*map(count, shallow), strict=True)]
 
 
-def inference_bytes(config: PreTrainedConfig, format: Format | None, length: int, batch: int = 1) -> int:
-    """Weights with the decoder's linear ones in `format` (None: 16 bits), and 16-bit keys and values of all tokens.
+def inference_bytes(
+    config: PreTrainedConfig,
+    method: str,
+    *,
+    format: Format | None,
+    adapter: Adapter | None,
+    length: int,
+    batch: int = 1,
+) -> int:
+    """What `method` deploys (see merging.inference_bytes), and 16-bit keys and values of all tokens.
 
     Raises ValueError where `format` does not fit the model, or `length` its context.
     """
@@ -323,7 +331,7 @@ def inference_bytes(config: PreTrainedConfig, format: Format | None, length: int
         with _no_weights(config, format) as model:
             _check(model, batch, length, least=1)
             cache = batch * length * cache_bytes_per_token(model, "16-16-16")
-            return [cache + stored_bytes(model if format is None else encode_model(model, format))]
+            return [cache + merging.inference_bytes(model, method, format, adapter)]
 
     return _by_layers(config, counted)[0]
 
@@ -345,7 +353,7 @@ def plan_text(
     adapter = None if method == QAT else Adapter(rank)
     given = {"format": format, "adapter": adapter, "batch": batch, "length": length}
     memory = plan(config, method, **given, checkpointing=checkpointing)
-    inference = inference_bytes(config, format, length, batch)
+    inference = inference_bytes(config, method, format=format, adapter=adapter, length=length, batch=batch)
     fits = ", ".join(f"{card} GB" for card in CARDS if memory.total <= card * GB)
     base = "16-bit weights" if format is None else format.title
     return "\n".join(

@@ -206,7 +206,7 @@ def fit(
     # Compiled layers fuse the fake quantizers, which cost as much as the products where those run in bf16.
     worth_it = compiled and bf16 and budget.steps >= COMPILED_STEPS
     can_compile = worth_it and (model.device.type == "cuda" or shutil.which("g++"))
-    layers = list(model.base_model.layers) if can_compile else []
+    layers = list(getattr(model.base_model, "layers", [])) if can_compile else []
     for layer in layers:
         layer.compile()
     arguments = TrainingArguments(
@@ -229,6 +229,7 @@ def fit(
         save_strategy="no",
         save_total_limit=1,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would wrap the model in DataParallel
 
     def measured() -> float:
         model.eval()

@@ -226,6 +226,7 @@ def test_bf16_masters_lose_small_updates(fp32, opinionated, data, tmp_path):
         settings = dataclasses.replace(SETTINGS, masters=masters, learning_rate=1e-6)
         train_llm_qat(student, opinionated, head, windows, settings, tmp_path / masters)
         assert {p.dtype for p in student.parameters()} == {torch.float32}
+        assert all(torch.equal(a, b) for a, b in zip(student.buffers(), opinionated.buffers(), strict=True))
         changed = [(a != b.float()).float().mean() for a, b in zip(student.parameters(), before, strict=True)]
         moved[masters] = float(torch.stack(changed).mean())
     assert moved["bf16"] < 0.1 < 0.5 < moved["fp32"]

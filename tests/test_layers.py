@@ -6,9 +6,13 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     Qwen2Config,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -196,11 +200,14 @@ def test_schemes_that_make_no_sense_are_refused(model):
         ({"cache_scale": "layer"}, "'layer' is not known"),
         ({"keys": "rotated"}, "'rotated' is not known"),
         ({"grid": "lsq", "keys": "after-rotary"}, "does not go with the grid 'lsq'"),
+        ({"grid": "lsq", "weight_group": 32}, "weight_group: 32 does not go with the grid 'lsq'"),
     ):
         with pytest.raises(ValueError, match=named):
             Scheme(**arguments)
     with pytest.raises(ValueError, match="'lsq' takes its first scales from them"):
         quantize_model(model, "4-8-4", Scheme(grid="lsq"))
+    with pytest.raises(ValueError, match=r"mask: 2\.0 does not go with the grid 'lsq'"):
+        quantize_model(model, "4-8-4", Scheme(grid="lsq"), mask=2.0, tokens=torch.zeros(1, 4, dtype=torch.long))
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="needs scaled dot-product attention"):
         quantize_model(model, "4-8-4", Scheme(keys="after-rotary"))
@@ -238,6 +245,27 @@ def test_what_cannot_be_quantized_is_refused_and_left_as_it_was(model):
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         quantize_model(gpt2, "4-8-4")
+
+
+def test_projections_that_are_one_layer_are_not_taken_for_another(model):
+    fused = AutoModelForCausalLM.from_config(Phi3Config(**SHAPE, pad_token_id=0))
+    with pytest.raises(ValueError, match="no layers named k_proj and v_proj"):
+        quantize_model(fused, "4-8-4")
+    assert not any(isinstance(module, QuantizedLinear) for module in fused.modules())
+    assert cache_bytes_per_token(fused, "16-16-16") == 2 * 2 * 32 * 2  # layers, keys and values, numbers, bytes
+    shape = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+    assert cache_bytes_per_token(AutoModelForCausalLM.from_config(GPTNeoXConfig(**shape)), "16-16-16") == 2 * 2 * 64 * 2
+
+
+def test_what_would_be_left_out_is_refused(model):
+    experts = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE, num_local_experts=2))
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM has experts that share a tensor \(model\.layers\.0"):
+        quantize_model(experts, "4-8-4")
+    sees = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        images = AutoModelForCausalLM.from_config(Gemma3Config(text_config=SHAPE, vision_config=sees))
+    with pytest.raises(ValueError, match="is more than a decoder of text"):
+        quantize_model(images, "4-8-4")
 
 
 def test_bytes_by_plan_equal_bytes_of_the_codes(model):

@@ -174,10 +174,17 @@ def test_llama_7b_counted_by_hand():
 def test_7b_answers_on_a_phone_of_6_gb():
     config, nf4 = SHAPES["llama-7b"], usual_format(QLORA)
     cache = 2 * 2 * 32 * 4096  # keys and values, 2 bytes, 32 layers
-    weights = inference_bytes(config, nf4, 1) - cache
-    assert inference_bytes(config, nf4, 2048) == weights + 2048 * cache < 6 * GB
-    assert inference_bytes(config, nf4, 100, batch=3) == weights + 300 * cache
-    assert inference_bytes(config, None, 1) == 2 * 6_738_415_616 + cache
+    deployed = {"format": nf4, "adapter": Adapter(4)}
+    weights = inference_bytes(config, QLORA, **deployed, length=1) - cache
+    assert inference_bytes(config, QLORA, **deployed, length=2048) == weights + 2048 * cache < 6 * GB
+    assert inference_bytes(config, QLORA, **deployed, length=100, batch=3) == weights + 300 * cache
+    adapter = 2 * 32 * 4 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    plain = inference_bytes(config, LORA, format=None, adapter=Adapter(4), length=1)
+    assert plain == 2 * 6_738_415_616 + adapter + cache
+    affine = {"format": usual_format(L4Q), "adapter": Adapter(4), "length": 1}
+    scales = 8 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 64  # an fp32 scale and an fp32 offset a group
+    codes, others = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2, 2 * (2 * 32000 * 4096 + 65 * 4096)
+    assert inference_bytes(config, L4Q, **affine) == codes + scales + others + cache
 
 
 def test_the_papers_total_for_qlora_and_why_ours_is_below():
@@ -217,7 +224,7 @@ def test_the_commands_text():
     assert first == "llama-65b, qlora, NF4 + DQ, rank 64, batch 1 x 512 tokens, with gradient checkpointing"
     sizes = [float(row.split()[-2]) for row in rows]
     assert len(sizes) == 6 and sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.03) and sizes[-1] < 48
-    assert fits == "The total fits cards of 48 GB, 80 GB." and "33.3" in inference and "2^30" in note
+    assert fits == "The total fits cards of 48 GB, 80 GB." and "34.8" in inference and "2^30" in note
     assert "does not fit" in planning.plan_text("llama-7b", QAT)
 
 
@@ -283,6 +290,6 @@ def test_bad_input_of_a_measurement(config, arguments, message):
 
 def test_bad_input_of_inference(config):
     with pytest.raises(ValueError, match="length: 0 is not allowed; use 1 or more"):
-        inference_bytes(config("llama"), None, 0)
+        inference_bytes(config("llama"), LORA, format=None, adapter=Adapter(4), length=0)
     with pytest.raises(ValueError, match="bits: 5 is not allowed"):
         usual_format(QLORA, 5)
