@@ -8,12 +8,13 @@ import pytest
 from studylib.adapters import L4Q, QA_LORA, QLORA, Adapter
 from studylib.arms import ENCODED, EXECUTED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT
 from studylib.claims import CLAIMS
-from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED
+from studylib.effects import ACCURACY, INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Effect
 from studylib.execution import EXECUTIONS
 from studylib.formats import Format
 from studylib.judging import judge
 from studylib.layers import Scheme
 from studylib.records import DIVERGED
+from studylib.statistics import Interval
 
 
 def verdicts(claim, records):
@@ -268,6 +269,10 @@ def test_an_inconclusive_finding_says_what_could_have_been_shown(make_record):
     assert finding.verdict == INCONCLUSIVE and finding.effect.smallest > finding.effect.interval.surely[1] - 0.1
     assert finding.sentence.endswith(f"Inconclusive (could have shown {finding.could}).")
     assert finding.could.endswith("% or more")
+    wide = Effect(Interval(0.0, -60.0, 60.0), ACCURACY, "", above=0)
+    assert dataclasses.replace(finding, effect=wide).could == "85.8 points or more"
+    wider = dataclasses.replace(wide, interval=Interval(0.0, -80.0, 80.0))
+    assert dataclasses.replace(finding, effect=wider).could == "no difference at all"
 
 
 def test_the_papers_number_stands_beside_ours_where_it_is_of_the_same_kind(ablations, tuned, make_record):
