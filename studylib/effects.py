@@ -17,11 +17,13 @@ REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
 
 @dataclass(frozen=True)
 class Unit:
-    """How numbers of one kind are written: each by `form`, then `suffix` once. ratio: compared on a log scale."""
+    """How numbers of one kind are written: each by `form`, then `suffix` once. ratio: compared on a log scale. most:
+    what none of them exceeds."""
 
     form: Callable[[float], str]
     suffix: str = ""
     ratio: bool = False
+    most: float = math.inf
 
     def text(self, value: float) -> str:
         return self.form(value) + self.suffix
@@ -29,7 +31,7 @@ class Unit:
 
 COST = Unit(percent)  # a share of a perplexity
 WON_BACK = Unit(percent, " of the loss")
-ACCURACY = Unit(points, " points")
+ACCURACY = Unit(points, " points", most=100)
 PERPLEXITY = Unit(number)
 TIMES = Unit(number, " times", ratio=True)
 NEURONS = Unit(points, "%")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from studylib.comparison import Measure, Setting, capital, gather, listed, measures, response_measures, weight_measures
-from studylib.effects import ACCURACY, INCONCLUSIVE, NOT_TESTED, Effect, PaperNumber
+from studylib.effects import INCONCLUSIVE, NOT_TESTED, Effect, PaperNumber
 from studylib.memory_rules import PLANNED
 from studylib.records import Record
 from studylib.rules import Outcome
@@ -44,13 +44,11 @@ class Finding:
 
     @property
     def could(self) -> str:
-        """Of an inconclusive finding, the smallest effect that the data could have shown: "7.0% or more"; else "".
-        No accuracies are more than 100 points apart."""
+        """Of an inconclusive finding, the smallest effect that the data could have shown: "7.0% or more"; else ""."""
         if self.verdict != INCONCLUSIVE or self.effect is None or self.effect.smallest is None:
             return ""
-        if self.effect.unit == ACCURACY and self.effect.smallest > 100:
-            return "no difference at all"
-        return f"{self.effect.unit.text(self.effect.smallest)} or more"
+        unit, smallest = self.effect.unit, self.effect.smallest
+        return f"{unit.text(smallest)} or more" if smallest <= unit.most else "no difference at all"
 
     @property
     def found(self) -> str:

@@ -79,9 +79,9 @@ def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
 
 def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: Cell | None) -> Outcome:
     """Whether four bits for the cache cost RTN much, and more than four bits for the `weights`; and LLM-QAT less."""
-    cost = _worse(measure, eight, four, f"lost by RTN from {eight.bits} to {four.bits}", papers=False)
+    cost = _worse(measure, eight, four, f"lost by RTN from {eight.bits} to {four.bits}")
     cost = replace(cost, above=_tolerance(measure))
-    where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by RTN", papers=False), above=0)
+    where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by RTN"), above=0)
     text = f"with RTN, going from {eight.bits} to {four.bits} costs {_tolerated(measure, cost)}; "
     text += f"{four.bits} is worse than {weights.bits} by {where.text}."
     if qat is None:
@@ -92,7 +92,7 @@ def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: 
         return measure.loss(q, r)
 
     found = measure.interval(gained, four, qat)
-    gain = Effect(found, _unit(measure), f"gained by LLM-QAT over RTN at {four.bits}", above=0)
+    gain = Effect(found, _unit(measure), f"gained by LLM-QAT over RTN at {four.bits}", above=0, of=qat.setting)
     text += f" LLM-QAT wins back {gain.text}{_seeds(measure, gained, measure.text, four, qat)}."
     return together([cost, where, gain], text)
 
@@ -129,7 +129,7 @@ def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = 
     effects = [_within(measure, reference, cell)]
     text = f"{cell.title} is worse than {reference.title} by {_tolerated(measure, effects[0])}"
     if other:
-        effects.append(replace(_worse(measure, cell, other, papers=False), above=0))
+        effects.append(replace(_worse(measure, cell, other), above=0))
         text += f"; {other.title} is worse than {cell.title} by {effects[1].text}"
     return together(effects, f"{text}.")
 
@@ -184,15 +184,12 @@ def near_normal(measure: Measure, cell: Cell) -> Outcome:
 def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     """Whether the validation loss of `fast` is below that of `slow` at half of the training, wherever both began."""
 
-    def behind(at: float) -> Callable[[Record, Record], float]:
-        def losses(own: Record, other: Record) -> float:
-            ours, theirs = (record.curve[int(at * (len(record.curve) - 1))]["loss"] for record in (own, other))
-            return theirs - ours
+    def behind(own: Record, other: Record, at: float) -> float:
+        ours, theirs = (record.curve[int(at * len(record.curve))]["loss"] for record in (own, other))
+        return theirs - ours
 
-        return losses
-
-    found, seeds, decided = _by_seed(measure, behind(0.5), fast, slow)
-    began, *_ = _by_seed(measure, behind(0.0), fast, slow)
+    found, seeds, decided = _by_seed(measure, partial(behind, at=0.5), fast, slow)
+    began, *_ = _by_seed(measure, partial(behind, at=0), fast, slow)
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
     text = f"half-way, the validation loss of {slow.title} is {effect.text} above that of {fast.title} ({seeds}); "
     text += f"before training, {began.text(nats)}."
@@ -256,7 +253,7 @@ def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy:
 
 def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eight_smooth: Cell) -> Outcome:
     gain, other = (
-        _worse(measure, smooth, cell, f"lost without SmoothQuant by LLM-QAT at {cell.bits}", papers=cell is four)
+        _worse(measure, smooth, cell, f"lost without SmoothQuant by LLM-QAT at {cell.bits}")
         for cell, smooth in ((four, four_smooth), (eight, eight_smooth))
     )
     at_four, at_eight = _tolerated(measure, gain), _tolerated(measure, other)
@@ -264,12 +261,12 @@ def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eigh
     return together([replace(gain, above=0), replace(other, below=_tolerance(measure))], text)
 
 
-def _worse(measure: Measure, a: Cell, b: Cell, what: str = "", papers: bool = True) -> Effect:
+def _worse(measure: Measure, a: Cell, b: Cell, what: str = "") -> Effect:
     """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
     what = what or f"{_short(b)} behind {_short(a)}"
     if measure.is_perplexity:
-        return Effect(measure.above(b, a), COST, what, of=b.setting, papers=papers)
-    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting, papers=papers)
+        return Effect(measure.above(b, a), COST, what, of=b.setting)
+    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting)
 
 
 def _within(measure: Measure, a: Cell, b: Cell) -> Effect:

@@ -102,21 +102,20 @@ def paired_bootstrap(
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(seed)
     means, values, most = [array.mean(0) for array in arrays], [], max(1, CELLS // n)
+    measured = (lambda *scores: np.log(statistic(*scores))) if multiplies else statistic
     for at in range(0, draws, most):
         rows = min(draws - at, most)
         index = np.empty((rows, n), dtype=np.intp)
         for group in groups:
             index[:, group] = group[generator.integers(len(group), size=(rows, len(group)))]
-        values.append(statistic(*(mean[index] for mean in means)))
-    drawn, estimate = np.concatenate(values), float(statistic(*means))
-    of_seeds = [float(statistic(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
-    if multiplies:
-        estimate, drawn, of_seeds = math.log(estimate), np.log(drawn), [math.log(value) for value in of_seeds]
+        values.append(measured(*(mean[index] for mean in means)))
+    estimate = float(measured(*means))
+    of_seeds = [float(measured(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
     z = ndtri((1 + level) / 2)
-    ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    ends = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
     errors = np.maximum((estimate - ends) * [1, -1], 0) / z * np.sqrt(n / max(1, n - 1))
     if all(np.isin(array, (0, 1)).all() for array in arrays):
-        errors = np.maximum(errors, _error_of_an_item(statistic, means, groups))
+        errors = np.maximum(errors, _error_of_an_item(measured, means, groups))
     low, high = _widened(estimate, errors, level, n, of_seeds)
     surely = _widened(estimate, errors, 1 - (1 - level) / family, n, of_seeds) if family > 1 else None
     found = Interval(estimate, low, high, level, surely)
@@ -128,13 +127,12 @@ def _error_of_an_item(
 ) -> float:
     """What the statistic changes by where one right answer of each group becomes wrong, or one wrong right: the root of
     the sum of squares, by the sample that changes it most."""
-    changes = np.zeros((len(groups), len(samples)))
+    estimate, changes = statistic(*samples), np.zeros((len(groups), len(samples)))
     for at, group in enumerate(groups):
         for number, sample in enumerate(samples):
             other = sample.copy()
             other[group[0]] += 1 if other[group[0]] < 0.5 else -1
-            changed = [other if i == number else same for i, same in enumerate(samples)]
-            changes[at, number] = statistic(*changed) - statistic(*samples)
+            changes[at, number] = statistic(*samples[:number], other, *samples[number + 1 :]) - estimate
     return float(np.linalg.norm(np.abs(changes).max(1)))
 
 
