@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from studylib.arms import Arm
 from studylib.comparison import Setting, listed
-from studylib.records import Record, read_record
+from studylib.records import Record, RecordError, read_record
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -154,8 +154,13 @@ def publish(
 
 
 def read_published(output: Path, notebook: str) -> dict:
-    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}."""
-    return json.loads((output / notebook / "published.json").read_text())
+    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}. RecordError where it cannot be read."""
+    path = output / notebook / "published.json"
+    try:
+        published = json.loads(path.read_text())
+        return {"records": list(published["records"]), "figures": dict(published["figures"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is not what a notebook published ({error}); run {notebook} again") from error
 
 
 def used_records(output: Path, notebooks: Sequence[Path], folder: Path) -> list[Record]:

@@ -1,7 +1,9 @@
 """The command `study`: run notebooks in batch, list, show and verify records, report, plan the memory of a training."""
 
 import argparse
+import hashlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,13 +11,18 @@ from pathlib import Path
 from studylib.sources import SourceError
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
+OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
+    "output": "--results, in which each run has its folder"
+}  # notebook parameters that `study run` sets from its own options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="study", description=__doc__.split(":", 1)[1].strip().capitalize())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run notebooks through papermill and write the report")
-    run.add_argument("--notebooks", nargs="+", default=[], metavar="NN", help="numbers or names (default: all)")
+    run.add_argument(
+        "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="numbers or names (default: all)"
+    )
     run.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
@@ -23,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
@@ -40,12 +48,19 @@ def _parser() -> argparse.ArgumentParser:
     _budget(report)
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
     verify.add_argument("--reference", type=Path, default=REFERENCE, help="default: the results in the repository")
-    verify.add_argument("--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title")
+    verify.add_argument(
+        "--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title, as in `study list`"
+    )
     verify.add_argument("--minutes", type=float, default=15, help="else what took so long there (default: 15)")
     _jobs(verify)
     _results(verify)
     plan = commands.add_parser("plan", help="the memory that a fine-tuning would take, without any weights")
-    plan.add_argument("--model", required=True, metavar="CONFIG", help="llama-7b, ..., a config.json, a model")
+    plan.add_argument(
+        "--model",
+        required=True,
+        metavar="CONFIG",
+        help="llama-7b, -13b, -33b, -65b, open-llama-3b, a config.json, or a model's name, folder or hub id",
+    )
     plan.add_argument("--method", default="qlora", help="lora, qlora, qa-lora, qat-lora, l4q or qat (default: qlora)")
     plan.add_argument("--bits", type=int, default=4, help="of the weights (default: 4)")
     plan.add_argument("--block", type=int, default=64, help="weights that share a scale (default: 64)")
@@ -86,6 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RecordError, SourceError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = error.filename2 or error.filename  # what was to be replaced, if something was
+        print(f"study: {where}: {error.strerror}" if where else f"study: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("study: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -95,31 +117,36 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     import yaml
     from papermill import PapermillExecutionError
 
-    from studylib import arms, batch, models, recipes, report, tables
+    from studylib import arms, batch, experiments, models, recipes, report, tables
     from studylib.records import Store
 
     recipes.check_budget(options.budget_mb)
+    budget = arms.profile(options.profile)
+    experiments.check_jobs(options.jobs)
     notebooks = batch.find_notebooks(options.notebooks)
     further = {}
     for text in options.set:
         name, separator, value = text.partition("=")
         if not separator:
             raise ValueError(f"--set: {text!r} is not NAME=VALUE")
+        if name in OPTIONS:
+            raise ValueError(f"--set: {name!r} is not allowed; use {OPTIONS[name]}")
         try:
             further[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--set: the value of {text!r} is not YAML") from error
     store = Store(options.results.resolve())
-    output = store.folder / f"{options.profile}-{Path(options.model).name}"
+    model = models.absolute_name(options.model)
+    output = store.folder / f"{options.profile}-{_folder_name(model)}"
     parameters = {
-        "model": models.absolute_name(options.model),
+        "model": model,
         "profile": options.profile,
         "results": str(store.folder),
         "output": str(output),
     } | further
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
     if options.seeds or "seeds" in taken:
-        parameters["seeds"] = options.seeds or list(arms.profile(options.profile).seeds)
+        parameters["seeds"] = options.seeds or list(budget.seeds)
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
     assigned = batch.assign_parameters(notebooks, parameters)
@@ -148,6 +175,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {page}")
     return 0
+
+
+def _folder_name(model: str) -> str:
+    """The model's part of a run's folder: two that share the last part of their names do not share a folder."""
+    path = Path(model)
+    if path.is_absolute():
+        return f"{path.name}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+    return model.replace("/", "--")
 
 
 def _compute_together(notebooks: list[Path], assigned: dict[Path, dict], results: Path, jobs: int) -> Path | None:

@@ -117,14 +117,22 @@ def _check_instructions(model: str, source: str, length: int) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _check_evaluation(model: str, wanted: Evaluation) -> None:
-    tokenizer = models.load_tokenizer(model)
+    tokenizer, rows = models.load_tokenizer(model), models.load_config(model).get_text_config().vocab_size
     for corpus in wanted.corpora:
-        corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+        most = corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation").max()
+        if most >= rows:
+            raise ValueError(f"model: the tokenizer of {model!r} makes token {most}, but its embedding has {rows} rows")
     pairs = len(corpora.instruction_pairs("evaluation")) if wanted.pairs else 0
     if wanted.pairs > pairs:
         raise ValueError(f"pairs: {wanted.pairs} are more than the {pairs} that are held out")
     if wanted.tasks and wanted.source == "archive":
         fetch("benchmarks")
+
+
+def check_jobs(jobs: int) -> None:
+    """ValueError for a number of arms computed at a time that is not 1 or more."""
+    if jobs < 1:
+        raise ValueError(f"jobs: {jobs} is not allowed; use 1 or more")
 
 
 def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1) -> list[Record]:
@@ -138,11 +146,12 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     with more steps (Budget.extended_from) goes on; without, such an arm trains its first part again, to the same end.
     jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
-    that is not writable or a record that cannot be read.
+    that is not writable, whose records are of other weights by the model's name, or a record that cannot be read.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs: {jobs} is not allowed; use 1 or more")
+    check_jobs(jobs)
     store = Store(results)
+    for model in dict.fromkeys(arm.model for arm in arms):
+        store.hold(model, models.version(model))
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     missing.sort(key=_work, reverse=True)
     for arm in missing:

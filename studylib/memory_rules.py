@@ -3,13 +3,12 @@
 from studylib.adapters import L4Q, LORA, QAT, QLORA, Adapter, usual_format
 from studylib.comparison import Measure, percent
 from studylib.effects import GIGABYTES, MEMORY, NOT_REPRODUCED, REPRODUCED, TIMES, Effect, Unit
-from studylib.planning import GB, SHAPES, inference_bytes
+from studylib.planning import DRIVER, GB, SHAPES, inference_bytes
 from studylib.published import planned, planned_qlora
 from studylib.rules import Outcome
 from studylib.statistics import Interval
 
 PLANNED = Measure("bytes", "planned memory", (), ())
-DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
 NEARLY = 1.1  # "nearly": at most this many times what a card has
 CLOSE, FAR = 1.1, 0.5  # "about LoRA's": at most this many times; "far below": at most this share
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
@@ -67,10 +67,12 @@ def absolute_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _readable_errors(name: str):
+def _read(name: str):
+    """The model's location, inside; what goes wrong with its files there is a ValueError of one line."""
+    location = _location(name)
     try:
-        yield
-    except (OSError, json.JSONDecodeError) as error:
+        yield location
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"model: {name!r} could not be read ({first}); {_allowed()}") from error
 
@@ -91,8 +93,12 @@ def load_config(name: str) -> PreTrainedConfig:
             eos_token_id=0,
             pad_token_id=0,
         )
-    with _readable_errors(name):
-        return AutoConfig.from_pretrained(_location(name))
+    with _read(name) as location:
+        config = AutoConfig.from_pretrained(location)
+    if quantized := getattr(config, "quantization_config", None):
+        how = quantized.get("quant_method", "")
+        raise ValueError(f"model: the weights of {name!r} are quantized already ({how}); use its full-precision ones")
+    return config
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -104,15 +110,24 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     """The causal LM in evaluation mode, on the GPU where there is one.
 
     name: smollm2-135m (fetched once, about 93 MB), tiny-random, a local folder of safetensors, or a hub id.
-    Raises ValueError for a name that leads to no such model, SourceError where the archive cannot be had.
+    Raises ValueError for a name that leads to no such model or to a file that lacks some of its weights, SourceError
+    where the archive cannot be had.
     """
     if name == TINY:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = skeleton(load_config(name)).to(dtype)
     else:
-        with _readable_errors(name):
-            model = AutoModelForCausalLM.from_pretrained(_location(name), dtype=dtype, use_safetensors=True)
+        with _read(name) as location:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        # transformers fills these with random numbers
+        if wrong := sorted(loaded["missing_keys"] | {name for name, *_ in loaded["mismatched_keys"]}):
+            raise ValueError(
+                f"model: the safetensors of {name!r} lack {len(wrong)} of the weights that its config.json describes, "
+                f"or hold them in another shape: {wrong[0]}, ..."
+            )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -121,8 +136,8 @@ def load_tokenizer(name: str):
     """The model's tokenizer. ValueError for a name that leads to none."""
     if name == TINY:
         return _byte_tokenizer()
-    with _readable_errors(name):
-        return AutoTokenizer.from_pretrained(_location(name))
+    with _read(name) as location:
+        return AutoTokenizer.from_pretrained(location)
 
 
 def identity(name: str) -> dict[str, str]:
@@ -132,11 +147,23 @@ def identity(name: str) -> dict[str, str]:
         for tensor in load_model(name).cpu().state_dict().values():
             digest.update(tensor.numpy().tobytes())
     else:
-        location = _location(name)
-        if not isinstance(location, Path):
-            location = Path(transformers.utils.cached_file(name, "config.json")).parent
-        return {"name": name, "note": NOTES.get(name, ""), "sha256": _files_sha256(location)}
+        return {"name": name, "note": NOTES.get(name, ""), "sha256": _files_sha256(_folder(name))}
     return {"name": name, "note": NOTES[name], "sha256": digest.hexdigest()}
+
+
+def version(name: str) -> str:
+    """What is another when the weights are: their SHA-256 or, of a hub id, whose weights may still have to be fetched,
+    its commit."""
+    location = None if name == TINY else _location(name)
+    return _folder(name).name if isinstance(location, str) else identity(name)["sha256"]
+
+
+def _folder(name: str) -> Path:
+    """Where the model's files are, of a hub id in the hub's cache."""
+    with _read(name) as location:
+        if isinstance(location, Path):
+            return location
+        return Path(transformers.utils.cached_file(name, "config.json")).parent
 
 
 @functools.cache

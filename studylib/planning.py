@@ -38,6 +38,7 @@ TITLES = {
 }
 PURPOSES = tuple(TITLES)[:-1]
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB
+DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
 FAKE_ATTENTION = "studylib_fake"
 # Bytes a layer: the 16 levels; with double quantization, the 256 of the scales as well.
 BITSANDBYTES_TABLES = (64, 64 + 1024)
@@ -354,16 +355,17 @@ def plan_text(
     given = {"format": format, "adapter": adapter, "batch": batch, "length": length}
     memory = plan(config, method, **given, checkpointing=checkpointing)
     inference = inference_bytes(config, method, format=format, adapter=adapter, length=length, batch=batch)
-    fits = ", ".join(f"{card} GB" for card in CARDS if memory.total <= card * GB)
+    cards = ", ".join(f"{card} GB" for card in CARDS if memory.total <= (card - DRIVER) * GB)
+    fits = f"cards of {cards}" if cards else f"no card of {CARDS[-1]} GB"
     base = "16-bit weights" if format is None else format.title
     return "\n".join(
         [
             f"{name}, {method}, {base}{'' if adapter is None else f', rank {rank}'}, batch {batch} x {length} tokens, "
             f"{'with' if checkpointing else 'without'} gradient checkpointing",
             *(f"{title:<20}{getattr(memory, part) / GB:10.2f} GB" for part, title in TITLES.items()),
-            f"The total fits cards of {fits}." if fits else f"The total does not fit a card of {CARDS[-1]} GB.",
+            f"With {DRIVER:g} GB for the driver, that fits {fits}.",
             f"For inference: {inference / GB:.2f} GB with the 16-bit keys and values of these tokens.",
             "1 GB = 2^30 bytes. Products in bf16, trained parameters in fp32. Not counted: temporaries of single "
-            "operations, gaps in the allocator, the driver's own memory (about 1 GB).",
+            "operations, gaps in the allocator.",
         ]
     )

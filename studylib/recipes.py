@@ -39,6 +39,7 @@ SIZES = (
     "Speed is not compared."
 )
 PHASES = {"data": "text", "quantize": "rounding", "train": "training"}  # of making a model, in words
+SAVING = 0.1  # of the reference's size: a recipe that saves less is no smaller model
 NAMED = 6  # of the recipes that are as good; how many there are besides is said
 
 
@@ -204,9 +205,10 @@ def _headline(family: Family, budget: float | None, best: Candidate) -> str:
         value += f", {family.above(best, reference).text(percent)} above {reference.title}"
     if budget is not None:
         return f"The best within {budget:g} MB: {best.title}, {value}, in {_size(best)}."
-    if best is not reference:
+    if best.size <= (1 - SAVING) * reference.size:
         return f"The smallest within {percent(SHARE)} of {reference.title}: {best.title}, {value}, in {_size(best)}."
-    text = f"Nothing smaller than {best.title} is within {percent(SHARE)} of it: {value}, in {_size(best)}"
+    text = f"Nothing that saves {percent(SAVING)} of the size is within {percent(SHARE)} of {reference.title}"
+    text += f"{'' if best is reference else f': {best.title}'}, {value}, in {_size(best)}"
     smaller = [candidate for candidate in family.frontier() if candidate.size < best.size]
     if not smaller:
         return f"{text}."

@@ -145,6 +145,22 @@ class Store:
                 f"results folder {self.folder} is not writable ({error.strerror}); give another one with --results"
             ) from error
 
+    def hold(self, model: str, version: str) -> None:
+        """Note the weights that this folder's records, data and checkpoints of a model are of, by models.version.
+
+        Raises RecordError where others are noted by that name: their results would be mixed.
+        """
+        note = self.folder / "models" / f"{digest(model)}.json"
+        with self.lock(f"model-{note.stem}"):
+            if not note.exists():
+                note.parent.mkdir(exist_ok=True)
+                _write_whole(note, json.dumps({"model": model, "version": version}, indent=1) + "\n")
+            elif json.loads(note.read_text())["version"] != version:
+                raise RecordError(
+                    f"the weights of {model} have changed since {self.folder} was begun; give another folder with "
+                    "--results"
+                )
+
     def path(self, key: str) -> Path:
         return self.folder / "records" / f"{key}.json"
 
@@ -175,21 +191,27 @@ class Store:
 
     def save(self, record: Record) -> None:
         """Write the record whole, or leave what was there."""
-        partial = self.path(record.key).with_suffix(f".partial-{os.getpid()}")
-        try:
-            with partial.open("w") as file:
-                file.write(record.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path(record.key))
-        finally:
-            partial.unlink(missing_ok=True)
+        _write_whole(self.path(record.key), record.to_json())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> Record:
-    """The record in the file `path`; RecordError naming the file where it is not one."""
+    """The record in the file `path`; RecordError naming the file where it is not one or there is none."""
     try:
         return Record.from_json(path.read_text())
+    except FileNotFoundError as error:
+        raise RecordError(f"there is no record {path}; run the notebooks that show it again") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{path} is not a record ({error}); delete it to run its arm again") from error
 

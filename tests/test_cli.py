@@ -11,7 +11,7 @@ import pytest
 from papermill import PapermillExecutionError
 
 from studylib import batch, experiments, tables
-from studylib.cli import main
+from studylib.cli import _folder_name, main
 from studylib.records import Store, arm_key, read_record
 
 STUDY = str(Path(sys.executable).with_name("study"))
@@ -151,6 +151,10 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--set", "settings=4-8-4"], "settings: '4-8-4' is of type str"),
         (["--set", "settings"], "--set: 'settings' is not NAME=VALUE"),
         (["--set", "settings=[4-8-4"], "--set: the value of 'settings=[4-8-4' is not YAML"),
+        (["--set", "output=here"], "--set: 'output' is not allowed; use --results, in which each run has its folder"),
+        (["--set", "hard=4-4-16", "--set", "seeds=[1]"], "--set: 'seeds' is not allowed; use --seeds"),
+        (["--notebooks", "01", "--notebooks", "78"], "notebook: '78' is not known"),
+        (["--jobs", "0"], "jobs: 0 is not allowed; use 1 or more"),
         (["--budget-mb", "0"], "budget: 0 MB is not allowed; use a number above 0"),
         (["--budget-mb", "nan"], "budget: nan MB is not allowed; use a number above 0"),
         (["--results", "/proc/nowhere"], "results folder /proc/nowhere is not writable"),
@@ -188,6 +192,41 @@ def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, 
     assert "budget: -1 MB is not allowed" in capsys.readouterr().err
 
 
+def test_models_of_the_same_name_do_not_share_a_folder(tmp_path, monkeypatch):
+    names = [_folder_name(str(tmp_path / owner / "model")) for owner in ("a", "b")]
+    names += [_folder_name(f"{owner}/model") for owner in ("a", "b")] + [_folder_name("smollm2-135m")]
+    assert names[2:] == ["a--model", "b--model", "smollm2-135m"]
+    assert len(set(names)) == 5 and all(re.fullmatch("model-[0-9a-f]{6}", name) for name in names[:2])
+
+
+def test_results_that_were_damaged_are_named(tmp_path, capsys, picture):
+    output = tmp_path / "smoke-tiny-random"
+    batch.publish(output, "04_ptq_vs_qat", picture, {}, tables.scoreboard(picture))
+    assert main(["report", "--output", str(output)]) == 2
+    assert f"there is no record {tmp_path / 'records'}" in capsys.readouterr().err
+    (output / "04_ptq_vs_qat" / "published.json").write_text('{"records": ')
+    assert main(["report", "--output", str(output)]) == 2
+    assert "04_ptq_vs_qat/published.json is not what a notebook published" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path, capsys, picture):
+    output = tmp_path / "smoke-tiny-random"
+    for record in picture:
+        Store(tmp_path).save(record)
+    batch.publish(output, "04_ptq_vs_qat", picture, {}, tables.scoreboard(picture))
+    (output / "report.html").mkdir()
+    assert main(["report", "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"study: {output / 'report.html'}: Is a directory\n"
+
+
+def test_a_reader_that_stops_early(finished):
+    listing = subprocess.Popen(
+        [STUDY, "list", "--results", str(finished[0])], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.close()
+    assert (listing.communicate()[1], listing.returncode) == (b"", 0)
+
+
 def test_a_summary_of_nothing_says_so(tmp_path, capsys, monkeypatch):
     def execute(notebook, output, parameters):
         batch.publish(output, notebook.stem, [], {}, tables.scoreboard([]))
@@ -211,7 +250,7 @@ def test_plan(capsys):
     assert main(["plan", "--model", "llama-7b", "--method", "qlora", "--checkpointing"]) == 0
     shown = capsys.readouterr().out
     assert "llama-7b, qlora, NF4 + DQ, rank 16, batch 1 x 512 tokens, with gradient checkpointing" in shown
-    assert re.search(r"^total +\d+\.\d\d GB$", shown, re.M) and "fits cards of 8 GB" in shown
+    assert re.search(r"^total +\d+\.\d\d GB$", shown, re.M) and "that fits cards of 8 GB" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from studylib import corpora, experiments, models
 from studylib.arms import LLM_QAT, RTN, Evaluation, profile
 from studylib.evaluation import window_losses
+from studylib.records import RecordError
 from studylib.sources import fetch
 
 
@@ -82,18 +85,62 @@ def test_a_hub_id_is_read_as_the_hub_leaves_it(own_model, tmp_path):
     (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("0123abc")
     script = (
         "from studylib import models; m = models.load_model('owner/name'); models.load_tokenizer('owner/name');"
-        "print(m.num_parameters(), models.identity('owner/name')['sha256'])"
+        "print(m.num_parameters(), models.identity('owner/name')['sha256'], models.version('owner/name'))"
     )
     told = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True
     )
-    expected = models.load_model(str(own_model)).num_parameters(), models.identity(str(own_model))["sha256"]
+    expected = models.load_model(str(own_model)).num_parameters(), models.identity(str(own_model))["sha256"], "0123abc"
     assert told.stdout.split() == [*map(str, expected)], told.stderr
 
 
 def test_a_hub_id_without_a_network_says_so():
     with pytest.raises(ValueError, match="model: 'nobody/nothing' could not be read"):
         models.load_model("nobody/nothing")
+
+
+def test_weights_that_are_not_there_are_not_made_up(own_model):
+    file = own_model / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed in (None, whole[name][:8].clone()):
+        tensors = {own: tensor for own, tensor in whole.items() if own != name}
+        save_file(tensors if changed is None else tensors | {name: changed}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"lack 1 of the weights .* another shape: {name}"):
+            models.load_model(str(own_model))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"could not be read .*incomplete"):
+        models.load_model(str(own_model))
+
+
+def test_weights_that_are_quantized_already(own_model):
+    config = json.loads((own_model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (own_model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantized already \(gptq\); use its full-precision ones"):
+        models.load_config(str(own_model))
+
+
+def test_a_tokenizer_of_another_model(own_model, tmp_path, shape):
+    models.skeleton(LlamaConfig(**shape | {"vocab_size": 20})).save_pretrained(own_model)
+    budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
+    with pytest.raises(ValueError, match=r"makes token .*, but its embedding has 20 rows"):
+        experiments.run([budget.arm(str(own_model), RTN, "4-8-4")], tmp_path / "results")
+
+
+def test_results_of_weights_that_were_replaced_are_not_mixed(own_model, tmp_path):
+    budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
+    arm = budget.arm(str(own_model), RTN, "4-8-4")
+    (before,) = experiments.run([arm], tmp_path / "results")
+    file = own_model / "model.safetensors"
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    for cached in (models._files_sha256, models.load_tokenizer, experiments._identity):
+        cached.cache_clear()  # the next command is another process
+    for wanted in (arm, budget.arm(str(own_model), RTN, "8-8-8")):  # cached or not
+        with pytest.raises(RecordError, match=r"have changed since .* was begun; give another folder"):
+            experiments.run([wanted], tmp_path / "results")
+    (after,) = experiments.run([arm], tmp_path / "others")
+    assert after.metrics != before.metrics
 
 
 def test_folders_that_hold_no_model(tmp_path):
@@ -103,6 +150,8 @@ def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"has no \*.safetensors"):  # pickled weights are never read
         models.load_model(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="could not be read"):
+        models.load_tokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="could not be read"):
         models.load_config(str(tmp_path))

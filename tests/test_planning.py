@@ -224,8 +224,12 @@ def test_the_commands_text():
     assert first == "llama-65b, qlora, NF4 + DQ, rank 64, batch 1 x 512 tokens, with gradient checkpointing"
     sizes = [float(row.split()[-2]) for row in rows]
     assert len(sizes) == 6 and sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.03) and sizes[-1] < 48
-    assert fits == "The total fits cards of 48 GB, 80 GB." and "34.8" in inference and "2^30" in note
-    assert "does not fit" in planning.plan_text("llama-7b", QAT)
+    assert (
+        fits == "With 1 GB for the driver, that fits cards of 48 GB, 80 GB." and "34.8" in inference and "2^30" in note
+    )
+    assert "fits no card of 80 GB" in planning.plan_text("llama-7b", QAT)
+    tight = planning.plan_text("llama-7b", QLORA)  # 7.4 GB: not beside the driver on a card of 8
+    assert "that fits cards of 12 GB, 16 GB" in tight
 
 
 def test_configurations_by_name(config, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib import merging, recipes
-from studylib.adapters import LORA, QLORA
+from studylib.adapters import L4Q, LORA, QLORA
 from studylib.arms import ENCODED, FULL_PRECISION, GPTQ, LLM_QAT, RTN
 from studylib.comparison import Cell, Measure, Setting, identity
 from studylib.formats import Format
@@ -150,13 +150,25 @@ def test_where_nothing_smaller_is_close_the_next_is_named(make_record):
     found = recommended([full, make_record(RTN, "8-8-8", loss=3.2), make_record(RTN, "4-8-4", loss=4.0)])
     assert found.best.title == "full precision"
     assert (
-        "Nothing smaller than full precision is within 5.0% of it: perplexity on Wikipedia and C4 33.1"
+        "Nothing that saves 10% of the size is within 5.0% of full precision, perplexity on Wikipedia and C4 33.1"
         in found.headline
     )
     assert found.headline.endswith("; the next, RTN at 8-8-8, 22% [22%, 22%] above, in 8.20 MB.")
     alone = recommended([full])
     assert alone.headline.endswith("33.1, in 16.2 MB.") and alone.details[0] == "Nothing else that was run is as small."
     assert recommended([full], 20).details[0] == "Nothing else that was run fits."
+
+
+def test_what_saves_nothing_is_no_smaller_model(make_record):
+    def sized(method, bits, loss, megabytes, format=None):
+        record = make_record(method, bits, loss, changes={"format": format} if format else None)
+        return dataclasses.replace(record, metrics=record.metrics | {"bytes/weights": 1e6 * megabytes})
+
+    adapter, merged = sized(LORA, "16-16-16", 2.0, 16.2), sized(QLORA, "4-16-16", 2.01, 16.0, NF4)
+    found = recommended([adapter, merged, sized(L4Q, "4-16-16", 2.3, 5, Format("affine", 4, 64))])
+    start = "Nothing that saves 10% of the size is within 5.0% of LoRA at 16-16-16: QLoRA at 4-16-16, perplexity of "
+    assert found.headline.startswith(start) and "; the next, L4Q at 4-16-16, 34%" in found.headline
+    assert found.best.title == "QLoRA at 4-16-16"
 
 
 def test_that_it_is_so_close_may_be_unsure(make_record):

@@ -128,8 +128,10 @@ def test_the_recipe_follows_the_ledger(page, picture):
 
 def test_readme_and_report_show_the_reference_results():
     reference = NOTEBOOKS.parent / "results" / "reference"
-    records = list(read_records(reference / "records"))
     (report,) = reference.glob("*/report.html")
+    notebooks = [path.parent.with_suffix(".ipynb") for path in report.parent.glob("*/published.json")]
+    records = batch.used_records(report.parent, notebooks, reference / "records")
+    assert {record.key for record in records} == {path.stem for path in (reference / "records").glob("*.json")}
     read = Reader(report.read_text(encoding="utf-8"))
     files = [report.parent / link for link in read.links if not link.startswith(("data:", "#"))]
     assert files and all(file.is_file() for file in files)
