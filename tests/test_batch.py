@@ -39,3 +39,10 @@ def test_a_record_that_is_gone_is_named(publish, tmp_path, picture):
     (tmp_path / "records" / f"{picture[0].key}.json").unlink()
     with pytest.raises(RecordError, match=picture[0].key):
         batch.used_records(tmp_path / "run", notebooks, tmp_path / "records")
+
+
+def test_methods_that_a_model_cannot_have_can_be_left_out(tmp_path):
+    (notebook,) = batch.find_notebooks(["04"])
+    given = {"model": "tiny-random", "profile": "smoke", "results": str(tmp_path), "seeds": [0]}
+    given |= {"methods": ["rtn", "gptq"], "searched": [], "smoothed": []}
+    assert {arm.method for arm in batch.planned(notebook, given)} == {"full-precision", "rtn", "gptq", "llm-qat"}
