@@ -32,7 +32,7 @@ class Unit:
 COST = Unit(percent)  # a share of a perplexity
 WON_BACK = Unit(percent, " of the loss")
 ACCURACY = Unit(points, " points", most=100)
-PERPLEXITY = Unit(number)
+PERPLEXITY = Unit(number, " of perplexity")
 TIMES = Unit(number, " times", ratio=True)
 NEURONS = Unit(points, "%")
 BITS, NATS, GIGABYTES = Unit(number, " bits"), Unit(nats, " nats"), Unit(number, " GB")

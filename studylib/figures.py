@@ -15,6 +15,7 @@ from studylib.arms import (
     METHODS,
     RTN,
     TITLES,
+    corpus_title,
 )
 from studylib.comparison import (
     FULL,
@@ -171,7 +172,7 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(axis_title(measure, "log scale, "))
         best = listed([shown[i].title for i in frontier(panels[0], shown, sizes)])
-        title = f"By {panels[0].title}, nothing is both smaller and better than {best}"
+        title = f"By {panels[0].title}, none of these is both smaller and better than {best}"
         finish(figure, title, cells, lines[0])
         for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
             _label_points(ax, measure, shown, sizes, limit, line)
@@ -272,11 +273,11 @@ def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
 
     if not others:
         return f"Nothing finished beside {base.title}"
-    ranked = sorted(
-        [cell for cell in others if cell.method == base.method] or others,
-        key=lambda cell: measure.value(identity, cell),
+    variants = [cell for cell in others if cell.method == base.method]
+    ranked = sorted(variants or others, key=lambda cell: measure.value(identity, cell))
+    ends = [f"{'best variant' if variants else 'best'} {text(ranked[0])}"] + (
+        [f"worst {text(ranked[-1])}"] if len(ranked) > 1 else []
     )
-    ends = [f"best {text(ranked[0])}"] + ([f"worst {text(ranked[-1])}"] if len(ranked) > 1 else [])
     return f"{capital(measure.title)} beside {base.title}: {', '.join(ends)}"
 
 
@@ -341,6 +342,8 @@ def learning_curve(records: Sequence[Record]) -> Figure:
     ]
     tokens = [np.array([entry["tokens"] for entry in cell.records[0].curve]) for cell in cells]
     changes = [losses[:, -1] - losses[:, -2] for losses in curves]
+    arm = cells[0].records[0].arm
+    text = "held-out responses" if arm.tuning else listed([corpus_title(corpus) for corpus in arm.evaluation.corpora])
     rows = -(-len(cells) // PANELS_A_ROW)
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(cells), width=12, height=1.6 + 1.9 * rows, sharey=True, rows=rows)
@@ -364,7 +367,7 @@ def learning_curve(records: Sequence[Record]) -> Figure:
         for ax in axes[-columns:]:
             ax.set_xlabel("Tokens seen in training")
         for ax in axes[::columns]:
-            ax.set_ylabel("Held-out loss, nats\na token (lower is better)")
+            ax.set_ylabel(f"Loss on {text},\nnats a token (lower is better)")
         handles = [
             Line2D([], [], color="#444444", marker=".", label="mean of seeds"),
             Patch(color="#444444", alpha=0.25, lw=0, label="lowest to highest seed"),

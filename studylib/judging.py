@@ -48,7 +48,7 @@ class Finding:
         if self.verdict != INCONCLUSIVE or self.effect is None or self.effect.smallest is None:
             return ""
         unit, smallest = self.effect.unit, self.effect.smallest
-        return f"{unit.text(smallest)} or more" if smallest <= unit.most else "no difference at all"
+        return f"{unit.text(smallest)} or more" if smallest <= unit.most else "no difference, however large"
 
     @property
     def found(self) -> str:

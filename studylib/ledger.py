@@ -39,7 +39,11 @@ class Entry:
     def verdicts(self) -> dict[str, str]:
         """Each verdict in words, with how many measures say so where they do not agree."""
         counts = Counter(finding.verdict for finding in self.findings)
-        return {v: f"{v} by {counts[v]}" if len(counts) > 1 else v for v in VERDICTS if counts[v]}
+        found = [verdict for verdict in VERDICTS if counts[verdict]]
+        if len(found) == 1:
+            return {found[0]: found[0]}
+        first, *others = (f"{verdict} by {counts[verdict]}" for verdict in found)
+        return dict(zip(found, (f"{first} of {len(self.findings)} measures", *others), strict=True))
 
     @property
     def overall(self) -> str:

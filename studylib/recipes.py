@@ -213,7 +213,7 @@ def _headline(family: Family, budget: float | None, best: Candidate) -> str:
     if not smaller:
         return f"{text}."
     above = family.above(smaller[-1], best).text(percent)
-    return f"{text}; the next, {smaller[-1].title}, {above} above, in {_size(smaller[-1])}."
+    return f"{text}; the next, {smaller[-1].title}, is {above} above it, in {_size(smaller[-1])}."
 
 
 def _worse_than_guessing(family: Family) -> list[str]:

@@ -1,6 +1,6 @@
 """The rules that claims are judged by: from the numbers of a claim's arms to an effect, a verdict and a sentence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -82,8 +82,8 @@ def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: 
     cost = _worse(measure, eight, four, f"lost by RTN from {eight.bits} to {four.bits}")
     cost = replace(cost, above=_tolerance(measure))
     where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by RTN"), above=0)
-    text = f"with RTN, going from {eight.bits} to {four.bits} costs {_tolerated(measure, cost)}; "
-    text += f"{four.bits} is worse than {weights.bits} by {where.text}."
+    text = f"with RTN, {_is(four.bits, cost, eight.bits, _tolerated(measure))}; "
+    text += f"{_is(four.bits, where, weights.bits)}."
     if qat is None:
         text += f" LLM-QAT at {four.bits} was not run, so only this part of the claim is tested."
         return together([cost, where], text)
@@ -99,15 +99,15 @@ def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: 
 
 def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4: Cell | None) -> Outcome:
     effect = replace(_worse(measure, qat, rtn), below=_tolerance(measure))
-    text = f"RTN at {rtn.bits} is worse than LLM-QAT by {_tolerated(measure, effect)}"
+    text = _is(f"RTN at {rtn.bits}", effect, "LLM-QAT", _tolerated(measure))
     if rtn_4 and qat_4:
-        text += f", at {rtn_4.bits} by {_tolerated(measure, _worse(measure, qat_4, rtn_4))}"
+        text += f"; {_is(f'at {rtn_4.bits} it', _worse(measure, qat_4, rtn_4), '', _tolerated(measure))}"
     return together([effect], f"{text}.")
 
 
 def no_loss(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
     effect = _within(measure, full, rtn)
-    return together([effect], f"RTN at {rtn.bits} costs {_tolerated(measure, effect)}.")
+    return together([effect], f"{_is(f'RTN at {rtn.bits}', effect, full.title, _tolerated(measure))}.")
 
 
 def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
@@ -119,18 +119,17 @@ def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
 def is_best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
     """Whether `best` is better than each of the others."""
     effects = [replace(_worse(measure, best, other), above=0) for other in others]
-    texts = [f"{_short(other)} by {effect.text}" for other, effect in zip(others, effects, strict=True)]
     nearest = sorted(effects, key=lambda effect: effect.interval.estimate)
-    return together(nearest, f"worse than {best.title}: {listed(texts)}.")
+    return together(nearest, f"{_are(map(_short, others), effects, best.title)}.")
 
 
 def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = None) -> Outcome:
     """Whether `cell` is as good as `reference`; and, where it was run, `other` worse than `cell`."""
     effects = [_within(measure, reference, cell)]
-    text = f"{cell.title} is worse than {reference.title} by {_tolerated(measure, effects[0])}"
+    text = _is(cell.title, effects[0], reference.title, _tolerated(measure))
     if other:
         effects.append(replace(_worse(measure, cell, other), above=0))
-        text += f"; {other.title} is worse than {cell.title} by {effects[1].text}"
+        text += f"; {_is(other.title, effects[1], cell.title)}"
     return together(effects, f"{text}.")
 
 
@@ -144,22 +143,21 @@ def layers_matter(measure: Measure, every: Cell, few: Cell, *ranks: Cell) -> Out
     """Whether adapters on all layers beat those on few, while their rank hardly matters."""
     gain = replace(_worse(measure, every, few), above=0)
     effects, beside = _all_within(measure, every, ranks)
-    return together([gain, *effects], f"{_short(few)} is worse than all layers by {gain.text}; {beside}")
+    return together([gain, *effects], f"{_is(_short(few), gain, 'all layers')}; {beside}")
 
 
 def small_groups_help(measure: Measure, usual: Cell, small: Cell) -> Outcome:
     effect = replace(_worse(measure, small, usual), above=0, below=_tolerance(measure))
-    text = f"{usual.title} is worse than {small.setting.variant} by {_tolerated(measure, effect)}."
-    return together([effect], text)
+    return together([effect], f"{_is(usual.title, effect, small.setting.variant, _tolerated(measure))}.")
 
 
 def keeps_up(measure: Measure, full: Cell, *cells: Cell | None) -> Outcome:
     """Whether every cell that was run loses less than the tolerance against `full`."""
     run = [cell for cell in cells if cell]
     effects = [replace(_worse(measure, full, cell), below=_tolerance(measure)) for cell in run]
-    texts = [f"{cell.title} by {_tolerated(measure, effect)}" for cell, effect in zip(run, effects, strict=True)]
     worst = sorted(effects, key=lambda effect: -effect.interval.estimate)
-    return together(worst, f"worse than {full.title}: {listed(texts)}.")
+    titles = [cell.title for cell in run]
+    return together(worst, f"{_are(titles, effects, full.title, _tolerated(measure))}.")
 
 
 def saves_bits(claimed: float) -> Callable[..., Outcome]:
@@ -191,7 +189,7 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     found, seeds, decided = _by_seed(measure, partial(behind, at=0.5), fast, slow)
     began, *_ = _by_seed(measure, partial(behind, at=0), fast, slow)
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
-    text = f"half-way, the validation loss of {slow.title} is {effect.text} above that of {fast.title} ({seeds}); "
+    text = f"half-way, the validation loss of {slow.title} minus that of {fast.title} is {effect.text} ({seeds}); "
     text += f"before training, {began.text(nats)}."
     return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
 
@@ -247,8 +245,8 @@ def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy:
         replace(_worse(measure, cell, greedy, f"greedy text behind {name}"), above=0)
         for cell, name in zip((hybrid, sampled), names, strict=True)
     ]
-    beside = listed([f"{effect.text} beside {name}" for effect, name in zip(effects, names, strict=True)])
-    return together(effects, f"greedy text is worse by {beside}.")
+    beside = [_is("greedy text", effect, name) for effect, name in zip(effects, names, strict=True)]
+    return together(effects, f"{'; '.join(beside)}.")
 
 
 def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eight_smooth: Cell) -> Outcome:
@@ -256,8 +254,8 @@ def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eigh
         _worse(measure, smooth, cell, f"lost without SmoothQuant by LLM-QAT at {cell.bits}")
         for cell, smooth in ((four, four_smooth), (eight, eight_smooth))
     )
-    at_four, at_eight = _tolerated(measure, gain), _tolerated(measure, other)
-    text = f"without SmoothQuant, LLM-QAT at {four.bits} is worse by {at_four}, at {eight.bits} by {at_eight}."
+    text = f"without SmoothQuant, {_is(f'LLM-QAT at {four.bits}', gain)}; "
+    text += f"{_is(f'at {eight.bits} it', other, '', _tolerated(measure))}."
     return together([replace(gain, above=0), replace(other, below=_tolerance(measure))], text)
 
 
@@ -278,16 +276,37 @@ def _within(measure: Measure, a: Cell, b: Cell) -> Effect:
 def _all_within(measure: Measure, reference: Cell, others: Sequence[Cell]) -> tuple[list[Effect], str]:
     """`_within` for each of the others, and all of them in words."""
     effects = [_within(measure, reference, other) for other in others]
-    texts = [f"{_short(other)} by {_tolerated(measure, e)}" for other, e in zip(others, effects, strict=True)]
-    return effects, f"worse than {reference.title}: {listed(texts)}."
+    return effects, f"{_are(map(_short, others), effects, reference.title, _tolerated(measure))}."
 
 
 def _tolerance(measure: Measure) -> float:
     return SHARE if measure.is_perplexity else POINTS
 
 
-def _tolerated(measure: Measure, effect: Effect) -> str:
-    return f"{effect.text} (tolerance {percent(SHARE) if measure.is_perplexity else points(POINTS)})"
+def _tolerated(measure: Measure) -> str:
+    return f" (tolerance {percent(SHARE) if measure.is_perplexity else points(POINTS)})"
+
+
+def _is(name: str, effect: Effect, reference: str = "", note: str = "") -> str:
+    """What `_worse` found, below zero as "better": "X is better than Y by 3.2% [1.1%, 5.3%]"."""
+    word, text = _turned(effect)
+    return f"{name} is {word}{f' than {reference}' if reference else ''} by {text}{note}"
+
+
+def _are(names: Iterable[str], effects: Sequence[Effect], reference: str, note: str = "") -> str:
+    """`_is` for each of several beside the same reference, the worse ones first."""
+    said: dict[str, list[str]] = {"worse": [], "better": []}
+    for name, (word, text) in zip(names, map(_turned, effects), strict=True):
+        said[word].append(f"{name} by {text}{note}")
+    return "; ".join(f"{word} than {reference}: {listed(own)}" for word, own in said.items() if own)
+
+
+def _turned(effect: Effect) -> tuple[str, str]:
+    """ "worse" and the effect's text or, of one below zero, "better" and the text of its opposite."""
+    found = effect.interval
+    if found.estimate >= 0:
+        return "worse", effect.text
+    return "better", replace(effect, interval=Interval(-found.estimate, -found.high, -found.low, found.level)).text
 
 
 def _unit(measure: Measure) -> Unit:

@@ -58,7 +58,7 @@ def test_titles_say_the_finding(picture):
     assert "35% [35%, 35%] at 100% of the bytes (4 bits, scale a token, keys before rotary)" in flat(
         figures.cache_cost([picture[0], picture[2]])
     )
-    assert "nothing is both smaller and better than" in flat(figures.size_accuracy(picture))
+    assert "none of these is both smaller and better than" in flat(figures.size_accuracy(picture))
 
 
 def test_the_end_of_training_is_told_over_all_seeds(make_record):

@@ -32,7 +32,7 @@ def test_the_verdict_of_several_measures_is_not_simplified(picture):
     findings = judge(CLAIMS["A1"], picture)
     assert Entry(CLAIMS["A1"], tuple(findings)).overall == "reproduced"
     mixed = Entry(CLAIMS["A1"], (judge(CLAIMS["A1"], picture[:1])[0], *findings[:2]))
-    assert mixed.overall == "reproduced by 2, not tested here by 1"
+    assert mixed.overall == "reproduced by 2 of 3 measures, not tested here by 1"
     assert mixed.telling == findings[0] and len(mixed.others) == 2
 
 

@@ -153,7 +153,7 @@ def test_where_nothing_smaller_is_close_the_next_is_named(make_record):
         "Nothing that saves 10% of the size is within 5.0% of full precision, perplexity on Wikipedia and C4 33.1"
         in found.headline
     )
-    assert found.headline.endswith("; the next, RTN at 8-8-8, 22% [22%, 22%] above, in 8.20 MB.")
+    assert found.headline.endswith("; the next, RTN at 8-8-8, is 22% [22%, 22%] above it, in 8.20 MB.")
     alone = recommended([full])
     assert alone.headline.endswith("33.1, in 16.2 MB.") and alone.details[0] == "Nothing else that was run is as small."
     assert recommended([full], 20).details[0] == "Nothing else that was run fits."
@@ -167,7 +167,7 @@ def test_what_saves_nothing_is_no_smaller_model(make_record):
     adapter, merged = sized(LORA, "16-16-16", 2.0, 16.2), sized(QLORA, "4-16-16", 2.01, 16.0, NF4)
     found = recommended([adapter, merged, sized(L4Q, "4-16-16", 2.3, 5, Format("affine", 4, 64))])
     start = "Nothing that saves 10% of the size is within 5.0% of LoRA at 16-16-16: QLoRA at 4-16-16, perplexity of "
-    assert found.headline.startswith(start) and "; the next, L4Q at 4-16-16, 34%" in found.headline
+    assert found.headline.startswith(start) and "; the next, L4Q at 4-16-16, is 34%" in found.headline
     assert found.best.title == "QLoRA at 4-16-16"
 
 
