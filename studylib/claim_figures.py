@@ -16,6 +16,7 @@ from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCE
 from studylib.judging import Finding
 from studylib.ledger import Entry, effect_text
 
+MIXED = "differing by measure"
 LIMIT = 6  # half-widths from the bound; what lies beyond stands at the edge with an arrow head
 WRAPPED = TextWrapper(66, break_on_hyphens=False)
 LOOKS = {REPRODUCED: ("o", "#0B5C2E"), NOT_REPRODUCED: ("X", "#9C1C0C"), INCONCLUSIVE: ("D", "#8A6500")}
@@ -89,7 +90,6 @@ def _positions(effect: Effect, finding: Finding, entry: Entry) -> list[float]:
 
 
 def _title(entries: Sequence[Entry]) -> str:
-    agreed = Counter(next(iter(entry.verdicts)) if len(entry.verdicts) == 1 else "mixed" for entry in entries)
-    words = {NOT_TESTED: "not tested here", "mixed": "differing by measure"}
-    found = [f"{agreed[name]} {words.get(name, name)}" for name in (*VERDICTS[:3], "mixed", NOT_TESTED) if agreed[name]]
+    agreed = Counter(next(iter(entry.verdicts)) if len(entry.verdicts) == 1 else MIXED for entry in entries)
+    found = [f"{agreed[name]} {name}" for name in (*VERDICTS[:3], MIXED, NOT_TESTED) if agreed[name]]
     return f"Of {len(entries)} claims of three papers: {listed(found)}"

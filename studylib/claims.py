@@ -1,10 +1,12 @@
-"""The papers' claims, each with its rule, which was fixed before the runs that it judges."""
+"""The papers' claims, each with its rule, written down before the runs that it judges (README: what changed)."""
+
+from functools import partial
 
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA
 from studylib.arms import ENCODED, EXECUTED, LLM_QAT, RTN, SMOOTHQUANT_QAT
-from studylib.comparison import FULL, Setting, decoding_measures, response_measures
+from studylib.comparison import FULL, Setting, decoding_measures, perplexities, response_measures
 from studylib.effects import ACCURACY, BITS, COST, GIGABYTES, MEMORY, NEURONS, TIMES, WON_BACK, PaperNumber
-from studylib.judging import Claim, learned, normality, perplexities, planned, stored_bits, timed
+from studylib.judging import Claim, learned, normality, planned_memory, stored_bits, timed
 from studylib.memory_rules import activations_dominate, fits_cards, near_lora
 from studylib.rules import (
     alike,
@@ -18,7 +20,6 @@ from studylib.rules import (
     layers_matter,
     matches,
     near_normal,
-    no_loss,
     sampling_beats_greedy,
     saves_bits,
     small_gain,
@@ -75,7 +76,7 @@ CLAIMS = {
             "RTN at 8-8-8 stays within 5% of full precision's perplexity, or 2 points: the whole interval inside is "
             "reproduced, the whole interval outside is not",
             (FULL, Setting(RTN, "8-8-8")),
-            no_loss,
+            matches,
             effect=PaperNumber(66.2 - 65.6, ACCURACY, recalled=True),
         ),
         Claim(
@@ -184,7 +185,7 @@ CLAIMS = {
             "32/64 = 0.5 bits of scales become 8/64 + 32/(64 x 256) = 0.127",
             "What is stored for a weight shrinks by 0.373 bits, to within 0.01",
             (NF4, NF4_DQ),
-            saves_bits(0.373),
+            partial(saves_bits, 0.373),
             measures=stored_bits,
             effect=PaperNumber(0.373, BITS),
         ),
@@ -220,7 +221,7 @@ CLAIMS = {
             "Total at batch 1 and 512 tokens: 6.9, 11.3, 24.7 and 45.0 GB for 7B, 13B, 33B and 65B",
             "Planned totals and 1 GB for the driver stay within the cards, that of 33B within 1.1 times its card",
             test=fits_cards,
-            measures=planned,
+            measures=planned_memory,
             effect=PaperNumber(45.0, GIGABYTES),
         ),
         Claim(
@@ -229,7 +230,7 @@ CLAIMS = {
             "7B: base 5048 MB, adapters 26 MB, input gradients 567 MB, 18 MB with checkpointing",
             "Planned activations are more than half of what training adds to the base; checkpointing halves them",
             test=activations_dominate,
-            measures=planned,
+            measures=planned_memory,
             effect=PaperNumber(567 / (567 + 26), MEMORY, "{} of input gradients and adapters"),
         ),
         Claim(
@@ -238,7 +239,7 @@ CLAIMS = {
             "65B on a 48 GB GPU at batch 16 (claimed, not measured)",
             "A run whose spike does not fit finishes with paging, at no less than 0.9 of the speed",
             (Setting(QLORA, "4-16-16"), Setting(QLORA, "4-16-16", "paged optimizer")),
-            takes_at_most(1 / 0.9),
+            partial(takes_at_most, 1 / 0.9),
             measures=timed,
             untested="paging needs a CUDA device; an arm with tuning.paged on one tells its speed",
         ),
@@ -308,7 +309,7 @@ CLAIMS = {
             "out of memory",
             "Planned for 7B, L4Q takes at most 1.1 times LoRA's memory and half of QAT's",
             test=near_lora,
-            measures=planned,
+            measures=planned_memory,
             effect=PaperNumber(25.4 / 25.1, TIMES),
         ),
         Claim(
@@ -317,7 +318,7 @@ CLAIMS = {
             "7B: QLoRA* 9.9 hours, L4Q 10.1 at half the iterations: about 1.9 to 2.0 times as long for each",
             "A step of L4Q takes at most twice one of QLoRA*",
             (Setting(QLORA, "4-16-16", UNIFORM[4]), Setting(L4Q, "4-16-16")),
-            takes_at_most(2.0),
+            partial(takes_at_most, 2.0),
             measures=timed,
             untested="times on shared processors say nothing; records of an accelerator do, and benchmarks/l4q_step.py "
             "measures steps side by side",
@@ -330,7 +331,7 @@ CLAIMS = {
             "On a kernel that multiplies 4-bit integers, L4Q, which leaves nothing else, decodes at least 1.2 times as "
             "fast as QLoRA*, whose adapter stays beside them",
             (Setting(EXECUTED, "4-16-16"),),
-            decodes_faster(1.2),
+            partial(decodes_faster, 1.2),
             measures=decoding_measures,
             untested="it takes times of the 4-bit kernel, which 08_low_bit_execution measures",
             effect=PaperNumber(1.81 / 1.33, TIMES, "{} as fast"),

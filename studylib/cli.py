@@ -1,7 +1,6 @@
 """The command `study`: run notebooks in batch, list, show and verify records, report, plan the memory of a training."""
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -179,9 +178,11 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _folder_name(model: str) -> str:
     """The model's part of a run's folder: two that share the last part of their names do not share a folder."""
+    from studylib.records import digest
+
     path = Path(model)
     if path.is_absolute():
-        return f"{path.name}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+        return f"{path.name}-{digest(model)[:6]}"
     return model.replace("/", "--")
 
 

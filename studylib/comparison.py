@@ -347,9 +347,19 @@ def measures(records: Sequence[Record]) -> list[Measure]:
     return found
 
 
+def perplexities(records: Sequence[Record]) -> list[Measure]:
+    """Perplexity on each corpus."""
+    return [measure for measure in measures(records) if measure.is_perplexity]
+
+
+def accuracies(records: Sequence[Record]) -> list[Measure]:
+    """The mean accuracy on the zero-shot tasks."""
+    return [measure for measure in measures(records) if not measure.is_perplexity]
+
+
 def text_measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on all corpora together, as their geometric mean; empty if nothing finished."""
-    each = [measure for measure in measures(records) if measure.is_perplexity]
+    each = perplexities(records)
     if not each:
         return []
     title = f"perplexity on {listed([measure.title.removeprefix('perplexity on ') for measure in each])}"

@@ -286,7 +286,10 @@ def carry_out(
         if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
             with phase("quantize"):
                 methods.quantize(arm, model, data and data.windows)
-        work = functools.partial(_times, progress, TRAINING_WORK)
+
+        def work(tokens: int) -> None:
+            progress(TRAINING_WORK * tokens)
+
         if arm.training:
             with phase("train"):
                 log = methods.train(arm, model, tokenizer, data, _checkpoints(arm, store), keep_checkpoints, work)
@@ -341,10 +344,6 @@ def _weight_bytes(arm: Arm, model: PreTrainedModel) -> int:
     if arm.method == EXECUTED:
         return executed_bytes(model)
     return stored_bytes(model) if arm.format else weight_bytes(model, arm.bits, arm.scheme)
-
-
-def _times(progress: Progress, work: int, tokens: int) -> None:
-    progress(tokens * work)
 
 
 def _data_description(arm: Arm) -> dict:

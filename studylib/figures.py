@@ -31,6 +31,7 @@ from studylib.comparison import (
     nats,
     number,
     percent,
+    perplexities,
     points,
     signed,
     won_back,
@@ -283,7 +284,7 @@ def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
 
 def cache_cost(records: Sequence[Record]) -> Figure:
     """A row for each way of quantizing the cache: its bytes for CONTEXT tokens, and the perplexities beside them."""
-    cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
+    cells, panels = gather(records), perplexities(records)
     shown = [cell for cell in cells.values() if cell.records]
     if not panels or FULL not in cells or len(shown) < 2:
         return empty_figure("No arm to compare the cache of")
@@ -337,9 +338,7 @@ def learning_curve(records: Sequence[Record]) -> Figure:
     if not cells:
         return empty_figure("No arm was trained")
     several = len({cell.method for cell in cells}) > 1
-    curves = [
-        np.array([[np.nan if e["loss"] is None else e["loss"] for e in r.curve] for r in c.records]) for c in cells
-    ]
+    curves = [_losses(cell) for cell in cells]
     tokens = [np.array([entry["tokens"] for entry in cell.records[0].curve]) for cell in cells]
     changes = [losses[:, -1] - losses[:, -2] for losses in curves]
     arm = cells[0].records[0].arm

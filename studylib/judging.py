@@ -3,7 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from studylib.comparison import Measure, Setting, capital, gather, listed, measures, response_measures, weight_measures
+from studylib.comparison import (
+    Measure,
+    Setting,
+    accuracies,
+    capital,
+    gather,
+    listed,
+    measures,
+    response_measures,
+    weight_measures,
+)
 from studylib.effects import INCONCLUSIVE, NOT_TESTED, Effect, PaperNumber
 from studylib.memory_rules import PLANNED
 from studylib.records import Record
@@ -64,7 +74,7 @@ class Finding:
         return f"{self.found} {capital(self.verdict)}{could}."
 
 
-def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list[Finding]:
+def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     """One finding a measure; a single one without an effect where an arm was not run, or diverged for any seed.
 
     Intervals resample the items that all arms of the claim share and count the spread over their seeds. Those shown
@@ -90,20 +100,10 @@ def judge(claim: Claim, records: Sequence[Record], family: int = FAMILY) -> list
         text = claim.untested or "nothing was measured that it speaks of"
         return [Finding(claim.id, "", NOT_TESTED, f"{text}.")]
     findings = []
-    for measure in (replace(measure, family=family) for measure in wanted):
+    for measure in (replace(measure, family=FAMILY) for measure in wanted):
         effect, verdict, text = claim.test(measure, *used)
         findings.append(Finding(claim.id, measure.title, verdict, text, effect))
     return findings
-
-
-def perplexities(records: Sequence[Record]) -> list[Measure]:
-    """Perplexity on each corpus."""
-    return [measure for measure in measures(records) if measure.is_perplexity]
-
-
-def accuracies(records: Sequence[Record]) -> list[Measure]:
-    """The mean accuracy on the zero-shot tasks."""
-    return [measure for measure in measures(records) if not measure.is_perplexity]
 
 
 def learned(records: Sequence[Record]) -> list[Measure]:
@@ -111,7 +111,7 @@ def learned(records: Sequence[Record]) -> list[Measure]:
     return response_measures(records) + accuracies(records)
 
 
-def planned(records: Sequence[Record]) -> list[Measure]:
+def planned_memory(records: Sequence[Record]) -> list[Measure]:
     """Nothing that records hold: the memory that is planned for the papers' models."""
     return [PLANNED]
 

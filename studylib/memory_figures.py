@@ -86,7 +86,7 @@ def memory_bars(frame: pd.DataFrame) -> Figure:
 
 
 def papers_table() -> pd.DataFrame:
-    """planning.against_papers as text."""
+    """published.against_papers as text."""
     found = against_papers()
     return pd.DataFrame(
         {

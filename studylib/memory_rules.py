@@ -2,10 +2,10 @@
 
 from studylib.adapters import L4Q, LORA, QAT, QLORA, Adapter, usual_format
 from studylib.comparison import Measure, percent
-from studylib.effects import GIGABYTES, MEMORY, NOT_REPRODUCED, REPRODUCED, TIMES, Effect, Unit
+from studylib.effects import GIGABYTES, MEMORY, TIMES, Effect, Unit
 from studylib.planning import DRIVER, GB, SHAPES, inference_bytes
 from studylib.published import planned, planned_qlora
-from studylib.rules import Outcome
+from studylib.rules import Outcome, together
 from studylib.statistics import Interval
 
 PLANNED = Measure("bytes", "planned memory", (), ())
@@ -17,10 +17,6 @@ def _exact(value: float, unit: Unit, what: str, **holds: float) -> Effect:
     return Effect(Interval(value, value, value), unit, what, **holds)
 
 
-def _judged(holds: bool) -> str:
-    return REPRODUCED if holds else NOT_REPRODUCED
-
-
 def fits_cards(measure: Measure) -> Outcome:
     """Whether 65B fits 48 GB, 33B fits 24 GB or nearly, and 7B a phone of 6 GB, by NF4 + DQ."""
     large, middle = (planned_qlora(name, 64, 512, True).total / GB for name in ("llama-65b", "llama-33b"))
@@ -29,22 +25,28 @@ def fits_cards(measure: Measure) -> Outcome:
         f"at 1 x 512 tokens, rank 64, checkpointing, 65B takes {large:.1f} of 48 GB and 33B {middle:.1f} of 24, beside "
         f"{DRIVER:g} GB for the driver; 7B takes {phone:.1f} of a phone's 6 GB."
     )
-    effect = _exact(large, GIGABYTES, "for 65B on a card of 48 GB, less the driver's share", below=48 - DRIVER)
-    return Outcome(effect, _judged(large + DRIVER <= 48 and middle + DRIVER <= 24 * NEARLY and phone <= 6), text)
+    parts = [
+        _exact(large, GIGABYTES, "for 65B on a card of 48 GB, less the driver's share", below=48 - DRIVER),
+        _exact(middle, GIGABYTES, "for 33B on a card of 24 GB, or nearly", below=24 * NEARLY - DRIVER, papers=False),
+        _exact(phone, GIGABYTES, "for 7B on a phone of 6 GB", below=6, papers=False),
+    ]
+    return together(parts, text)
 
 
 def activations_dominate(measure: Measure) -> Outcome:
     """Whether activations take more than everything else that adapters add, and checkpointing most of them away."""
     kept, less = (planned_qlora("llama-7b", 64, 512, on) for on in (False, True))
     added = kept.trained + kept.gradients + kept.optimizer
-    share = kept.activations / (kept.activations + added)
+    share, left = kept.activations / (kept.activations + added), less.activations / kept.activations
     text = (
         f"7B at 1 x 512 tokens and rank 64: activations are {percent(share)} of what training adds to the "
-        f"base ({kept.activations / GB:.2f} GB); checkpointing leaves {percent(less.activations / kept.activations)}."
+        f"base ({kept.activations / GB:.2f} GB); checkpointing leaves {percent(left)}."
     )
-    # The paper's number leaves gradients and the optimizer out, so that it is not of the same.
-    effect = _exact(share, MEMORY, "that training adds, for activations", above=0.5, papers=False)
-    return Outcome(effect, _judged(share > 0.5 and less.activations < 0.5 * kept.activations), text)
+    parts = [  # the paper's number leaves gradients and the optimizer out, so that it is not of the same
+        _exact(share, MEMORY, "that training adds, for activations", above=0.5, papers=False),
+        _exact(left, MEMORY, "of activations, left by checkpointing", below=0.5, papers=False),
+    ]
+    return together(parts, text)
 
 
 def near_lora(measure: Measure) -> Outcome:
@@ -54,5 +56,8 @@ def near_lora(measure: Measure) -> Outcome:
         f"7B at 1 x 2048 tokens and rank 4: LoRA {lora / GB:.1f} GB, L4Q {l4q / GB:.1f}, QAT {qat / GB:.1f}; L4Q takes "
         f"{l4q / lora:.2f} times LoRA's and {percent(l4q / qat)} of QAT's."
     )
-    effect = _exact(l4q / lora, TIMES, "LoRA's memory, by L4Q", below=CLOSE)
-    return Outcome(effect, _judged(l4q <= CLOSE * lora and l4q <= FAR * qat), text)
+    parts = [
+        _exact(l4q / lora, TIMES, "LoRA's memory, by L4Q", below=CLOSE),
+        _exact(l4q / qat, TIMES, "QAT's memory, by L4Q", below=FAR, papers=False),
+    ]
+    return together(parts, text)

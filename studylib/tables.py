@@ -40,8 +40,8 @@ def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
     """
     cells = gather(records).values()
     several = any(len(cell.records) + len(cell.diverged) > 1 for cell in cells)
-    main = measures(records) + response_measures(records)
-    return pd.DataFrame([_row(cell, main, task_measures(records), several) for cell in cells])
+    main, tasks = measures(records) + response_measures(records), task_measures(records)
+    return pd.DataFrame([_row(cell, main, tasks, several) for cell in cells])
 
 
 def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -> dict:

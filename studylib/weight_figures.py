@@ -16,6 +16,7 @@ from studylib.comparison import (
     FULL,
     Cell,
     Measure,
+    accuracies,
     capital,
     decoding_measures,
     gather,
@@ -24,6 +25,7 @@ from studylib.comparison import (
     measures,
     number,
     percent,
+    perplexities,
     points,
     response_measures,
     signed,
@@ -57,12 +59,7 @@ NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
 def tuning_panels(records: Sequence[Record]) -> list[Measure]:
     """What a fine-tuned model is judged by: the responses it has not seen, what it forgot, and the tasks."""
-    known = measures(records)
-    return (
-        response_measures(records)
-        + [m for m in known if m.is_perplexity][:1]
-        + [m for m in known if not m.is_perplexity]
-    )
+    return response_measures(records) + perplexities(records)[:1] + accuracies(records)
 
 
 def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
@@ -148,7 +145,7 @@ def format_frontier(records: Sequence[Record]) -> Figure:
 
     Colours tell the levels, markers what scales them. Formats off the scale are named in the corner.
     """
-    cells, panels = gather(records), [measure for measure in measures(records) if measure.is_perplexity]
+    cells, panels = gather(records), perplexities(records)
     shown = _encoded(records)
     if not panels or not shown:
         return empty_figure("No weights were rounded")
@@ -262,12 +259,10 @@ def decoding_times(records: Sequence[Record]) -> Figure:
 
 
 def error_by_layer(records: Sequence[Record]) -> Figure:
-    """The relative error of each kind of layer over the depth of the model, for the plain four-bit formats."""
-    shown = [
-        c
-        for c in _encoded(records)
-        if c.bits == "4-16-16" and "," not in c.setting.variant and "+" not in c.setting.variant
-    ]
+    """The relative error of each kind of layer over the depth of the model, for the four-bit formats whose scales are
+    stored as the first one's are."""
+    four = [cell for cell in _encoded(records) if cell.bits == "4-16-16"]
+    shown = [cell for cell in four if _scales(cell) == _scales(four[0])]
     if not shown:
         return empty_figure("No weights were rounded to four bits")
     with mpl.rc_context(STYLE):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib.adapters import Adapter
-from studylib.arms import FULL_PRECISION, LLM_QAT, PROFILES, RTN, SMOOTHQUANT_QAT, Arm, Evaluation, profile
+from studylib.arms import FULL_PRECISION, LLM_QAT, PROFILES, RTN, SMOOTHQUANT_QAT, Arm, profile
 from studylib.formats import Format
 from studylib.layers import Scheme
 from studylib.records import arm_key
@@ -156,7 +156,3 @@ def test_the_paper_profile_has_the_papers_hyper_parameters():
     assert (paper.sampling.count, paper.sampling.length, paper.sampling.strategy) == (96_000, 2048, "hybrid")
     assert paper.training.learning_rate == 2e-5 and paper.training.steps * paper.training.batch == 96_000
     assert len(paper.evaluation.tasks) == 8 and paper.few_shot == ("mmlu", "triviaqa")
-
-
-def test_evaluation_needs_no_tasks():
-    assert Evaluation(("c4",), 1, 8).tasks == ()

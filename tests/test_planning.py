@@ -72,7 +72,6 @@ def test_a_plan_is_what_is_measured(config, prepared, family, method, checkpoint
     measured = measure(prepared(family, method, dtype), batch, length, checkpointing=checkpointing)
     step = {"batch": batch, "length": length, "checkpointing": checkpointing}
     assert plan(config(family), method, **settings(method), **step, dtype=dtype) == measured
-    assert measured.allocated is None or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(

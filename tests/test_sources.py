@@ -35,7 +35,7 @@ def index(tmp_path, monkeypatch):
     folder.mkdir()
     make_wheel(folder / NAME, {"demo/a.txt": "first", "demo/sub/b.txt": "second", "demo/code.py": "raise SystemExit"})
     archive = Archive(
-        "demo-archive==1.0", NAME, hashlib.sha256((folder / NAME).read_bytes()).hexdigest(), 1, ("demo/*.txt",)
+        "demo-archive==1.0", NAME, hashlib.sha256((folder / NAME).read_bytes()).hexdigest(), ("demo/*.txt",)
     )
     monkeypatch.setitem(sources.ARCHIVES, "demo", archive)
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
@@ -125,7 +125,7 @@ def test_a_truncated_archive_is_refused(tmp_path, cut):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     (tmp_path / "demo-1.0.tar.gz").write_bytes(whole.getvalue()[:cut])
-    archive = Archive("demo==1.0", "demo-1.0.tar.gz", "", 1, ("*/a.txt", "*/c.txt"))
+    archive = Archive("demo==1.0", "demo-1.0.tar.gz", "", ("*/a.txt", "*/c.txt"))
     with pytest.raises(SourceError, match=r"demo-1.0.tar.gz"):
         sources._extract(archive, tmp_path / "demo-1.0.tar.gz", tmp_path / "out")
 

@@ -95,7 +95,6 @@ def test_the_same_seed_gives_the_same_interval():
         (([1.0], [1.0, 2.0]), {}, "shapes"),
         (([1.0, np.nan],), {}, "NaN"),
         (([1.0, 2.0],), {"strata": [0]}, "one label for each of the 2 items"),
-        (([1.0, 2.0],), {"level": 1.5}, "1.5"),
     ],
 )
 def test_samples_that_cannot_be_compared(samples, settings, message):
