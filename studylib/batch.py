@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from studylib.arms import Arm
-from studylib.comparison import Setting, listed
+from studylib.comparison import Setting
 from studylib.records import Record, RecordError, read_record
+from studylib.wording import listed
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 

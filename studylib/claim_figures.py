@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.comparison import listed
 from studylib.drawing import STYLE, new_panels, set_title
 from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, VERDICTS, Effect
 from studylib.judging import Finding
 from studylib.ledger import Entry, effect_text
+from studylib.wording import listed
 
 MIXED = "differing by measure"
 LIMIT = 6  # half-widths from the bound; what lies beyond stands at the edge with an arrow head

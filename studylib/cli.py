@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="CONFIG",
-        help="llama-7b, -13b, -33b, -65b, open-llama-3b, a config.json, or a model's name, folder or hub id",
+        help="llama-7b, -13b, -33b, -65b, llama-2-7b, open-llama-3b, a config.json, a folder or a hub id",
     )
     plan.add_argument("--method", default="qlora", help="lora, qlora, qa-lora, qat-lora, l4q or qat (default: qlora)")
     plan.add_argument("--bits", type=int, default=4, help="of the weights (default: 4)")

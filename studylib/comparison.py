@@ -13,6 +13,7 @@ from studylib.quantizers import BitWidths
 from studylib.records import FINISHED, Record, arm_key
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
 from studylib.training_data import RealText
+from studylib.wording import listed, number, points
 
 TASK_TITLES = {
     "boolq": "BoolQ",
@@ -26,7 +27,7 @@ TASK_TITLES = {
     "mmlu": "MMLU",
     "triviaqa": "TriviaQA",
 }
-EMPTY = "–"
+CONTEXT = 2048  # tokens whose cache counts as memory: the sequence length of LLM-QAT's paper
 RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 2,000
 
 Contrast = Callable[..., np.ndarray]
@@ -275,51 +276,6 @@ def _common_seeds(cells: Sequence[Cell]) -> list[int]:
     return sorted(set.intersection(*several)) if several else []
 
 
-def number(value: float) -> str:
-    """Three significant digits, thousands apart, a true minus: 26.7, 11,900, −0.31, 2.5e+07."""
-    if not np.isfinite(value):
-        return "∞" if value > 0 else EMPTY
-    if value and not 1e-3 <= abs(value) < 1e7:
-        text = f"{value:.1e}"
-    else:
-        rounded = float(f"{value:.3g}")
-        digits = 0 if rounded == 0 else max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
-        text = f"{rounded:,.{digits}f}"
-    return text.replace("-", "−") if value < 0 else text
-
-
-def points(value: float) -> str:
-    """One decimal, a true minus, no minus before zero: percent and points of accuracy."""
-    return f"{round(value, 1) + 0.0:,.1f}".replace("-", "−")
-
-
-def nats(value: float) -> str:
-    """Three decimals, a true minus, no minus before zero."""
-    return f"{round(value, 3) + 0.0:,.3f}".replace("-", "−")
-
-
-def signed(value: float, form: Callable[[float], str] = number) -> str:
-    """The value by `form`, with a plus where it is above zero."""
-    return ("+" if value > 0 else "") + form(value)
-
-
-def percent(share: float) -> str:
-    """A share as text: 0.0375 is 3.8%, 0.628 is 63%, 2.06 is 206%, 258 is 25,800%."""
-    if abs(share) >= 100:
-        return f"{number(100 * share)}%"
-    return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"
-
-
-def capital(text: str) -> str:
-    """With its first letter large, the rest as it is."""
-    return text[:1].upper() + text[1:]
-
-
-def listed(texts: Sequence[str]) -> str:
-    """In a sentence: "a", "a and b", "a, b and c"."""
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
-
-
 def accuracy_title(tasks: Sequence[str]) -> str:
     """What the accuracy on zero-shot tasks is called where there is no room for how many they are."""
     return f"accuracy on {TASK_TITLES[tasks[0]]}" if len(tasks) == 1 else "mean accuracy"
@@ -448,3 +404,20 @@ def won_back_share(full: np.ndarray, rtn: np.ndarray, qat: np.ndarray) -> np.nda
     """1 where LLM-QAT is as good as full precision, 0 where it is as bad as RTN. Worked: 26, 82, 47: 35/56."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return (rtn - qat) / (rtn - full)
+
+
+def megabytes(cell: Cell) -> float:
+    """MB (10^6 bytes) of weights and a cache of CONTEXT tokens."""
+    sizes = cell.records[0].metrics
+    return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6
+
+
+def frontier(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int]:
+    """Indices of the cells that none is as small and as good as, in the order of size; the first of equal ones."""
+    losses = [measure.loss(0, measure.value(identity, cell)) for cell in shown]
+    found, least = [], np.inf
+    for index in sorted(range(len(shown)), key=lambda i: (sizes[i], losses[i])):
+        if losses[index] < least:
+            found.append(index)
+            least = losses[index]
+    return found

@@ -27,8 +27,9 @@ from studylib.arms import (
     SMOOTHQUANT_QAT,
     TITLES,
 )
-from studylib.comparison import FULL, Cell, Cells, Measure, capital, identity
+from studylib.comparison import FULL, Cell, Cells, Measure, identity
 from studylib.statistics import Interval
+from studylib.wording import capital
 
 # Okabe and Ito's colours for all kinds of colour vision; marker and filling tell the methods apart in grey.
 COLOURS = {

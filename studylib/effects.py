@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from studylib.comparison import Setting, nats, number, percent, points
+from studylib.comparison import Setting
 from studylib.statistics import Interval
+from studylib.wording import nats, number, percent, points
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
     "reproduced",

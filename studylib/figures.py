@@ -18,22 +18,18 @@ from studylib.arms import (
     corpus_title,
 )
 from studylib.comparison import (
+    CONTEXT,
     FULL,
     Cell,
     Cells,
     Measure,
     Setting,
-    capital,
+    frontier,
     gather,
     identity,
-    listed,
     measures,
-    nats,
-    number,
-    percent,
+    megabytes,
     perplexities,
-    points,
-    signed,
     won_back,
 )
 from studylib.drawing import (
@@ -56,8 +52,8 @@ from studylib.drawing import (
 )
 from studylib.records import Record
 from studylib.statistics import Interval
+from studylib.wording import capital, listed, nats, number, percent, points, signed
 
-CONTEXT = 2048  # tokens whose cache counts as memory: the paper's sequence length
 PANELS_A_ROW = 4
 MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge with an arrow and their value
 
@@ -180,17 +176,6 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def frontier(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int]:
-    """Indices of the cells that none is as small and as good as, in the order of size; the first of equal ones."""
-    losses = [measure.loss(0, measure.value(identity, cell)) for cell in shown]
-    found, least = [], np.inf
-    for index in sorted(range(len(shown)), key=lambda i: (sizes[i], losses[i])):
-        if losses[index] < least:
-            found.append(index)
-            least = losses[index]
-    return found
-
-
 def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarray, limit: float, line: Line2D) -> None:
     texts, heights = [], []
     for cell, size in zip(shown, sizes, strict=True):
@@ -290,8 +275,8 @@ def cache_cost(records: Sequence[Record]) -> Figure:
         return empty_figure("No arm to compare the cache of")
     with mpl.rc_context(STYLE):
         figure, (sizes, *axes) = new_panels(1 + len(panels), width=12, height=1.7 + 0.4 * len(shown), sharey=True)
-        megabytes = [CONTEXT * cell.records[0].metrics["bytes/cache_per_token"] / 1e6 for cell in shown]
-        for row, (cell, size) in enumerate(zip(shown, megabytes, strict=True)):
+        widths = [CONTEXT * cell.records[0].metrics["bytes/cache_per_token"] / 1e6 for cell in shown]
+        for row, (cell, size) in enumerate(zip(shown, widths, strict=True)):
             sizes.barh(row, size, height=0.5, color=COLOURS[cell.method], alpha=0.7)
             sizes.annotate(
                 number(size), (size, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
@@ -399,9 +384,3 @@ def _by_damage(cells: Cells, measure: Measure) -> list[str]:
             value = measure.value(identity, cell) if cell.records else np.inf
             values[setting.bits] = max(values.get(setting.bits, -np.inf), value)
     return sorted(values, key=values.get)
-
-
-def megabytes(cell: Cell) -> float:
-    """MB (10^6 bytes) of weights and a cache of CONTEXT tokens."""
-    sizes = cell.records[0].metrics
-    return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6

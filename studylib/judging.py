@@ -3,21 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from studylib.comparison import (
-    Measure,
-    Setting,
-    accuracies,
-    capital,
-    gather,
-    listed,
-    measures,
-    response_measures,
-    weight_measures,
-)
+from studylib.comparison import Measure, Setting, accuracies, gather, measures, response_measures, weight_measures
 from studylib.effects import INCONCLUSIVE, NOT_TESTED, Effect, PaperNumber
 from studylib.memory_rules import PLANNED
 from studylib.records import Record
 from studylib.rules import Outcome
+from studylib.wording import capital, listed
 
 FAMILY = 60  # comparisons of a paper at most, by claim, measure and part: a true verdict of each is asked for at once
 

@@ -9,10 +9,10 @@ from html import escape
 import pandas as pd
 
 from studylib.claims import CLAIMS
-from studylib.comparison import EMPTY
 from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, VERDICTS, Effect, PaperNumber
 from studylib.judging import Claim, Finding, judge
 from studylib.records import Record
+from studylib.wording import EMPTY
 
 SYMBOLS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_TESTED: EMPTY}
 WIDTH, HEIGHT, EDGE = 240, 42, 8  # of a picture, and what stays free at its ends

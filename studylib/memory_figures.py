@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from studylib import models
 from studylib.adapters import QAT, Adapter, attach, usual_format
 from studylib.arms import TITLES as METHOD_TITLES
-from studylib.comparison import EMPTY, listed, number, percent
 from studylib.drawing import LINES, STYLE, new_panels, set_title
 from studylib.planning import PURPOSES, TITLES, TrainingMemory, measure, plan
 from studylib.published import against_papers
+from studylib.wording import EMPTY, listed, number, percent
 
 MB = 1e6
 

@@ -1,12 +1,13 @@
 """The rules of claims about memory. They need no records: plans are exact, and the same everywhere."""
 
 from studylib.adapters import L4Q, LORA, QAT, QLORA, Adapter, usual_format
-from studylib.comparison import Measure, percent
+from studylib.comparison import Measure
 from studylib.effects import GIGABYTES, MEMORY, TIMES, Effect, Unit
 from studylib.planning import DRIVER, GB, SHAPES, inference_bytes
 from studylib.published import planned, planned_qlora
 from studylib.rules import Outcome, together
 from studylib.statistics import Interval
+from studylib.wording import percent
 
 PLANNED = Measure("bytes", "planned memory", (), ())
 NEARLY = 1.1  # "nearly": at most this many times what a card has

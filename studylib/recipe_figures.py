@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.comparison import number, percent
+from studylib.comparison import CONTEXT
 from studylib.drawing import (
     COLOURS,
     HALO,
@@ -22,9 +22,9 @@ from studylib.drawing import (
     move_apart,
     new_panels,
 )
-from studylib.figures import CONTEXT
 from studylib.recipes import Candidate, Family, Recommendation
 from studylib.rules import SHARE
+from studylib.wording import number, percent
 
 LIMIT = 3  # times the reference's perplexity; what is above stands at the edge, or is not drawn if off the frontier
 

@@ -11,27 +11,25 @@ import pandas as pd
 from studylib.adapters import LORA
 from studylib.arms import TUNED, Arm, corpus_title
 from studylib.comparison import (
+    CONTEXT,
     FULL,
     Cell,
     Measure,
     Setting,
     accuracies,
-    capital,
+    frontier,
     gather,
     identity,
-    listed,
-    number,
-    percent,
-    points,
+    megabytes,
     response_measures,
     text_measures,
 )
-from studylib.figures import CONTEXT, frontier, megabytes
 from studylib.records import Record, seconds_alone
 from studylib.rules import SHARE
 from studylib.statistics import Interval
 from studylib.tables import as_markdown
 from studylib.training_data import RealText
+from studylib.wording import capital, listed, number, percent, points
 
 TITLE = "Which recipe for this model"
 SIZES = (

@@ -28,7 +28,7 @@ from studylib.arms import (
     corpus_title,
 )
 from studylib.batch import read_published
-from studylib.comparison import Cell, accuracies, gather, number
+from studylib.comparison import Cell, accuracies, gather
 from studylib.effects import NOT_TESTED, VERDICTS
 from studylib.judging import FAMILY
 from studylib.ledger import SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
@@ -36,6 +36,7 @@ from studylib.recipe_figures import frontier_figure
 from studylib.records import Record, write_whole
 from studylib.statistics import POWER
 from studylib.tables import as_html, as_markdown, readable, scoreboard
+from studylib.wording import number
 
 
 @dataclass(frozen=True)

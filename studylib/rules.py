@@ -7,19 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studylib.comparison import (
-    Cell,
-    Measure,
-    identity,
-    listed,
-    nats,
-    number,
-    percent,
-    points,
-    speedup,
-    won_back,
-    won_back_share,
-)
+from studylib.comparison import Cell, Measure, identity, speedup, won_back, won_back_share
 from studylib.effects import (
     ACCURACY,
     BITS,
@@ -38,6 +26,7 @@ from studylib.effects import (
 from studylib.execution import ADAPTED, EXECUTIONS, PACKED
 from studylib.records import Record
 from studylib.statistics import Interval, paired_bootstrap
+from studylib.wording import listed, nats, number, percent, points
 
 POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
 SHARE = 0.05  # tolerance in perplexity: five percent

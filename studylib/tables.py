@@ -9,22 +9,19 @@ import pandas as pd
 
 from studylib.arms import TITLES, corpus_title, data_title
 from studylib.comparison import (
-    EMPTY,
     TASK_TITLES,
     Cell,
     Measure,
     accuracy_title,
-    capital,
     gather,
     identity,
     measures,
-    number,
-    points,
     response_measures,
     task_measures,
 )
 from studylib.evaluation import ZERO_SHOT
 from studylib.records import Record
+from studylib.wording import EMPTY, capital, number, points
 
 WORDS = ("Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
 

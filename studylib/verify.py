@@ -12,8 +12,9 @@ from scipy.special import ndtri
 from scipy.stats import sem
 
 from studylib import experiments
-from studylib.comparison import points, seedless
+from studylib.comparison import seedless
 from studylib.records import FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
+from studylib.wording import points
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
 NUMBERS = ("perplexity/", "accuracy/")

@@ -12,23 +12,17 @@ from matplotlib.lines import Line2D
 
 from studylib.arms import ENCODED, EXECUTED, FULL_PRECISION, TUNED
 from studylib.comparison import (
-    EMPTY,
     FULL,
     Cell,
     Measure,
     accuracies,
-    capital,
     decoding_measures,
+    frontier,
     gather,
     identity,
-    listed,
     measures,
-    number,
-    percent,
     perplexities,
-    points,
     response_measures,
-    signed,
     speedup,
 )
 from studylib.drawing import (
@@ -47,11 +41,11 @@ from studylib.drawing import (
     set_title,
 )
 from studylib.execution import ADAPTED, EXECUTIONS, PACKED
-from studylib.figures import frontier
 from studylib.formats import Format, bits_per_parameter
 from studylib.records import Record
 from studylib.statistics import paired_bootstrap
 from studylib.weight_statistics import normal_error
+from studylib.wording import EMPTY, capital, listed, number, percent, points, signed
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 NEAR_BITS = 0.3  # formats so close in size are compared as equals

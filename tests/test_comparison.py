@@ -7,22 +7,11 @@ from conftest import BUDGET
 
 from studylib.adapters import QLORA, Adapter
 from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
-from studylib.comparison import (
-    FULL,
-    Setting,
-    gather,
-    identity,
-    measures,
-    number,
-    of_profile,
-    percent,
-    points,
-    task_measures,
-    won_back,
-)
+from studylib.comparison import FULL, Setting, gather, identity, measures, of_profile, task_measures, won_back
 from studylib.formats import Format
 from studylib.layers import Scheme
 from studylib.records import DIVERGED, arm_key
+from studylib.wording import number, percent, points
 
 
 def measure(records, name):
