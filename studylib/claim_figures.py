@@ -14,11 +14,11 @@ from studylib.drawing import STYLE, new_panels, set_title
 from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, VERDICTS, Effect
 from studylib.judging import Finding
 from studylib.ledger import Entry, effect_text
-from studylib.wording import listed
+from studylib.wording import capital, listed
 
 MIXED = "differing by measure"
 LIMIT = 6  # half-widths from the bound; what lies beyond stands at the edge with an arrow head
-WRAPPED = TextWrapper(66, break_on_hyphens=False)
+WRAPPED = TextWrapper(70, break_on_hyphens=False)
 LOOKS = {REPRODUCED: ("o", "#0B5C2E"), NOT_REPRODUCED: ("X", "#9C1C0C"), INCONCLUSIVE: ("D", "#8A6500")}
 
 
@@ -29,16 +29,17 @@ def overview(entries: Sequence[Entry]) -> Figure:
     none and stand at the edge.
     """
     with mpl.rc_context(STYLE):
-        figure, (ax,) = new_panels(1, width=12, height=1.6 + 0.36 * len(entries))
+        figure, (ax,) = new_panels(1, width=12, height=1.8 + 0.38 * len(entries))
         ax.axvspan(0, LIMIT + 0.5, color="#0B5C2E", alpha=0.06, lw=0, zorder=0)
         ax.axvline(0, color="#000000", lw=1, zorder=1)
         for row, entry in enumerate(entries):
             for at, finding in enumerate(entry.findings):
                 _draw(ax, entry, finding, row + 0.75 * ((at + 0.5) / len(entry.findings) - 0.5))
             telling = entry.telling
-            text = f"{effect_text(telling.effect)} {telling.effect.what}" if telling.effect else telling.sentence
+            effect = telling.effect
+            text = f"{capital(telling.measure)}: {effect_text(effect)} {effect.what}" if effect else telling.sentence
             grey = "#555555" if telling.verdict == NOT_TESTED else "#000000"
-            ax.text(1.01, row, "\n".join(WRAPPED.wrap(text)[:2]), transform=ax.get_yaxis_transform(), va="center",
+            ax.text(1.01, row, "\n".join(WRAPPED.wrap(text)[:3]), transform=ax.get_yaxis_transform(), va="center",
                     fontsize=7, color=grey)  # fmt: skip
             ax.axhline(row + 0.5, color="#DDDDDD", lw=0.7)
         labels = [WRAPPED.fill(f"{entry.claim.id}  {entry.claim.statement}") for entry in entries]
@@ -48,7 +49,8 @@ def overview(entries: Sequence[Entry]) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.set_ylabel("Claim")
         ax.set_xlabel(
-            "Distance from the rule's bound (right: as claimed), in half-widths of the interval of the verdict"
+            "Distance from the rule's bound (right: as claimed), in half-widths of the interval of the verdict;\n"
+            "a mark for each measure, the large one for what stands on the right"
         )
         handles = [
             Line2D([], [], color=colour, marker=marker, ls="", label=verdict)
