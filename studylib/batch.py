@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from studylib.arms import Arm
 from studylib.comparison import Setting
-from studylib.records import Record, RecordError, read_record
+from studylib.records import Record, RecordError, read_record, write_whole
 from studylib.wording import listed
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -151,7 +151,7 @@ def publish(
     table.to_csv(folder / "table.csv", index=False)
     titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
     published = {"records": [record.key for record in records], "figures": titles}
-    (folder / "published.json").write_text(json.dumps(published, indent=1))
+    write_whole(folder / "published.json", json.dumps(published, indent=1))
 
 
 def read_published(output: Path, notebook: str) -> dict:

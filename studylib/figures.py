@@ -261,9 +261,9 @@ def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
         return f"Nothing finished beside {base.title}"
     variants = [cell for cell in others if cell.method == base.method]
     ranked = sorted(variants or others, key=lambda cell: measure.value(identity, cell))
-    ends = [f"{'best variant' if variants else 'best'} {text(ranked[0])}"] + (
-        [f"worst {text(ranked[-1])}"] if len(ranked) > 1 else []
-    )
+    ends = [f"{'best variant' if variants else 'best'} {text(ranked[0])}"]
+    if len(ranked) > 1:
+        ends.append(f"worst {text(ranked[-1])}")
     return f"{capital(measure.title)} beside {base.title}: {', '.join(ends)}"
 
 

@@ -192,7 +192,7 @@ def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, 
     assert "budget: -1 MB is not allowed" in capsys.readouterr().err
 
 
-def test_models_of_the_same_name_do_not_share_a_folder(tmp_path, monkeypatch):
+def test_models_of_the_same_name_do_not_share_a_folder(tmp_path):
     names = [_folder_name(str(tmp_path / owner / "model")) for owner in ("a", "b")]
     names += [_folder_name(f"{owner}/model") for owner in ("a", "b")] + [_folder_name("smollm2-135m")]
     assert names[2:] == ["a--model", "b--model", "smollm2-135m"]
