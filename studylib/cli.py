@@ -1,4 +1,5 @@
-"""The command `study`: run notebooks in batch, list, show and verify records, report, plan the memory of a training."""
+"""The command `study`: run notebooks in batch, list, show, export and verify records, report, plan the memory of a
+training."""
 
 import argparse
 import json
@@ -41,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="show one record")
     show.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
     _results(show)
+    export = commands.add_parser("export", help="write the model of a record in a format that transformers loads")
+    export.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
+    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    _results(export)
     report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
     report.add_argument("--output", type=Path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder")
     report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
@@ -94,9 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     from studylib.records import RecordError
 
     try:
-        return {"run": _run, "list": _list, "show": _show, "report": _report, "verify": _verify, "plan": _plan}[
-            options.command
-        ](options, arguments)
+        return _COMMANDS[options.command](options, arguments)
     except (ValueError, RecordError, SourceError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -283,6 +286,24 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _show(options: argparse.Namespace, arguments: list[str]) -> int:
+    record = json.loads(_find(options).to_json())
+    record["scores"] = {name: f"{len(values)} items" for name, values in record["scores"].items()}
+    record["training"] = f"{len(record['training'])} steps"
+    print(json.dumps(record, indent=1))
+    return 0
+
+
+def _export(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.export import export, summary
+    from studylib.records import Store
+
+    record = _find(options)
+    print(summary(record, export(record, Store(options.results.resolve()), options.output.resolve())))
+    return 0
+
+
+def _find(options: argparse.Namespace):
+    """The record that the user means."""
     from studylib.records import read_record
 
     paths = sorted((options.results / "records").glob("*.json"))
@@ -292,8 +313,15 @@ def _show(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ValueError(
             f"record: {which} in {options.results} begins with {options.record!r}; `study list` shows them all"
         )
-    record = json.loads(read_record(found[0]).to_json())
-    record["scores"] = {name: f"{len(values)} items" for name, values in record["scores"].items()}
-    record["training"] = f"{len(record['training'])} steps"
-    print(json.dumps(record, indent=1))
-    return 0
+    return read_record(found[0])
+
+
+_COMMANDS = {
+    "run": _run,
+    "list": _list,
+    "show": _show,
+    "export": _export,
+    "report": _report,
+    "verify": _verify,
+    "plan": _plan,
+}

@@ -20,11 +20,11 @@ import torch
 from filelock import Timeout
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from studylib import corpora, methods, models
 from studylib.adapters import adapted_layers, check_paging
-from studylib.arms import AWQ, CALIBRATED, ENCODED, EXECUTED, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
+from studylib.arms import AWQ, CALIBRATED, ENCODED, EXECUTED, NOTHING, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Arm
 from studylib.distill import check_head
 from studylib.evaluation import TASKS, Evaluation, score
 from studylib.execution import check_executable, decoding_seconds, executed_bytes, int4_model
@@ -249,7 +249,7 @@ def carry_out(
 ) -> Record:
     """Compute the record of one arm. progress is told of finished work, in tokens of a forward pass."""
     set_seed(arm.seed)
-    seconds, tokens, log, data, load = {}, {}, Log([], []), None, functools.partial(models.load_model, arm.model)
+    seconds, tokens, load = {}, {}, functools.partial(models.load_model, arm.model)
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -278,28 +278,12 @@ def carry_out(
             "bytes/weights": _weight_bytes(arm, model),
             "bytes/cache_per_token": cache_bytes_per_token(model, arm.bits, arm.scheme),
         }
-        if arm.data:
-            with phase("data"):
-                data = _prepare_data(arm, model, tokenizer, store, progress)
+        data, log = _deploy(arm, model, tokenizer, store, keep_checkpoints, progress, phase)
+        if data:
             tokens["data"] = data.windows.numel()
-        decode_model(model)
-        if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
-            with phase("quantize"):
-                methods.quantize(arm, model, data and data.windows)
-
-        def work(tokens: int) -> None:
-            progress(TRAINING_WORK * tokens)
-
         if arm.training:
-            with phase("train"):
-                log = methods.train(arm, model, tokenizer, data, _checkpoints(arm, store), keep_checkpoints, work)
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
         if arm.tuning:
-            with phase("train"):
-                trained = store.adapter_file(arm_key(arm.as_trained))
-                windows, checkpoints = data and data.windows, _checkpoints(arm, store)
-                with store.lock(f"adapter-{trained.stem}"):
-                    log = tune(arm, model, tokenizer, windows, load, checkpoints, trained, keep_checkpoints, work)
             tokens["trained"] = log.curve[-1]["tokens"]
         diverged = bool(log.steps) and not math.isfinite(log.steps[-1]["loss"])
         with phase("evaluate"), _counted(model, progress) as seen:
@@ -328,6 +312,69 @@ def carry_out(
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
+
+
+def _deploy(
+    arm: Arm,
+    model: PreTrainedModel,
+    tokenizer,
+    store: Store,
+    keep_checkpoints: bool,
+    progress: Progress,
+    phase: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> tuple[TrainingData | None, Log]:
+    """Make of the loaded model, in place, what the arm is scored on. phase: entered, by name, around each kind of
+    work."""
+    data, log = None, Log([], [])
+    if arm.data:
+        with phase("data"):
+            data = _prepare_data(arm, model, tokenizer, store, progress)
+    decode_model(model)
+    if arm.method in (*CALIBRATED, SMOOTHQUANT_QAT, RTN):
+        with phase("quantize"):
+            methods.quantize(arm, model, data and data.windows)
+
+    def work(tokens: int) -> None:
+        progress(TRAINING_WORK * tokens)
+
+    if arm.training:
+        with phase("train"):
+            log = methods.train(arm, model, tokenizer, data, _checkpoints(arm, store), keep_checkpoints, work)
+    if arm.tuning:
+        with phase("train"):
+            trained, load = trained_adapter(arm, store), functools.partial(models.load_model, arm.model)
+            windows, checkpoints = data and data.windows, _checkpoints(arm, store)
+            with store.lock(f"adapter-{trained.stem}"):
+                log = tune(arm, model, tokenizer, windows, load, checkpoints, trained, keep_checkpoints, work)
+    return data, log
+
+
+def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the arm is scored on, made again, and its tokenizer.
+
+    Text, trained adapters and checkpoints that are still in the store are used; what it has not yet is computed, and of
+    that all but checkpoints stays. Raises what `run` raises.
+    """
+    store.hold(arm.model, models.version(arm.model))
+    check(arm)
+    checkpoints = store.checkpoint_folder(arm_key(arm))
+    with store.lock(arm_key(arm)):
+        kept = checkpoints.exists()
+        set_seed(arm.seed)
+        model, tokenizer = models.load_model(arm.model), models.load_tokenizer(arm.model)
+        if arm.method in (ENCODED, EXECUTED):
+            encode_model(model, arm.format)
+        work = _work(dataclasses.replace(arm, evaluation=NOTHING))
+        with tqdm(total=work, unit="tok", unit_scale=True, disable=not work, desc=arm.title, mininterval=2) as bar:
+            _deploy(arm, model, tokenizer, store, kept, functools.partial(_advance, bar, work))
+        if not kept:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    return model, tokenizer
+
+
+def trained_adapter(arm: Arm, store: Store) -> Path:
+    """The file of what a fine-tuned arm trained, where it can be deployed in several ways."""
+    return store.adapter_file(arm_key(arm.as_trained))
 
 
 def _json_entries(numbers: dict[str, float]) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ from studylib.comparison import (
     response_measures,
     text_measures,
 )
+from studylib.export import container
 from studylib.records import Record, seconds_alone
 from studylib.rules import SHARE
 from studylib.statistics import Interval
@@ -189,6 +190,7 @@ def recommend(family: Family, budget: float | None = None) -> Recommendation:
         *_far_from_reference(family, budget, best),
         *_beside_others(budget, best, equals, cheapest, gaps),
         *(_cost(candidate) for candidate in dict.fromkeys((best, cheapest))),
+        *_export(best),
         *_seeds(fitting),
         *_own_text(best),
         *_left_out(family),
@@ -266,6 +268,14 @@ def _cost(candidate: Candidate) -> str:
 
 def _time(minutes: float) -> str:
     return f"{60 * minutes:.0f} s" if minutes < 2 else f"{number(minutes)} min"
+
+
+def _export(best: Candidate) -> list[str]:
+    try:
+        kind = container(best.arm)
+    except ValueError:
+        return []
+    return [f"For other software, as {kind}: study export {best.cell.records[0].key[:8]} --output FOLDER"]
 
 
 def _seeds(fitting: Sequence[Candidate]) -> list[str]:

@@ -102,6 +102,24 @@ def test_list_and_show(finished, capsys):
     assert record["provenance"]["code"]["torch"] and record["cost"]["seconds"]["train"] > 0
 
 
+def test_export(finished, tmp_path, capsys):
+    assert main(["list", "--results", str(finished[0])]) == 0
+    keys = {line.split("  ")[2]: line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    where = ["--results", str(finished[0]), "--output", str(tmp_path / "model")]
+    assert main(["export", keys["LLM-QAT 4-8-4"], *where]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("LLM-QAT 4-8-4, compressed-tensors: 0.1 MB") and "| perplexity on C4 | " in told
+    assert "Key/value cache: 16 bits here, 4 in the record." in told
+    assert told in (tmp_path / "model" / "README.md").read_text()
+    for key, message in (
+        (keys["RTN 4-8-4"], "give a new folder"),
+        (keys["full precision"], "the model as it was loaded"),
+    ):
+        assert main(["export", key, *where]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("study: ") and message in told and told.count("\n") == 1
+
+
 def test_a_second_run_computes_nothing(finished, capfd):
     stamps = {path: path.stat().st_mtime_ns for path in (finished[0] / "records").iterdir()}
     assert main(["run", "--notebooks", "04", *SMOKE, "--results", str(finished[0]), "--seeds", "0"]) == 0
@@ -276,4 +294,4 @@ def test_a_plan_that_makes_no_sense_is_one_clear_line(capsys, arguments, message
 def test_help_names_every_command():
     done = study("--help")
     assert done.returncode == 0
-    assert all(f"    {name} " in done.stdout for name in ("run", "list", "show", "report", "verify", "plan"))
+    assert all(f"    {name} " in done.stdout for name in ("run", "list", "show", "export", "report", "verify", "plan"))

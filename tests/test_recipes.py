@@ -143,6 +143,8 @@ def test_without_a_budget_the_smallest_within_five_percent(picture):
         "Making RTN at 8-8-8 takes no time, without any training; with its evaluation, at most 1.00 GiB of memory."
         in (found.details)
     )
+    key = found.best.cell.records[0].key[:8]
+    assert f"For other software, as compressed-tensors: study export {key} --output FOLDER" in found.details
 
 
 def test_where_nothing_smaller_is_close_the_next_is_named(make_record):

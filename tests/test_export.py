@@ -1,0 +1,252 @@
+"""Exported models: transformers loads what the record scored, in as few bits, or it is refused beforehand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from studylib import experiments, export, merging, models, tuned
+from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QLORA, Adapter
+from studylib.arms import AWQ, ENCODED, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, profile
+from studylib.evaluation import Evaluation, score
+from studylib.formats import Format
+from studylib.layers import Scheme, decoder_linears
+from studylib.quantizers import Grid, quantize
+from studylib.records import DIVERGED, Store
+
+EVALUATION = Evaluation(("wikipedia",), windows=4, length=32, pairs=2)
+BUDGET = dataclasses.replace(profile("smoke"), evaluation=EVALUATION)
+NF4 = Format("nf", 4, 32, double=True)
+
+
+def arm(method, bits="4-16-16", model="tiny-random", **fields):
+    return BUDGET.arm(model, method, bits, **fields)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "results")
+
+
+def exported(arm, store, folder):
+    """The record, what `export` says of it, and the files' tensors."""
+    (record,) = experiments.run([arm], store.folder)
+    found = export.export(record, store, folder)
+    assert not list(folder.parent.glob("*.partial-*"))
+    assert found.bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    (file,) = folder.glob("*.safetensors")
+    return record, found, load_file(file)
+
+
+WEIGHTS = {
+    "rtn": arm(RTN),
+    "3 bits": arm(RTN, "3-16-16"),
+    "8 bits": arm(RTN, "8-16-16"),
+    "groups": arm(RTN, scheme=Scheme("asymmetric", weight_group=32)),
+    "statsq": arm(RTN, scheme=Scheme("statsq")),
+    "gptq": arm(GPTQ),
+    "awq": arm(AWQ),
+    "smoothquant": arm(SMOOTHQUANT, "8-16-16"),
+    "llm-qat": arm(LLM_QAT),
+    "lsq": arm(LLM_QAT, scheme=Scheme("lsq")),
+    "affine": arm(ENCODED, "2-16-16", format=Format("affine", 2, 32)),
+    "double": arm(ENCODED, format=Format("int", 4, 32, double=True)),
+    "qat": arm(QAT, format=Format("affine", 4, 32)),
+    "merged": arm(LORA, "16-16-16", merge=merging.MERGED_QUANTIZED, format=Format("affine", 4, 32)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_integers_come_back_as_the_weights_that_were_scored(fp32, store, tmp_path, name):
+    record, found, tensors = exported(WEIGHTS[name], store, tmp_path / "model")
+    assert found.container == export.INTEGERS
+    deployed, tokenizer = experiments.deployed(record.arm, store)
+    assert score(deployed, tokenizer, EVALUATION)[0] == {
+        name: value for name, value in record.metrics.items() if name.startswith("perplexity/")
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.arange(32)[None]
+    assert torch.isfinite(loaded(tokens).logits).all()  # the first pass unpacks
+    for name, linear in decoder_linears(deployed).items():
+        back = loaded.get_submodule(name).weight
+        assert torch.allclose(back, linear.weight, rtol=1e-5, atol=1e-6 * linear.weight.abs().max().item()), name
+    bits = int(record.arm.bits.split("-")[0]) if record.arm.bits != "16-16-16" else 4
+    for name, linear in decoder_linears(deployed).items():
+        stored = tensors[f"{name}.weight" if f"{name}.weight" in tensors else f"{name}.weight_packed"]
+        assert 8 * stored.nbytes == bits * linear.weight.numel()
+    for name, value in found.metrics.items():  # embeddings and norms were rounded to bf16
+        assert value == pytest.approx(record.metrics[name], rel=2e-3)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("text").input_ids == tokenizer("text").input_ids
+
+
+@pytest.mark.parametrize("bits", ["8-8-8", "4-8-16"])
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
+def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, grid):
+    record, found, tensors = exported(arm(RTN, bits, scheme=Scheme(grid)), store, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.arange(32)[None]
+    rounded = loaded(tokens).logits
+    plain, _ = experiments.deployed(arm(RTN, "4-16-16" if bits[0] == "4" else "8-16-16", scheme=Scheme(grid)), store)
+    away = (rounded - plain(tokens).logits).abs().mean()
+    own = (experiments.deployed(record.arm, store)[0](tokens).logits - plain(tokens).logits).abs().mean()
+    assert 0.5 * own < away < 2 * own
+    summary = export.summary(record, found)
+    assert ("max|x|" in summary) == (grid == "symmetric")
+    assert ("Key/value cache: 16 bits here, 8 in the record" in summary) == (bits == "8-8-8")
+    assert any(tensor.dtype == torch.int32 for tensor in tensors.values()) == (bits == "4-8-16")
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        arm(ENCODED, format=NF4),
+        arm(ENCODED, format=Format("nf", 4, 32)),
+        arm(ENCODED, format=Format("fp-bnb", 4, 32)),
+        arm(QLORA, format=NF4, merge=merging.REQUANTIZED),
+    ],
+    ids=lambda wanted: wanted.title,
+)
+def test_four_bit_floats_go_to_bitsandbytes(fp32, store, tmp_path, wanted):
+    record, found, tensors = exported(wanted, store, tmp_path / "model")
+    assert found.container == export.FOUR_BIT
+    names = decoder_linears(models.load_model("tiny-random"))
+    assert all(tensors[f"{name}.weight"].dtype == torch.uint8 for name in names)
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=5e-3)
+
+
+@pytest.fixture
+def folder_model(tmp_path):
+    """A model like tiny-random as a folder that transformers can load, with widths that blocks of 64 divide."""
+    folder, config = tmp_path / "base", models.load_config("tiny-random")
+    config.intermediate_size = 192
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models.skeleton(config).save_pretrained(folder)
+    models.load_tokenizer("tiny-random").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": LORA, "bits": "16-16-16"},
+        {"method": QLORA, "format": Format("nf", double=True)},
+        {"method": QLORA, "format": Format("fp-bnb"), "adapter": Adapter(4, 8, kind="dora")},
+        {"method": QLORA, "format": Format("nf"), "adapter": Adapter(layers="q_proj+v_proj")},
+    ],
+    ids=["16 bits", "NF4 and double quantization", "FP4 and DoRA", "some layers"],
+)
+def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, folder_model, fields):
+    record, found, tensors = exported(arm(model=folder_model, **fields), store, tmp_path / "model")
+    assert found.container == export.BESIDE
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert 2 * sum(tensor.numel() for tensor in tensors.values()) < found.bytes
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=1e-4)
+    card = (tmp_path / "model" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "model"))
+    names = {}
+    exec(code, names)  # as a reader would
+    assert torch.isfinite(names["model"](torch.arange(8)[None]).logits).all()
+
+
+def test_merged_into_16_bits(fp32, store, tmp_path):
+    record, found, tensors = exported(arm(QLORA, format=NF4, merge=merging.DEQUANTIZED), store, tmp_path / "model")
+    assert found.container == export.SIXTEEN and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (arm(FULL_PRECISION, "16-16-16"), "it is the model as it was loaded"),
+        (arm(L4Q, format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm(QA_LORA, format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm(GPTQ_LORA, format=Format("affine", 4, 32)), "take an arm that is merged"),
+        (arm(QLORA, "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
+        (arm(QLORA, format=NF4, adapter=Adapter(4, 4, kind="pissa")), "take an arm that is merged"),
+        (arm(QLORA, format=Format("nf")), "take an arm that is merged"),  # tiny-random is in no file
+        (arm(ENCODED, "3-16-16", format=Format("nf", 3, 64)), "neither compressed-tensors nor bitsandbytes has NF3"),
+        (arm(RTN, "16-8-16"), "its weights are not quantized"),
+        (arm(LLM_QAT, "4-8-16", scheme=Scheme("lsq")), "by their largest magnitude, not by 'lsq'"),
+    ],
+    ids=lambda value: getattr(value, "title", None),
+)
+def test_what_no_container_holds_is_refused_with_the_reason(wanted, message):
+    with pytest.raises(ValueError, match=f"^record: .*cannot be exported; .*{message}"):
+        export.container(wanted)
+
+
+def test_nothing_is_written_over_and_nothing_is_left_half(store, tmp_path, monkeypatch, make_record):
+    (record,) = experiments.run([WEIGHTS["rtn"]], store.folder)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match=r"output: .*there exists; give a new folder"):
+        export.export(record, store, tmp_path / "there")
+    with pytest.raises(ValueError, match="is diverged; there is no model to write"):
+        export.export(make_record(RTN, "4-16-16", status=DIVERGED), store, tmp_path / "new")
+    monkeypatch.setattr(export, "score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.export(record, store, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "there"]
+
+
+def test_what_was_trained_is_used_and_checkpoints_are_left_as_they_were(fp32, store, tmp_path, monkeypatch):
+    adapted, distilled = arm(QLORA, format=NF4, merge=merging.REQUANTIZED), WEIGHTS["llm-qat"]
+    experiments.run([adapted], store.folder)
+    experiments.run([distilled], store.folder, keep_checkpoints=True)
+    before = sorted(path.name for path in (store.folder / "checkpoints").rglob("*"))
+    monkeypatch.setattr(tuned, "fine_tune", lambda *_, **__: 1 / 0)
+    experiments.deployed(adapted, store)
+    experiments.deployed(distilled, store)
+    assert sorted(path.name for path in (store.folder / "checkpoints").rglob("*")) == before != []
+    experiments.deployed(arm(LLM_QAT, "8-16-16"), store)
+    assert sorted(path.name for path in (store.folder / "checkpoints").rglob("*")) == before
+
+
+def test_replaced_weights_are_not_exported_as_the_record_s(store, tmp_path, folder_model):
+    (record,) = experiments.run([arm(RTN, model=folder_model)], store.folder)
+    changed = models.load_model(folder_model)
+    changed.model.norm.weight.data *= 2
+    changed.save_pretrained(folder_model)
+    models._files_sha256.cache_clear()
+    with pytest.raises(RuntimeError, match=r"the weights of .* have changed"):
+        export.export(record, store, tmp_path / "model")
+
+
+@given(
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["symmetric", "asymmetric", "statsq"]),
+    group=st.sampled_from([None, 8, 32]),
+    seed=st.integers(0, 2**16),
+    scale=st.floats(1e-6, 1e4),
+    offset=st.floats(-3, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_grid_is_found_from_the_weights_alone(bits, kind, group, seed, scale, offset):
+    grid = Grid(bits, kind, group)
+    weight = scale * (torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) + offset)
+    weight[0] = 0
+    rounded = quantize(weight, grid).dequantize()
+    step, zero = export.integer_grid(rounded, grid)
+    rows = rounded.unflatten(1, (-1, group or 64))
+    codes = rows / step[..., None] + zero[..., None]
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert (codes.round() - codes).abs().max() < 2e-3
+    assert low <= codes.round().min() and codes.round().max() <= high and low <= zero.min() and zero.max() <= high
+    back = (codes.round() - zero[..., None]) * step[..., None]
+    assert torch.allclose(back, rows, rtol=1e-5, atol=1e-5 * rounded.abs().max().item())
+
+
+def test_weights_on_no_grid_are_refused():
+    with pytest.raises(ValueError, match="4 of 4 groups lie on no symmetric 4-bit grid"):
+        export.integer_grid(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), Grid(4))
+    with pytest.raises(ValueError, match="1 of 2 groups lie on no asymmetric 2-bit grid"):
+        export.integer_grid(torch.tensor([[0.0, 1, 2, 3], [0.5, 1.7, 2, 3]]), Grid(2, "asymmetric"))
+    assert np.isclose(export.integer_grid(torch.tensor([[-4.0, 1, 3]]), Grid(3))[0].item(), 1)  # GPTQ's lowest level
