@@ -67,7 +67,8 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
         del model
         tokenizer.save_pretrained(partial)
         wanted = dataclasses.replace(record.arm.evaluation, tasks=())
-        metrics, _ = score(_load(partial, base, record.arm.format), tokenizer, wanted)
+        with _without_bars():
+            metrics, _ = score(_load(partial, base, record.arm.format), tokenizer, wanted)
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         exported = Exported(kind, size, metrics)
         (partial / "README.md").write_text(_card(record, exported, base))
@@ -75,6 +76,11 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return exported
+
+
+def _without_bars() -> contextlib.AbstractContextManager:
+    """The libraries' progress bars, several of a second each, go nowhere."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 def container(arm: Arm) -> str:
@@ -150,7 +156,7 @@ def _compress(model: PreTrainedModel, arm: Arm):
         input_activations=inputs,
     )
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+    with _without_bars():
         apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=others))
         for name, linear in linears.items():
             try:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from studylib import experiments, export, merging, models, tuned
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QLORA, Adapter
@@ -154,6 +154,31 @@ def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, fol
     names = {}
     exec(code, names)  # as a reader would
     assert torch.isfinite(names["model"](torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": RTN},
+        {"method": ENCODED, "format": Format("nf", 4, 32)},
+        {"method": QLORA, "format": Format("nf", 4, 32), "merge": merging.DEQUANTIZED},
+    ],
+    ids=export.CONTAINERS[:2] + export.CONTAINERS[3:],
+)
+def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, fields):
+    config = Qwen2Config(**shape | {"intermediate_size": 64}, tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.skeleton(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "base")
+    models.load_tokenizer("tiny-random").save_pretrained(tmp_path / "base")
+    record, found, tensors = exported(arm(model=str(tmp_path / "base"), **fields), store, tmp_path / "model")
+    assert sum(name.endswith("bias") for name in tensors) == 6 and "lm_head.weight" in tensors
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=2e-3)
 
 
 def test_merged_into_16_bits(fp32, store, tmp_path):
