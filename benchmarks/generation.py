@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from studylib import models
-from studylib.arms import profile
 from studylib.evaluation import window_losses
+from studylib.profiles import profile
 from studylib.records import environment
 from studylib.sampling import Sampling, generate_sequences, generate_windows
 

@@ -119,11 +119,11 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     import yaml
     from papermill import PapermillExecutionError
 
-    from studylib import arms, batch, experiments, models, recipes, report, tables
+    from studylib import batch, experiments, models, profiles, recipes, report, tables
     from studylib.records import Store
 
     recipes.check_budget(options.budget_mb)
-    budget = arms.profile(options.profile)
+    budget = profiles.profile(options.profile)
     experiments.check_jobs(options.jobs)
     notebooks = batch.find_notebooks(options.notebooks)
     further = {}

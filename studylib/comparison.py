@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studylib.arms import ENCODED, FULL_PRECISION, METHODS, TITLES, Arm, Profile, corpus_title
+from studylib.arms import ENCODED, FULL_PRECISION, METHODS, TITLES, Arm, corpus_title
 from studylib.evaluation import ZERO_SHOT, Evaluation
 from studylib.execution import EXECUTIONS, LAYERS, OWN
+from studylib.profiles import Profile
 from studylib.quantizers import BitWidths
 from studylib.records import FINISHED, Record, arm_key
 from studylib.statistics import Interval, paired_bootstrap, perplexity, stratified_mean

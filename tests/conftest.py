@@ -11,9 +11,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this 
 
 from studylib import models
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA, Adapter
-from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Evaluation, profile
+from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Evaluation
 from studylib.formats import Format, bits_per_parameter
 from studylib.layers import Scheme
+from studylib.profiles import profile
 from studylib.records import FINISHED, Record, arm_key
 
 torch.set_num_threads(1)

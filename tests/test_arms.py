@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib.adapters import Adapter
-from studylib.arms import FULL_PRECISION, LLM_QAT, PROFILES, RTN, SMOOTHQUANT_QAT, Arm, profile
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Arm
 from studylib.formats import Format
 from studylib.layers import Scheme
+from studylib.profiles import PROFILES, profile
 from studylib.records import arm_key
 
 SMOKE = profile("smoke")

@@ -8,7 +8,7 @@ from torch import nn
 
 from studylib import execution, experiments, l4q, merging
 from studylib.adapters import L4Q, LORA, QA_LORA, QAT_LORA, QLORA, Adapter, attach
-from studylib.arms import ENCODED, EXECUTED, profile
+from studylib.arms import ENCODED, EXECUTED
 from studylib.execution import (
     EXECUTIONS,
     OWN,
@@ -20,6 +20,7 @@ from studylib.execution import (
 )
 from studylib.formats import EncodedLinear, Format
 from studylib.models import compute_dtype, load_model
+from studylib.profiles import profile
 
 TOKENS = torch.arange(24).view(2, 12)
 AFFINE = Format("affine", 4, 32)

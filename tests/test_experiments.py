@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from studylib import experiments, methods, models, records, training_data
-from studylib.arms import FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Evaluation, profile
+from studylib.arms import FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, SMOOTHQUANT_QAT, Evaluation
 from studylib.corpora import windows
 from studylib.evaluation import window_losses
 from studylib.layers import Scheme
+from studylib.profiles import profile
 from studylib.ptq import round_to_nearest
 from studylib.records import RecordError, Store, arm_key
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from studylib import experiments, export, merging, models, tuned
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QLORA, Adapter
-from studylib.arms import AWQ, ENCODED, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT, profile
+from studylib.arms import AWQ, ENCODED, FULL_PRECISION, GPTQ, LLM_QAT, RTN, SMOOTHQUANT
 from studylib.evaluation import Evaluation, score
 from studylib.formats import Format
 from studylib.layers import Scheme, decoder_linears
+from studylib.profiles import profile
 from studylib.quantizers import Grid, quantize
 from studylib.records import DIVERGED, Store
 

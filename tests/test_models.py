@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from studylib import corpora, experiments, models
-from studylib.arms import LLM_QAT, RTN, Evaluation, profile
+from studylib.arms import LLM_QAT, RTN, Evaluation
 from studylib.evaluation import window_losses
+from studylib.profiles import profile
 from studylib.records import RecordError
 from studylib.sources import fetch
 

@@ -9,10 +9,11 @@ import torch
 
 from studylib import experiments, merging, models, tuned
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, attach, usual_format
-from studylib.arms import ENCODED, Arm, profile
+from studylib.arms import ENCODED, Arm
 from studylib.corpora import instruction_pairs, windows
 from studylib.evaluation import Evaluation, window_losses
 from studylib.formats import Format, decode_model, encode_model
+from studylib.profiles import profile
 from studylib.records import Store, arm_key
 
 EVALUATION = Evaluation(("wikipedia",), windows=4, length=32, pairs=2)

@@ -9,9 +9,10 @@ import torch
 from scipy import stats
 
 from studylib import experiments
-from studylib.arms import FULL_PRECISION, LLM_QAT, RTN, profile
+from studylib.arms import FULL_PRECISION, LLM_QAT, RTN
 from studylib.cli import REFERENCE, main
 from studylib.evaluation import Evaluation
+from studylib.profiles import profile
 from studylib.records import Store, read_records
 from studylib.verify import TOGETHER, choose, compare, verify
 
