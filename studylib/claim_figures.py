@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.drawing import STYLE, new_panels, set_title
+from studylib.drawing import STYLE, name_rows, new_panels, set_title
 from studylib.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, VERDICTS, Effect
 from studylib.judging import Finding
 from studylib.ledger import Entry, effect_text
@@ -43,8 +43,7 @@ def overview(entries: Sequence[Entry]) -> Figure:
                     fontsize=7, color=grey)  # fmt: skip
             ax.axhline(row + 0.5, color="#DDDDDD", lw=0.7)
         labels = [WRAPPED.fill(f"{entry.claim.id}  {entry.claim.statement}") for entry in entries]
-        ax.set_yticks(range(len(entries)), labels, fontsize=7.5)
-        ax.set_ylim(len(entries) - 0.5, -0.5)
+        name_rows(ax, labels, fontsize=7.5)
         ax.set_xlim(-LIMIT - 0.5, LIMIT + 0.5)
         ax.grid(axis="y", visible=False)
         ax.set_ylabel("Claim")

@@ -303,16 +303,17 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _find(options: argparse.Namespace):
-    """The record that the user means."""
+    """The record that the user means, of the results folder or else of the reference."""
     from studylib.records import read_record
 
-    paths = sorted((options.results / "records").glob("*.json"))
-    found = [path for path in paths if path.stem.startswith(options.record)]
+    for folder in (options.results, REFERENCE):
+        found = [path for path in sorted((folder / "records").glob("*.json")) if path.stem.startswith(options.record)]
+        if found:
+            break
     if len(found) != 1:
-        which = "no record" if not found else f"{len(found)} records"
-        raise ValueError(
-            f"record: {which} in {options.results} begins with {options.record!r}; `study list` shows them all"
-        )
+        several = f"{len(found)} records in {folder} begin"
+        which = several if found else f"no record in {options.results} or in the reference begins"
+        raise ValueError(f"record: {which} with {options.record!r}; `study list` shows them all")
     return read_record(found[0])
 
 

@@ -172,6 +172,12 @@ def say_diverged(ax: Axes, cell: Cell, row: float) -> None:
             fontsize=7.5, color=COLOURS[cell.method])  # fmt: skip
 
 
+def name_rows(ax: Axes, names: Sequence[str], **style) -> None:
+    """Rows 0, 1, 2, ... of the axes, by name, the first on top. style: of their labels."""
+    ax.set_yticks(range(len(names)), names, **style)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
 def draw_reference(ax: Axes, cells: Cells, measure: Measure) -> None:
     """Full precision as a line with its interval as a band."""
     full = cells.get(FULL)

@@ -44,6 +44,7 @@ from studylib.drawing import (
     empty_figure,
     finish,
     move_apart,
+    name_rows,
     new_panels,
     off_scale,
     plain_ticks,
@@ -95,8 +96,7 @@ def _setting_rows(cells: Cells, panels: list[Measure], settings: list[str]) -> F
             ax.margins(x=0.16)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(axis_title(measure, "log scale, "))
-    axes[0].set_yticks(range(len(settings)), settings)
-    axes[0].set_ylim(len(settings) - 0.5, -0.5)
+    name_rows(axes[0], settings)
     axes[0].set_ylabel("Bits: weights-activations-cache")
     return figure
 
@@ -209,8 +209,7 @@ def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[M
             ax.margins(x=0.2)
             what = f"{measure.short_title}, change in {'%' if measure.is_perplexity else 'points'}"
             ax.set_xlabel(f"{capital(what)}\n({'lower' if measure.is_perplexity else 'higher'} is better)")
-        axes[0].set_yticks(range(len(others)), [_beside(baseline, cell.setting) for cell in others])
-        axes[0].set_ylim(len(others) - 0.5, -0.5)
+        name_rows(axes[0], [_beside(baseline, cell.setting) for cell in others])
         axes[0].set_ylabel("What is changed")
         handles = [
             Line2D([], [], color="#0072B2", marker="o", mfc=fill, label=label)
@@ -290,8 +289,7 @@ def cache_cost(records: Sequence[Record]) -> Figure:
             ax.margins(x=0.16)
             ax.set_xlabel(axis_title(measure))
         labels = [_cache_label(cell.setting) for cell in shown]
-        sizes.set_yticks(range(len(shown)), labels)
-        sizes.set_ylim(len(shown) - 0.5, -0.5)
+        name_rows(sizes, labels)
         sizes.set_ylabel("Keys and values")
         finish(figure, _cache_title(cells[FULL], shown[1:], panels[0]), cells)
     return figure

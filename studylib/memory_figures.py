@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from studylib import models
 from studylib.adapters import QAT, Adapter, attach, usual_format
 from studylib.arms import TITLES as METHOD_TITLES
-from studylib.drawing import LINES, STYLE, new_panels, set_title
+from studylib.drawing import LINES, STYLE, name_rows, new_panels, set_title
 from studylib.planning import PURPOSES, TITLES, TrainingMemory, measure, plan
 from studylib.published import against_papers
 from studylib.wording import EMPTY, listed, number, percent
@@ -74,8 +74,7 @@ def memory_bars(frame: pd.DataFrame) -> Figure:
                 )
             ax.set_xlabel(f"MB in one step, {'with' if on else 'without'} gradient checkpointing")
             ax.margins(x=0.12)
-        axes[0].set_yticks(range(len(own)), [METHOD_TITLES[method] for method in own["method"]])
-        axes[0].set_ylim(len(own) - 0.5, -0.5)
+        name_rows(axes[0], [METHOD_TITLES[method] for method in own["method"]])
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PURPOSES))
         totals = frame[~frame["checkpointing"]].set_index("method")["total"]
         ranked = totals.sort_values()

@@ -35,6 +35,7 @@ from studylib.drawing import (
     draw_times,
     empty_figure,
     finish,
+    name_rows,
     new_panels,
     off_scale,
     plain_ticks,
@@ -76,8 +77,7 @@ def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
                 plain_ticks(ax.xaxis)
             ax.margins(x=0.2)
             ax.set_xlabel(axis_title(measure, "log scale, ").replace(" (", "\n("))
-        axes[0].set_yticks(range(len(shown)), [cell.title for cell in shown])
-        axes[0].set_ylim(len(shown) - 0.5, -0.5)
+        name_rows(axes[0], [cell.title for cell in shown])
         finish(figure, _rows_title(panels[0], shown), cells)
     return figure
 
@@ -244,8 +244,7 @@ def decoding_times(records: Sequence[Record]) -> Figure:
             times_as_fast = speedup(measure, cell, PACKED, ADAPTED).text(number)
             where = measure.title.removeprefix("time of a token")
             found.append(f"{where.strip()} {times_as_fast}" if found else f"{times_as_fast} times as fast")
-        axes[0].set_yticks(range(len(EXECUTIONS)), EXECUTIONS)
-        axes[0].set_ylim(len(EXECUTIONS) - 0.5, -0.5)
+        name_rows(axes[0], EXECUTIONS)
         handle = Line2D([], [], color="#444444", marker="o", label="median of the rounds (dots) with its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
         set_title(figure, f"Without an adapter beside them, 4-bit weights decode {', '.join(found)}")

@@ -11,7 +11,7 @@ import pytest
 from papermill import PapermillExecutionError
 
 from studylib import batch, experiments, tables
-from studylib.cli import _folder_name, main
+from studylib.cli import REFERENCE, _folder_name, main
 from studylib.records import Store, arm_key, read_record
 
 STUDY = str(Path(sys.executable).with_name("study"))
@@ -260,6 +260,9 @@ def test_records_that_are_not_there(tmp_path, finished, capsys):
     assert "no record in" in capsys.readouterr().err
     assert main(["show", "", "--results", str(finished[0])]) == 2
     assert "records in" in capsys.readouterr().err
+    published = next((REFERENCE / "records").glob("*.json")).stem
+    assert main(["show", published, "--results", str(finished[0])]) == 0
+    assert json.loads(capsys.readouterr().out)["key"] == published
     assert main(["list", "--results", str(tmp_path / "none")]) == 2
     assert "none holds no records" in capsys.readouterr().err
 
