@@ -359,7 +359,8 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
     check(arm)
     checkpoints = store.checkpoint_folder(arm_key(arm))
     with store.lock(arm_key(arm)):
-        kept = checkpoints.exists()
+        budget = arm.training or arm.tuning
+        kept = budget is not None and (checkpoints / f"checkpoint-{budget.steps}").exists()
         set_seed(arm.seed)
         model, tokenizer = models.load_model(arm.model), models.load_tokenizer(arm.model)
         if arm.method in (ENCODED, EXECUTED):
@@ -367,6 +368,7 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
         work = _work(dataclasses.replace(arm, evaluation=NOTHING))
         with tqdm(total=work, unit="tok", unit_scale=True, disable=not work, desc=arm.title, mininterval=2) as bar:
             _deploy(arm, model, tokenizer, store, kept, functools.partial(_advance, bar, work))
+            _advance(bar, work, work)
         if not kept:
             shutil.rmtree(checkpoints, ignore_errors=True)
     return model, tokenizer

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ INTEGERS, FOUR_BIT, BESIDE, SIXTEEN = CONTAINERS = (
     "peft adapter",
     "16-bit weights",
 )
-NEAR = 1e-3  # of a step: what a weight may be away from its integer
+NEAR = 1e-3  # of a step: what a weight may be away from its integer, less than two grids differ by (1/255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +49,19 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
     """Write the record's model, its tokenizer and a README.md into the new folder, and score what transformers loads.
 
     The model is made again (see experiments.deployed). Integers keep their scales in fp32; what is not quantized is
-    rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds or a folder that is
-    there.
+    rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds or that is of other
+    weights, and for a folder that is there.
     """
     kind = container(record.arm)
     if record.status != FINISHED:
         raise ValueError(f"record: {record.key} is {record.status}; there is no model to write")
-    if folder.exists():
-        raise ValueError(f"output: {folder} exists; give a new folder")
+    if folder.exists() or not folder.parent.is_dir():
+        why = "exists" if folder.exists() else "would be in no folder"
+        raise ValueError(f"output: {folder} {why}; give a new folder in one that exists")
+    if models.identity(record.arm.model)["sha256"] != record.provenance["model"]["sha256"]:
+        raise ValueError(f"record: {record.key} is of other weights than {record.arm.model} has now")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         model, tokenizer = deployed(record.arm, store)
         base = model.name_or_path
@@ -65,10 +70,11 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
         else:
             _write_weights(kind, record.arm, model, partial)
         del model
+        gc.collect()
         tokenizer.save_pretrained(partial)
         wanted = dataclasses.replace(record.arm.evaluation, tasks=())
-        with _without_bars():
-            metrics, _ = score(_load(partial, base, record.arm.format), tokenizer, wanted)
+        print("Scoring what transformers loads", file=sys.stderr)
+        metrics, _ = score(_load(partial, base, record.arm.format), tokenizer, wanted)
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         exported = Exported(kind, size, metrics)
         (partial / "README.md").write_text(_card(record, exported, base))
@@ -79,7 +85,7 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
 
 
 def _without_bars() -> contextlib.AbstractContextManager:
-    """The libraries' progress bars, several of a second each, go nowhere."""
+    """Inside, the libraries' progress bars are not shown."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
@@ -133,7 +139,7 @@ def _write_weights(kind: str, arm: Arm, model: PreTrainedModel, folder: Path) ->
 
 
 def _compress(model: PreTrainedModel, arm: Arm):
-    """Put compressed-tensors' packed integers in the place of the weights, in place; what writes its configuration."""
+    """Put compressed-tensors' packed integers in the place of the weights. Returns what writes their configuration."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -154,6 +160,7 @@ def _compress(model: PreTrainedModel, arm: Arm):
         targets=["Linear"],
         weights=QuantizationArgs(num_bits=grid.bits, symmetric=grid.symmetric, observer=None, **blocks),
         input_activations=inputs,
+        format="pack-quantized" if grid.bits < 8 else None,  # else fewer than 8 bits take 8 beside rounded activations
     )
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
     with _without_bars():
@@ -166,8 +173,7 @@ def _compress(model: PreTrainedModel, arm: Arm):
             linear.weight_scale.data = scale
             if not grid.symmetric:
                 linear.weight_zero_point.data = zero.to(linear.weight_zero_point.dtype)
-        # Left to itself, it stores fewer than 8 bits as 8 beside rounded activations.
-        compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized" if grid.bits < 8 else None)
+        compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
     return compressor
 
@@ -256,23 +262,24 @@ def _write_adapter(arm: Arm, trained: Path, base: str, folder: Path) -> None:
 
 
 def _load(folder: Path, base: str, format: Format | None) -> nn.Module:
-    """What transformers, and peft for an adapter, load from the folder."""
-    device = {"": "cuda" if torch.cuda.is_available() else "cpu"}
-    if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
-    from peft import PeftModel
+    """What transformers, and peft for an adapter, load from the folder, in fp32."""
+    where = {"dtype": torch.float32, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
+    with _without_bars():
+        if (folder / "adapter_config.json").exists():
+            from peft import PeftModel
 
-    quantized = format and _bitsandbytes(format, models.compute_dtype())
-    plain = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, device_map=device, quantization_config=quantized
-    )
-    return PeftModel.from_pretrained(plain, folder).eval()
+            quantized = format and _bitsandbytes(format, torch.float32)
+            plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized, **where)
+            return PeftModel.from_pretrained(plain, folder).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, **where).eval()
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first pass unpacks
+        return model
 
 
 def summary(record: Record, exported: Exported) -> str:
     """Size and perplexities of what was written, beside the record's, and what is left out, as Markdown."""
     lines = [f"{record.arm.title}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
-    lines += ["| | as transformers loads it | the record |", "|---|---|---|"]
+    lines += ["| | as transformers loads it, in fp32 | the record |", "|---|---|---|"]
     for measure in perplexities([record]) + response_measures([record]):
         here, there = (number(metrics[measure.name]) for metrics in (exported.metrics, record.metrics))
         lines.append(f"| {measure.title} | {here} | {there} |")
@@ -282,6 +289,9 @@ def summary(record: Record, exported: Exported) -> str:
             "",
             "Activations: max|x| / (2^(b-1) - 1/2) is their scale here, max|x| / (2^(b-1) - 1) in the record.",
         ]
+    here = str(models.compute_dtype()).removeprefix("torch.")
+    if record.provenance["compute_dtype"] != here:
+        lines += ["", f"Made and scored with products in {here}, the record in {record.provenance['compute_dtype']}."]
     if bits.cache != OFF:
         lines += ["", f"Key/value cache: 16 bits here, {bits.cache} in the record."]
     return "\n".join(lines)
@@ -292,10 +302,10 @@ def _card(record: Record, exported: Exported, base: str) -> str:
     code = [
         "from transformers import AutoModelForCausalLM",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="float32")',
     ]
     if exported.container == BESIDE:
-        format, given = record.arm.format, [f'"{base}"']
+        format, given = record.arm.format, [f'"{base}"', 'dtype="float32"']
         if format:
             kind = BITSANDBYTES[format.kind]
             settings = f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={format.double}'

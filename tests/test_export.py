@@ -18,7 +18,7 @@ from studylib.formats import Format
 from studylib.layers import Scheme, decoder_linears
 from studylib.profiles import profile
 from studylib.quantizers import Grid, quantize
-from studylib.records import DIVERGED, Store
+from studylib.records import DIVERGED, Store, arm_key
 
 EVALUATION = Evaluation(("wikipedia",), windows=4, length=32, pairs=2)
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=EVALUATION)
@@ -87,8 +87,9 @@ def test_integers_come_back_as_the_weights_that_were_scored(fp32, store, tmp_pat
 
 @pytest.mark.parametrize("bits", ["8-8-8", "4-8-16"])
 @pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
-def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, grid):
+def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, grid, capfd):
     record, found, tensors = exported(arm(RTN, bits, scheme=Scheme(grid)), store, tmp_path / "model")
+    assert "arning" not in capfd.readouterr().err.replace("WARNING", "warning")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokens = torch.arange(32)[None]
     rounded = loaded(tokens).logits
@@ -217,6 +218,11 @@ def test_nothing_is_written_over_and_nothing_is_left_half(store, tmp_path, monke
         export.export(record, store, tmp_path / "there")
     with pytest.raises(ValueError, match="is diverged; there is no model to write"):
         export.export(make_record(RTN, "4-16-16", status=DIVERGED), store, tmp_path / "new")
+    with pytest.raises(ValueError, match=r"output: .*model would be in no folder"):
+        export.export(record, store, tmp_path / "none" / "model")
+    other = record.provenance | {"model": record.provenance["model"] | {"sha256": "00" * 32}}
+    with pytest.raises(ValueError, match="is of other weights than tiny-random has now"):
+        export.export(dataclasses.replace(record, provenance=other), store, tmp_path / "new")
     monkeypatch.setattr(export, "score", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(record, store, tmp_path / "new")
@@ -232,7 +238,9 @@ def test_what_was_trained_is_used_and_checkpoints_are_left_as_they_were(fp32, st
     experiments.deployed(adapted, store)
     experiments.deployed(distilled, store)
     assert sorted(path.name for path in (store.folder / "checkpoints").rglob("*")) == before != []
-    experiments.deployed(arm(LLM_QAT, "8-16-16"), store)
+    further = arm(LLM_QAT, "8-16-16")
+    store.checkpoint_folder(arm_key(further)).mkdir()  # what a killed export leaves
+    experiments.deployed(further, store)
     assert sorted(path.name for path in (store.folder / "checkpoints").rglob("*")) == before
 
 
@@ -242,8 +250,10 @@ def test_replaced_weights_are_not_exported_as_the_record_s(store, tmp_path, fold
     changed.model.norm.weight.data *= 2
     changed.save_pretrained(folder_model)
     models._files_sha256.cache_clear()
-    with pytest.raises(RuntimeError, match=r"the weights of .* have changed"):
+    with pytest.raises(ValueError, match=r"is of other weights than .*base has now"):
         export.export(record, store, tmp_path / "model")
+    with pytest.raises(RuntimeError, match=r"the weights of .* have changed"):
+        experiments.deployed(record.arm, store)
 
 
 @given(
