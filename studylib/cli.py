@@ -227,9 +227,9 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.comparison import listed
     from studylib.records import environment, read_records
     from studylib.verify import TOGETHER, verify
+    from studylib.wording import listed
 
     records = list(read_records(options.reference / "records"))
     if not records:

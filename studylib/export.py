@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from studylib import models
+from studylib import adapters, models
 from studylib.adapters import ADAPTER, BITSANDBYTES, DORA, L4Q, LORA, PLAIN, QA_LORA, QAT, QLORA, in_bitsandbytes
 from studylib.arms import FULL_PRECISION, TUNED, Arm
 from studylib.comparison import perplexities, response_measures
@@ -74,7 +74,7 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
         tokenizer.save_pretrained(partial)
         wanted = dataclasses.replace(record.arm.evaluation, tasks=())
         print("Scoring what transformers loads", file=sys.stderr)
-        metrics, _ = score(_load(partial, base, record.arm.format), tokenizer, wanted)
+        metrics, _ = score(_load(kind, record.arm.format, base, partial), tokenizer, wanted)
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         exported = Exported(kind, size, metrics)
         (partial / "README.md").write_text(_card(record, exported, base))
@@ -185,14 +185,15 @@ def integer_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     from the weight alone, as the finest such grid, whoever rounded it. Raises ValueError where a group is on none.
     """
     rows = grid.rows(weight.float()) if grid.group else weight.float()[:, None]
+    shape, rows = rows.shape[:2], rows.flatten(0, 1)
     low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
     smallest, largest = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
     span = torch.maximum(largest, -smallest) if grid.symmetric else largest - smallest
     scale, zero = torch.ones_like(span), torch.zeros_like(span)
     found = span == 0
     for steps in range(-low if grid.symmetric else high - low, 0, -1):
-        missing = ~found
-        if not missing.any():
+        missing = (~found).nonzero()[:, 0]
+        if not len(missing):
             break
         step = span[missing] / steps
         exact = rows[missing] / step[:, None]
@@ -200,32 +201,18 @@ def integer_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         least, most = codes.amin(-1).clamp_max(0), codes.amax(-1).clamp_min(0)
         offset = torch.zeros_like(step) if grid.symmetric else low - least
         fits = ((exact - codes).abs() < NEAR).all(-1) & (least + offset >= low) & (most + offset <= high)
-        places = missing.nonzero(as_tuple=True)
-        chosen = tuple(place[fits] for place in places)
-        scale[chosen], zero[chosen], found[chosen] = step[fits], offset[fits], True
+        fitting = missing[fits]
+        scale[fitting], zero[fitting], found[fitting] = step[fits], offset[fits], True
     if not found.all():
         kind = "symmetric" if grid.symmetric else "asymmetric"
         raise ValueError(f"{int((~found).sum())} of {found.numel()} groups lie on no {kind} {grid.bits}-bit grid")
-    return scale, zero
+    return scale.view(shape), zero.view(shape)
 
 
 def _store_four_bits(model: PreTrainedModel, format: Format, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers in the place of the linear ones, which rounds the scales of double quantization anew."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    linears = decoder_linears(model)
-    for name, linear in linears.items():
-        layer = Linear4bit(linear.in_features, linear.out_features, bias=False, device="meta")
-        layer.weight = Params4bit(
-            linear.weight.data,
-            requires_grad=False,
-            blocksize=format.block,
-            compress_statistics=format.double,
-            quant_type=BITSANDBYTES[format.kind],
-            module=layer,
-        ).to(linear.weight.device)
-        layer.bias = linear.bias
-        model.set_submodule(name, layer)
+    for name, linear in decoder_linears(model).items():
+        model.set_submodule(name, adapters._four_bit(linear, format))
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     model.config.quantization_config = _bitsandbytes(format, dtype, others)
 
@@ -261,11 +248,11 @@ def _write_adapter(arm: Arm, trained: Path, base: str, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _load(folder: Path, base: str, format: Format | None) -> nn.Module:
+def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
     where = {"dtype": torch.float32, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
     with _without_bars():
-        if (folder / "adapter_config.json").exists():
+        if kind == BESIDE:
             from peft import PeftModel
 
             quantized = format and _bitsandbytes(format, torch.float32)
