@@ -2,10 +2,11 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
@@ -66,31 +67,45 @@ def _packed(numbers: int, scales: int, bits: int, scheme: Scheme) -> int:
     return (numbers + zeros) * bits // 8 + scales * SCALE_BYTES
 
 
+class _Allocated(ctypes.Structure):
+    """mallinfo2(3): what glibc's malloc holds, in bytes; fordblks is what was freed and kept."""
+
+    _names = "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+@functools.cache
+def _of_glibc(name: str) -> Callable | None:
+    return getattr(ctypes.CDLL(None), name, None) if platform.libc_ver()[0] == "glibc" else None
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep memory that was freed, for the rest of the process; does nothing where it is not glibc.
 
     It would give large blocks back to the system and fetch them anew, page by page, for every tensor of every step: a
     fifth of a training step of 256 tokens on two cores.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    mallopt = _of_glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def _give_back_freed_memory() -> None:
-    """So that what was freed before is not counted as in use."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.libc_ver()[0] == "glibc" else None
-    if trim is not None:
-        trim(0)
+def _memory_in_use(process: psutil.Process) -> int:
+    """Resident bytes of this process, less those that it has freed and keeps (see keep_freed_memory)."""
+    resident, allocated = process.memory_info().rss, _of_glibc("mallinfo2")  # there since glibc 2.33
+    if allocated is None:
+        return resident
+    allocated.restype = _Allocated
+    return resident - allocated().fordblks
 
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
     """Measure the peak of the work inside: {"bytes": int} is filled in at its end.
 
-    On CUDA, the allocator's peak on the current device; on a CPU, this process's resident memory seen every 50 ms.
+    On CUDA, the allocator's peak on the current device; on a CPU, this process's resident memory seen every 50 ms, less
+    what it has freed and keeps.
     """
     peak = {"bytes": 0}
     if torch.cuda.is_available():
@@ -100,12 +115,12 @@ def peak_memory() -> Iterator[dict[str, int]]:
         finally:
             peak["bytes"] = torch.cuda.max_memory_allocated()
         return
-    _give_back_freed_memory()
+    gc.collect()
     process, done = psutil.Process(), threading.Event()
 
     def watch():
         while True:
-            peak["bytes"] = max(peak["bytes"], process.memory_info().rss)
+            peak["bytes"] = max(peak["bytes"], _memory_in_use(process))
             if done.wait(0.05):
                 return
 
