@@ -26,7 +26,7 @@ from studylib.losses import (
     split_loss,
 )
 from studylib.sampling import check_length
-from studylib.training import Budget, Log, fit
+from studylib.training import Budget, Log
 
 SCALES, MASTERS = ("token", "batchmean"), ("fp32", "bf16")
 
@@ -158,6 +158,8 @@ def train_llm_qat(
     Raises ValueError for windows longer than the model's context, parameters that are not fp32, a student whose logits
     are not its last hidden states times its head, or a loss that needs of a model what it does not have.
     """
+    from studylib.training_loop import fit
+
     check_length(student, windows.shape[1])
     check_head(student)
     _check_loss(student, teacher, settings)

@@ -14,7 +14,7 @@ from studylib.adapters import PAGED_ADAMW, check_paging
 from studylib.corpora import ALPACA, Pair, check_instructions, conversation
 from studylib.distill import last_hidden
 from studylib.losses import label_loss
-from studylib.training import Budget, Log, fit
+from studylib.training import Budget, Log
 
 IGNORED = -100  # the label of a position whose next token is not learned
 PADDED_TO = 8  # rows are padded to a multiple of it,
@@ -119,9 +119,11 @@ def fine_tune(
 
     Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
     whose response loss is measured as training goes on. folder, keep, and what happens to a killed training: as
-    training.fit.
+    training_loop.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
+    from studylib.training_loop import fit
+
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no parameters that require gradients; attach an adapter first")
     if settings.paged:

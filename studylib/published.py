@@ -1,16 +1,24 @@
 """The gigabytes that the papers print, and our plans beside them."""
 
+import contextlib
 import functools
+import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
 from studylib.adapters import L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, usual_format
 from studylib.planning import CARDS, GB, SHAPES, TrainingMemory, plan
+from studylib.records import LIBRARIES, TUNING_LIBRARIES, code_versions, digest, write_whole
+from studylib.sources import cache_folder
 
 QLORA_CLAIMS = ("B6", "B7")
+PLAN_CODE = (
+    *("quantizers", "layers", "models", "formats", "losses", "distill", "sampling", "l4q", "adapters"),
+    *("planning", "published"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ PUBLISHED = (
 
 
 def against_papers(rows: Iterable[Published] = PUBLISHED) -> pd.DataFrame:
-    """The papers' gigabytes beside ours, a plan each: about a second a row.
+    """The papers' gigabytes beside ours, a plan each: about a second a row the first time.
 
     Columns: claim, model, method, part, step, paper, ours (GB of 2^30 bytes), ratio, reason (where it is off by more
     than a tenth). QLoRA's adapters and their gradients are bf16, as in its code; AdamW's moments are fp32.
@@ -95,11 +103,24 @@ def against_papers(rows: Iterable[Published] = PUBLISHED) -> pd.DataFrame:
 
 @functools.cache
 def planned(model: str, method: str, rank: int, length: int, checkpointing: bool = False) -> TrainingMemory:
-    """The plan for one of the papers' models at batch 1 and four bits, in the groups that its paper takes."""
-    block = 64 if method == QLORA or model == "open-llama-3b" else 128  # L4Q: groups of 128, of 64 for the 3B model
-    adapter = None if method == QAT else Adapter(rank)
-    format = usual_format(method, 4, block)
-    return plan(SHAPES[model], method, format=format, adapter=adapter, length=length, checkpointing=checkpointing)
+    """The plan for one of the papers' models at batch 1 and four bits, in the groups that its paper takes.
+
+    Kept in the cache folder under the step and the versions of all code behind it, as it takes a second or two.
+    """
+    versions = code_versions(PLAN_CODE, LIBRARIES + TUNING_LIBRARIES)
+    name = digest(json.dumps([model, method, rank, length, checkpointing]), json.dumps(versions))
+    kept = cache_folder() / "plans" / f"{name}.json"
+    try:
+        return TrainingMemory(**json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there, or not as we leave it
+        block = 64 if method == QLORA or model == "open-llama-3b" else 128  # L4Q: groups of 128, of 64 for the 3B model
+        adapter = None if method == QAT else Adapter(rank)
+        format = usual_format(method, 4, block)
+        memory = plan(SHAPES[model], method, format=format, adapter=adapter, length=length, checkpointing=checkpointing)
+    with contextlib.suppress(OSError):  # a cache that is full, or may not be written to
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(asdict(memory)))
+    return memory
 
 
 def planned_qlora(model: str, rank: int, length: int, checkpointing: bool) -> TrainingMemory:

@@ -24,9 +24,10 @@ from studylib.models import compute_dtype
 
 COMMON_CODE = ("quantizers", "layers", "models", "corpora", "scoring", "evaluation", "memory")
 DATA_CODE = ("decoding", "sampling", "text_statistics", "training_data")
-TUNING_CODE = ("losses", "training", "distill", "formats", "adapters", "finetuning", "merging", "tuned")
+FITTING_CODE = ("losses", "training", "training_loop", "distill")
+TUNING_CODE = (*FITTING_CODE, "formats", "adapters", "finetuning", "merging", "tuned")
 GRID_CODE = ("l4q",)
-TRAINING_CODE = ("losses", "training", "distill", "methods")
+TRAINING_CODE = (*FITTING_CODE, "methods")
 PTQ_CODE = ("ptq", "methods")
 LIBRARIES = ("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy")
 ENCODING_CODE = ("formats", "weight_statistics")

@@ -256,7 +256,7 @@ def test_layers_with_biases_are_adapted_too(shape, fp32):
 def test_a_new_process_imports_peft_and_bitsandbytes_only_where_they_are_used_and_in_silence(tmp_path):
     code = """
 import sys
-from studylib import models
+from studylib import experiments, models
 from studylib.adapters import Adapter, attach
 from studylib.formats import Format
 model = models.load_model("tiny-random")

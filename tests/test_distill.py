@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from studylib import distill, training
+from studylib import distill, training_loop
 from studylib.distill import Training, check_head, keep_teacher_states, last_hidden, train_llm_qat
 from studylib.layers import Scheme, quantize_model
 from studylib.losses import soft_logit_loss
@@ -180,7 +180,7 @@ def same_weights(a, b):
 def test_training_resumed_from_a_checkpoint_ends_with_the_same_weights(
     fp32, tiny_model, data, tmp_path, monkeypatch, grid
 ):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", 0)
     windows, states = data
     head = tiny_model.lm_head.weight.detach().clone()
     whole, cut, resumed = (

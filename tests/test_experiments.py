@@ -132,8 +132,8 @@ def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
 
 SCRIPT = """
 import dataclasses, sys
-from studylib import experiments, training
-training.CHECKPOINT_SECONDS = 0
+from studylib import experiments, training_loop
+training_loop.CHECKPOINT_SECONDS = 0
 from studylib.arms import Arm
 import json
 experiments.run([Arm.from_dict(json.loads(t)) for t in json.loads(sys.argv[1])], sys.argv[2])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from studylib import formats, models, planning
+from studylib import formats, models, planning, published
 from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT, QAT_LORA, QLORA, Adapter, attach, usual_format
 from studylib.formats import Format
-from studylib.planning import GB, SHAPES, inference_bytes, measure, plan
+from studylib.planning import GB, SHAPES, TrainingMemory, inference_bytes, measure, plan
 from studylib.published import PUBLISHED, against_papers
 
 BLOCK, RANK = 16, 4
@@ -296,3 +296,24 @@ def test_bad_input_of_inference(config):
         inference_bytes(config("llama"), LORA, format=None, adapter=Adapter(4), length=0)
     with pytest.raises(ValueError, match="bits: 5 is not allowed"):
         usual_format(QLORA, 5)
+
+
+def test_a_plan_is_kept_and_made_anew_where_what_was_kept_is_not_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
+    made, step = [], ("open-llama-3b", LORA, 4, 64)
+    monkeypatch.setattr(published, "plan", lambda *config, **step: made.append(step) or plan(*config, **step))
+
+    def planned() -> TrainingMemory:
+        published.planned.cache_clear()
+        return published.planned(*step)
+
+    first = planned()
+    assert planned() == first and len(made) == 1
+    (kept,) = (tmp_path / "cache" / "plans").iterdir()
+    for left in ("", kept.read_text()[:20], "[]", '{"base": 1}'):
+        kept.write_text(left)
+        assert planned() == first
+    assert len(made) == 5 and planned() == first and len(made) == 5
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "file" / "cache"))
+    assert planned() == first and len(made) == 6

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from studylib import training
-from studylib.training import Budget, fit, last_checkpoint
+from studylib import training_loop
+from studylib.training import Budget
+from studylib.training_loop import fit, last_checkpoint
 
 BUDGET = Budget(steps=8, batch=2, learning_rate=1e-2)
 EXAMPLES = [{"tokens": torch.arange(8) + i} for i in range(16)]
@@ -39,7 +40,7 @@ def test_the_rate_rises_and_falls():
 def test_a_checkpoint_that_a_killed_process_left_half_is_not_used(fp32, tiny_model, tmp_path, monkeypatch):
     whole, resumed = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
     log = train(whole, tmp_path / "whole")
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", -1)
     train(copy.deepcopy(tiny_model), tmp_path / "cut")
     (kept,) = (tmp_path / "cut").iterdir()
     for step, state in (("10", b""), ("11", b'{"epoch": 1'), ("12", None)):

@@ -132,7 +132,7 @@ def test_a_killed_fine_tuning_goes_on_from_its_checkpoint(fp32, tmp_path, monkey
     class Stopped(Exception):
         pass
 
-    monkeypatch.setattr("studylib.training.CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr("studylib.training_loop.CHECKPOINT_SECONDS", -1)
     whole = experiments.run([ARMS[L4Q]], tmp_path / "whole")[0]
     original, told = tuned.fine_tune, []
 
