@@ -1,5 +1,7 @@
 """Arms side by side: the seeds of each gathered, and paired contrasts of what was measured on the same items."""
 
+import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -98,8 +100,10 @@ def gather(records: Sequence[Record]) -> Cells:
     that differ in more than the seed at one setting.
     """
     unique: list[Record] = []
+    found: dict[Arm, list[dict]] = defaultdict(list)
     for record in records:
-        if not any(record.arm == other.arm and record.scores == other.scores for other in unique):
+        if record.scores not in found[record.arm]:
+            found[record.arm].append(record.scores)
             unique.append(record)
     records = unique
     for what, value_of in (("model", lambda arm: arm.model), ("evaluation", lambda arm: _shared(arm.evaluation))):
@@ -110,7 +114,7 @@ def gather(records: Sequence[Record]) -> Cells:
     for record in sorted(records, key=_order):
         grouped.setdefault(Setting.of(record.arm), []).append(record)
     for setting, group in grouped.items():
-        if len({seedless(record) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
+        if len({seedless(record.arm) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
             raise ValueError(f"records: there are different arms of {setting.title}; only seeds may differ")
     return {
         setting: Cell(
@@ -163,10 +167,11 @@ def _order(record: Record) -> tuple:
     return method > 0, -bits.weights, -bits.activations, -bits.cache, method, record.arm.variant != "", record.arm.seed
 
 
-def seedless(record: Record) -> str:
-    """A record's arm without its seed and the tasks beyond ZERO_SHOT: equal for runs that differ in no more."""
-    fields = asdict(record.arm)
-    fields["evaluation"]["tasks"] = _shared(record.arm.evaluation).tasks
+@functools.cache
+def seedless(arm: Arm) -> str:
+    """The arm without its seed and the tasks beyond ZERO_SHOT: equal for arms that differ in no more."""
+    fields = asdict(arm)
+    fields["evaluation"]["tasks"] = _shared(arm.evaluation).tasks
     for source in ("data", "instructions"):
         if fields[source]:
             fields[source]["seed"] = 0

@@ -3,9 +3,12 @@
 import io
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from adjustText import adjust_text
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -57,7 +60,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "svg.hashsalt": "studylib",
 }
 LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 HALO = withStroke(linewidth=2, foreground="white")
@@ -67,6 +69,11 @@ OFF_SCALE = 8  # perplexities above this many times full precision's stand at th
 
 class NotebookFigure(Figure):
     """A figure that a notebook shows when a cell ends with it, without pyplot's global state."""
+
+    def savefig(self, file: str | Path | BinaryIO, **settings) -> None:
+        """As Figure's, but an SVG has no date and no random names: a figure drawn again has the same bytes."""
+        with rc_context({"svg.hashsalt": "studylib"}):
+            super().savefig(file, metadata={"Date": None}, **settings)
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()

@@ -115,7 +115,7 @@ def _mean(numbers: Sequence[Difference], compared: int) -> Difference:
 
 
 def _differences(reference: Record, found: Record, spreads: dict, compared: int) -> Iterator[Difference]:
-    arm, alike = reference.arm, seedless(reference)
+    arm, alike = reference.arm, seedless(reference.arm)
     scores = [name for name in reference.scores if not name.startswith("seconds/")]
     exact = all(reference.scores[name] == found.scores.get(name) for name in scores)
     for metric in (name for name in reference.metrics if name.startswith(NUMBERS)):
@@ -139,7 +139,7 @@ def _spreads(records: Sequence[Record]) -> dict[tuple[str, ...], float]:
     arms = defaultdict(list)
     for record in records:
         if record.status == FINISHED:
-            arms[seedless(record)].append(record)
+            arms[seedless(record.arm)].append(record)
     found, methods = {}, defaultdict(list)
     for key, seeds in arms.items():
         for metric in (name for name in seeds[0].metrics if name.startswith(NUMBERS)):

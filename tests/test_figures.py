@@ -44,6 +44,14 @@ def test_title_axes_and_legend(ablations, draw, tmp_path):
     assert all(ax.get_xlabel() for ax in bottom) and figure.axes[0].get_ylabel()
 
 
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_figure_that_is_drawn_again_has_the_same_bytes(ablations, tmp_path, kind):
+    for name in ("first", "second"):
+        figures.recovery(ablations).savefig(tmp_path / f"{name}.{kind}")
+    first, second = (tmp_path / f"{name}.{kind}" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes() and b"<dc:date>" not in first.read_bytes()
+
+
 def test_a_curve_of_several_methods_names_them(tuned):
     names = [ax.get_title(loc="left") for ax in figures.learning_curve(tuned).axes]
     assert {"L4Q 4-16-16", "QLoRA, rank 4"} <= set(names)
