@@ -1,5 +1,7 @@
 import copy
+import platform
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from studylib import layers
 from studylib.layers import QuantizedLinear, Scheme, decoder_linears, freeze_weights, quantize_model
-from studylib.memory import cache_bytes_per_token, peak_memory, weight_bytes
+from studylib.memory import cache_bytes_per_token, keep_freed_memory, peak_memory, weight_bytes
 from studylib.quantizers import Grid, fake_quantize, quantize
 
 SHAPE = dict(
@@ -292,3 +294,12 @@ def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
         block = torch.ones(2**30, dtype=torch.uint8)
         del block
     assert large["bytes"] - small["bytes"] > 0.8 * 2**30 or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="the peak is malloc's own")
+def test_peak_memory_leaves_out_what_was_freed_and_kept():
+    keep_freed_memory()
+    torch.ones(2**30, dtype=torch.uint8)  # gone at once
+    with peak_memory() as peak:
+        resident = psutil.Process().memory_info().rss
+    assert resident - peak["bytes"] > 0.8 * 2**30
