@@ -110,13 +110,12 @@ def planned(model: str, method: str, rank: int, length: int, checkpointing: bool
     versions = code_versions(PLAN_CODE, LIBRARIES + TUNING_LIBRARIES)
     name = digest(json.dumps([model, method, rank, length, checkpointing]), json.dumps(versions))
     kept = cache_folder() / "plans" / f"{name}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or not as we leave it
         return TrainingMemory(**json.loads(kept.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or not as we leave it
-        block = 64 if method == QLORA or model == "open-llama-3b" else 128  # L4Q: groups of 128, of 64 for the 3B model
-        adapter = None if method == QAT else Adapter(rank)
-        format = usual_format(method, 4, block)
-        memory = plan(SHAPES[model], method, format=format, adapter=adapter, length=length, checkpointing=checkpointing)
+    block = 64 if method == QLORA or model == "open-llama-3b" else 128  # L4Q: groups of 128, of 64 for the 3B model
+    adapter = None if method == QAT else Adapter(rank)
+    format = usual_format(method, 4, block)
+    memory = plan(SHAPES[model], method, format=format, adapter=adapter, length=length, checkpointing=checkpointing)
     with contextlib.suppress(OSError):  # a cache that is full, or may not be written to
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(asdict(memory)))
