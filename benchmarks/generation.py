@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studylib import models
-from studylib.evaluation import window_losses
-from studylib.profiles import profile
-from studylib.records import environment
-from studylib.sampling import Sampling, generate_sequences, generate_windows
+from studylib.config.profiles import profile
+from studylib.data import models
+from studylib.config.budgets import Sampling
+from studylib.data.generation import generate_sequences, generate_windows
+from studylib.evaluate.scores import window_losses
+from studylib.study.machine import environment
 
 MODEL, LENGTH = "smollm2-135m", 256
 BATCHES = (64, 96)

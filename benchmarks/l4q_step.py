@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from studylib import corpora, models
-from studylib.l4q import l4q_model
-from studylib.memory import keep_freed_memory
-from studylib.records import environment
+from studylib.data import corpora, models
+from studylib.study.machine import keep_freed_memory
+from studylib.quant.l4q import l4q_model
+from studylib.study.machine import environment
 
 MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 8, 2
 RANK, ALPHA, BITS, GROUP = 4, 8, 4, 64

@@ -14,9 +14,10 @@ from unittest import mock
 import numpy as np
 from lm_eval.models.huggingface import HFLM
 
-from studylib import evaluation, models
-from studylib.evaluation import TASKS, PackedLM, task_scores
-from studylib.records import environment
+from studylib.data import models
+from studylib.evaluate import scores as evaluation
+from studylib.evaluate.scores import TASKS, PackedLM, task_scores
+from studylib.study.machine import environment
 
 MODEL = "smollm2-135m"
 ITEMS = {"piqa": 40, "hellaswag": 20, "winogrande": 40, "arc_easy": 40, "openbookqa": 40, "boolq": 12, "mmlu": 6}

@@ -8,9 +8,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from studylib.sources import SourceError
+from studylib.data.sources import SourceError
 
-REFERENCE = Path(__file__).parent.parent / "results" / "reference"
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
     "output": "--results, in which each run has its folder"
 }  # notebook parameters that `study run` sets from its own options
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    from studylib.records import RecordError
+    from studylib.study.records import RecordError
 
     try:
         return _COMMANDS[options.command](options, arguments)
@@ -119,8 +119,13 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     import yaml
     from papermill import PapermillExecutionError
 
-    from studylib import batch, experiments, models, profiles, recipes, report, tables
-    from studylib.records import Store
+    from studylib.config import profiles
+    from studylib.data import models
+    from studylib.report import page as report
+    from studylib.report import recipes, tables
+    from studylib.study import notebooks as batch
+    from studylib.study import run as experiments
+    from studylib.study.records import Store
 
     recipes.check_budget(options.budget_mb)
     budget = profiles.profile(options.profile)
@@ -181,7 +186,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _folder_name(model: str) -> str:
     """The model's part of a run's folder: two that share the last part of their names do not share a folder."""
-    from studylib.records import digest
+    from studylib.study.records import digest
 
     path = Path(model)
     if path.is_absolute():
@@ -194,7 +199,8 @@ def _compute_together(notebooks: list[Path], assigned: dict[Path, dict], results
 
     Returns the first notebook that cannot say what its arms are; then nothing is computed.
     """
-    from studylib import batch, experiments
+    from studylib.study import notebooks as batch
+    from studylib.study import run as experiments
 
     wanted = []
     for notebook in notebooks:
@@ -212,7 +218,8 @@ def _compute_together(notebooks: list[Path], assigned: dict[Path, dict], results
 
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib import batch, report
+    from studylib.report import page as report
+    from studylib.study import notebooks as batch
 
     notebooks = sorted(path.parent.with_suffix(".ipynb") for path in options.output.glob("*/published.json"))
     if not notebooks:
@@ -227,9 +234,10 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.records import environment, read_records
-    from studylib.verify import TOGETHER, verify
-    from studylib.wording import listed
+    from studylib.config.words import listed
+    from studylib.study.machine import environment
+    from studylib.study.records import read_records
+    from studylib.study.verify import TOGETHER, verify
 
     records = list(read_records(options.reference / "records"))
     if not records:
@@ -249,7 +257,7 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.planning import plan_text
+    from studylib.evaluate.memory import plan_text
 
     print(
         plan_text(
@@ -267,7 +275,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.records import read_records
+    from studylib.study.records import read_records
 
     records = list(read_records(options.results / "records"))
     if not records:
@@ -294,8 +302,8 @@ def _show(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.export import export, summary
-    from studylib.records import Store
+    from studylib.study.export import export, summary
+    from studylib.study.records import Store
 
     record = _find(options)
     print(summary(record, export(record, Store(options.results.resolve()), options.output.resolve())))
@@ -304,7 +312,7 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _find(options: argparse.Namespace):
     """The record that the user means, of the results folder or else of the reference."""
-    from studylib.records import read_record
+    from studylib.study.records import read_record
 
     for folder in (options.results, REFERENCE):
         found = [path for path in sorted((folder / "records").glob("*.json")) if path.stem.startswith(options.record)]

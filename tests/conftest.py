@@ -9,13 +9,14 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no hub, and must not ask it
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this is for those that they start
 
-from studylib import models
-from studylib.adapters import GPTQ_LORA, L4Q, LORA, QA_LORA, QAT_LORA, QLORA, Adapter
-from studylib.arms import ENCODED, FULL_PRECISION, LLM_QAT, RTN, SMOOTHQUANT_QAT, Evaluation
-from studylib.formats import Format, bits_per_parameter
-from studylib.layers import Scheme
-from studylib.profiles import profile
-from studylib.records import FINISHED, Record, arm_key
+from studylib.config.budgets import Evaluation
+from studylib.config.profiles import profile
+from studylib.data import models
+from studylib.config.settings import Adapter
+from studylib.config.settings import Format
+from studylib.quant.formats import bits_per_parameter
+from studylib.config.settings import Scheme
+from studylib.study.records import FINISHED, Record, arm_key
 
 torch.set_num_threads(1)
 
@@ -78,7 +79,7 @@ def make_record():
             metrics[f"perplexity/{corpus}"] = math.exp(np.mean(scores[f"loss/{corpus}"]))
         if arm.evaluation.pairs:
             scores["loss/responses"] = np.linspace(loss - 0.5, loss + 0.5, arm.evaluation.pairs).tolist()
-        if arm.method == ENCODED:
+        if arm.method == "encoded":
             scores["bits"] = [bits_per_parameter(arm.format)]
             scores |= {"non_normal": [0.05, 0.06] * 20, "error/q_proj": [0.1, 0.1], "error/up_proj": [0.1, 0.2]}
         for task in arm.evaluation.tasks:
@@ -124,15 +125,15 @@ def make_record():
 def picture(make_record):
     """Records of the papers' picture: 8 bits cost nothing, 4-8-4 breaks, training wins most of it back."""
     return [
-        make_record(FULL_PRECISION, loss=3.0, accuracy=0.60),
-        make_record(RTN, "8-8-8", loss=3.01, accuracy=0.60),
-        make_record(RTN, "8-8-4", loss=3.3, accuracy=0.50),
-        make_record(RTN, "4-8-8", loss=3.12, accuracy=0.56),
-        make_record(RTN, "4-8-4", loss=4.2, accuracy=0.30),
-        make_record(RTN, "8-4-8", loss=9.0, accuracy=0.25),
-        make_record(LLM_QAT, "8-8-8", loss=3.02, accuracy=0.60),
-        make_record(LLM_QAT, "4-8-8", loss=3.1, accuracy=0.56),
-        make_record(LLM_QAT, "4-8-4", loss=3.3, accuracy=0.52),
+        make_record("full-precision", loss=3.0, accuracy=0.60),
+        make_record("rtn", "8-8-8", loss=3.01, accuracy=0.60),
+        make_record("rtn", "8-8-4", loss=3.3, accuracy=0.50),
+        make_record("rtn", "4-8-8", loss=3.12, accuracy=0.56),
+        make_record("rtn", "4-8-4", loss=4.2, accuracy=0.30),
+        make_record("rtn", "8-4-8", loss=9.0, accuracy=0.25),
+        make_record("llm-qat", "8-8-8", loss=3.02, accuracy=0.60),
+        make_record("llm-qat", "4-8-8", loss=3.1, accuracy=0.56),
+        make_record("llm-qat", "4-8-4", loss=3.3, accuracy=0.52),
     ]
 
 
@@ -147,30 +148,30 @@ def tuned(make_record):
         ("fp-e3m0", False, 3.3),
     ]
     records = [
-        make_record(ENCODED, "4-16-16", loss, 0.6 - (loss - 3), changes={"format": Format(kind, 4, 64, double)})
+        make_record("encoded", "4-16-16", loss, 0.6 - (loss - 3), changes={"format": Format(kind, 4, 64, double)})
         for kind, double, loss in formats
     ]
     nf, nf3 = Format("nf", 4, 64, True), Format("nf", 3, 64, True)
     variants = [
-        (LORA, "16-16-16", 2.80, {}),
-        (QLORA, "4-16-16", 2.80, {"format": nf}),
-        (QLORA, "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64, True)}),
-        (QLORA, "4-16-16", 2.95, {"format": nf, "adapter": Adapter(layers="q_proj+v_proj")}),
-        (QLORA, "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
-        (QLORA, "4-16-16", 2.80, {"format": nf, "adapter": Adapter(64, 64)}),
-        (QLORA, "3-16-16", 2.805, {"format": nf3}),
-        (L4Q, "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(4, 4)}),
-        (L4Q, "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(64, 64)}),
-        (L4Q, "4-16-16", 2.73, {"format": Format("affine", 4, 32)}),
+        ("lora", "16-16-16", 2.80, {}),
+        ("qlora", "4-16-16", 2.80, {"format": nf}),
+        ("qlora", "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64, True)}),
+        ("qlora", "4-16-16", 2.95, {"format": nf, "adapter": Adapter(layers="q_proj+v_proj")}),
+        ("qlora", "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
+        ("qlora", "4-16-16", 2.80, {"format": nf, "adapter": Adapter(64, 64)}),
+        ("qlora", "3-16-16", 2.805, {"format": nf3}),
+        ("l4q", "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(4, 4)}),
+        ("l4q", "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(64, 64)}),
+        ("l4q", "4-16-16", 2.73, {"format": Format("affine", 4, 32)}),
         *(
-            (L4Q, "4-16-16", 2.85, {"format": Format("affine", 4), "adapter": Adapter(init=init)})
+            ("l4q", "4-16-16", 2.85, {"format": Format("affine", 4), "adapter": Adapter(init=init)})
             for init in ("lsq+", "symmetric", "asymmetric")
         ),
     ]
     for bits, worse in ((4, 0.0), (3, 0.2)):
         variants += [
             (method, f"{bits}-16-16", loss + worse, {"format": Format("affine", bits)})
-            for method, loss in ((L4Q, 2.75), (QLORA, 2.85), (QA_LORA, 2.9), (QAT_LORA, 2.87), (GPTQ_LORA, 2.95))
+            for method, loss in (("l4q", 2.75), ("qlora", 2.85), ("qa-lora", 2.9), ("qat-lora", 2.87), ("gptq+lora", 2.95))
         ]
     return records + [
         make_record(method, bits, loss, 0.55 - (loss - 2.75) * 0.5, seed, spread=0.02, changes=changes)
@@ -189,14 +190,14 @@ def ablations(picture, make_record):
         *({"scheme": Scheme(grid=grid)} for grid in ("statsq", "lsq")),
     ]
     worse = [
-        make_record(LLM_QAT, "4-8-4", loss=3.32 + 0.1 * at, accuracy=0.48 - 0.04 * at, changes=change)
+        make_record("llm-qat", "4-8-4", loss=3.32 + 0.1 * at, accuracy=0.48 - 0.04 * at, changes=change)
         for at, change in enumerate(changes)
     ]
     return [
         *picture,
         *worse,
-        make_record(RTN, "4-4-16", loss=9.5, accuracy=0.25),
-        make_record(LLM_QAT, "4-4-16", loss=5.0, accuracy=0.30),
-        make_record(SMOOTHQUANT_QAT, "4-4-16", loss=4.5, accuracy=0.45),
-        make_record(SMOOTHQUANT_QAT, "4-8-4", loss=3.3, accuracy=0.52),
+        make_record("rtn", "4-4-16", loss=9.5, accuracy=0.25),
+        make_record("llm-qat", "4-4-16", loss=5.0, accuracy=0.30),
+        make_record("smoothquant+llm-qat", "4-4-16", loss=4.5, accuracy=0.45),
+        make_record("smoothquant+llm-qat", "4-8-4", loss=3.3, accuracy=0.52),
     ]

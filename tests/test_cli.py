@@ -10,9 +10,11 @@ import nbformat
 import pytest
 from papermill import PapermillExecutionError
 
-from studylib import batch, experiments, tables
 from studylib.cli import REFERENCE, _folder_name, main
-from studylib.records import Store, arm_key, read_record
+from studylib.report import tables
+from studylib.study import notebooks as batch
+from studylib.study import run as experiments
+from studylib.study.records import Store, arm_key, read_record
 
 STUDY = str(Path(sys.executable).with_name("study"))
 SMOKE = ("--profile", "smoke", "--model", "tiny-random")

@@ -21,10 +21,13 @@ from llmcompressor.observers import Observer
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver
 from transformers import AutoModelForCausalLM
 
-from studylib import corpora, evaluation, models, ptq
-from studylib.evaluation import ZERO_SHOT, Evaluation, score
-from studylib.layers import decoder_linears
-from studylib.sources import fetch
+from studylib.data import corpora, models
+from studylib.data.sources import fetch
+from studylib.evaluate import scores as evaluation
+from studylib.config.budgets import ZERO_SHOT, Evaluation
+from studylib.evaluate.scores import score
+from studylib.methods import calibration as ptq
+from studylib.quant.layers import decoder_linears
 
 SMOLLM2 = "smollm2-135m"
 BITS = [8, 4]

@@ -5,7 +5,7 @@ import ast
 import nbformat
 import pytest
 
-from studylib.batch import NOTEBOOKS, assign_parameters, default_parameters, find_notebooks
+from studylib.study.notebooks import NOTEBOOKS, assign_parameters, default_parameters, find_notebooks
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 

@@ -1,0 +1,302 @@
+"""What a method may spend and what it is scored on: text, training, fine-tuning, evaluation, as frozen values.
+
+Files and models that they name are not looked at here (see study.check).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GREEDY, CHAT = "greedy", "chat"
+GREEDY_TOKENS = {"sampled": (0,), "hybrid-3": (3,), "hybrid-4": (4,), "hybrid-5": (5,), "hybrid": (3, 4, 5), CHAT: (0,)}
+STRATEGIES = (GREEDY, *GREEDY_TOKENS)
+CORPORA = ("wikipedia", "c4")
+ALPACA = "alpaca"
+LABELS, KL, REVERSE_KL, SYMMETRIC_KL = LOGIT_LOSSES = ("labels", "kl", "reverse-kl", "symmetric-kl")
+ATTENTION, HIDDEN = FEATURE_LOSSES = ("attention", "hidden")
+SCALES, MASTERS = ("token", "batchmean"), ("fp32", "bf16")
+CURVE_PARTS = 4  # the held-out loss is measured before training and after each quarter of it
+ZERO_SHOT = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+TASKS = (*ZERO_SHOT, "mmlu", "triviaqa")
+ARCHIVE, HUB = TASK_SOURCES = ("archive", "hub")
+SIXTEEN, PACKED, ADAPTED = EXECUTIONS = ("16 bits", "4 bits", "4 bits and an adapter")  # what decoding is timed of
+OWN = "own"  # the study's model, among what is timed
+TIMED_LAYERS = 2  # of a shape that is timed, which stands for all of its equal layers
+SHAPES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-2-7b", "open-llama-3b")  # see evaluate.memory
+
+
+def check_corpus(corpus: str) -> None:
+    """Raise ValueError unless `corpus` is a known name or names a .txt (a document a line) or .jsonl ("text") file."""
+    if corpus not in CORPORA and not corpus.endswith((".txt", ".jsonl")):
+        raise ValueError(
+            f"corpus: {corpus!r} is not known; use one of {', '.join(CORPORA)}, or the path of a .txt (one "
+            'document a line) or .jsonl (field "text") file'
+        )
+
+
+def check_instructions(source: str) -> None:
+    """Raise ValueError unless `source` is "alpaca" or names a .json (a list) or .jsonl (a line each) file of pairs."""
+    if source != ALPACA and not source.endswith((".json", ".jsonl")):
+        raise ValueError(
+            f"instructions: {source!r} is not known; use {ALPACA}, or the path of a .json (a list) or .jsonl (a line "
+            'each) file of objects with "instruction", "output" and, if any, "input"'
+        )
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ValueError for a task that is not known."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task: {task!r} is not known; use {', '.join(TASKS)}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How training windows are generated.
+
+    count windows of exactly `length` tokens: sequences of up to `length` tokens, each ended by the end-of-text token
+    (which is kept) or by its length, are joined in their order and cut, as the official code does before training.
+    strategy: "greedy" or "sampled" throughout; "hybrid-j", greedy until the text has j tokens in all and sampled after
+    that; "hybrid" (LLM-QAT's), j drawn from 3, 4, 5 for each sequence. Every sequence of these starts from a vocabulary
+    id of its own, without BOS. "chat": an instruct model writes both sides of a conversation, the user's message and
+    the assistant's answer, sampled throughout; it ends at its second end token.
+    top_k 50 is the default that the official code inherits from transformers; 0 samples from the whole vocabulary.
+    batch: sequences decoded together.
+    """
+
+    count: int
+    length: int
+    strategy: str = "hybrid"
+    top_k: int = 50
+    temperature: float = 1.0
+    seed: int = 0
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy: {self.strategy!r} is not known; use one of {', '.join(STRATEGIES)}")
+        for name, least in (("count", 1), ("length", 2), ("top_k", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature!r} is not allowed; use a number above 0")
+        if self.strategy == GREEDY:
+            for name in ("top_k", "temperature"):
+                if getattr(self, name) != getattr(Sampling, name):
+                    raise ValueError(f"{name}: {getattr(self, name)!r} has no effect on {GREEDY!r}; leave it out")
+
+
+@dataclass(frozen=True)
+class RealText:
+    """Training windows of real text: `count` windows of `length` tokens of a corpus's training split, in random order.
+
+    Where the split has fewer, they come again, in another order.
+    """
+
+    corpus: str
+    count: int
+    length: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_corpus(self.corpus)
+        for name, least in (("count", 1), ("length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps and optimizer of one training: AdamW, linear warm-up, cosine decay to zero.
+
+    steps optimizer steps of `batch` examples each, at most `learning_rate`. warmup: the share of a part's steps in
+    which the rate rises. extended_from: the step counts that this training stopped at before it was extended; at each
+    of them the schedule starts again (warm restart: Loshchilov & Hutter 2017).
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    extended_from: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use 1 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use a number above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: {self.weight_decay!r} is not allowed; use 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: {self.warmup!r} is not allowed; use a share from 0 to below 1")
+        if any(end <= begin for begin, end in self.parts):
+            raise ValueError(
+                f"extended_from: {self.extended_from} is not allowed; use rising counts below steps {self.steps}"
+            )
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """First and last step of each part that has a schedule of its own."""
+        return list(itertools.pairwise((0, *self.extended_from, self.steps)))
+
+    def rate(self, step: int) -> float:
+        """The share of learning_rate at optimizer step `step` (from 0)."""
+        begin, end = next((b, e) for b, e in self.parts if step < e or e == self.steps)
+        warm = round(self.warmup * (end - begin))
+        if step - begin < warm:
+            return (step - begin + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - begin - warm) / (end - begin - warm))))
+
+    def measured_at(self, step: int) -> bool:
+        """Whether the held-out loss is measured after `step` steps: at the quarters of each of its parts."""
+        return any(
+            step == begin + round((end - begin) * part / CURVE_PARTS)
+            for begin, end in self.parts
+            for part in range(1, CURVE_PARTS + 1)
+        )
+
+
+def split_loss(loss: str) -> tuple[str | None, tuple[str, ...]]:
+    """The logit loss (or None) and the feature losses of "kl", "kl+attention", "attention+hidden", ...
+
+    Raises ValueError for an unknown part, one that occurs twice, or two logit losses.
+    """
+    parts = loss.split("+")
+    for part in parts:
+        if part not in LOGIT_LOSSES + FEATURE_LOSSES:
+            allowed = ", ".join(LOGIT_LOSSES + FEATURE_LOSSES)
+            raise ValueError(f"loss: {part!r} in {loss!r} is not known; join parts of {allowed} by '+'")
+    logits = [part for part in parts if part in LOGIT_LOSSES]
+    features = tuple(part for part in FEATURE_LOSSES if part in parts)
+    if len(logits) > 1 or len(parts) > len(set(parts)):
+        raise ValueError(
+            f"loss: {loss!r} is not allowed; name one of {', '.join(LOGIT_LOSSES)} at most, and nothing twice"
+        )
+    return (logits[0] if logits else None), features
+
+
+@dataclass(frozen=True)
+class Training(Budget):
+    """Budget and loss of one distillation, by default LLM-QAT's (section 3.1): no warm-up, no weight decay.
+
+    learning_rate 2e-5 is the paper's (on about 12,000 steps).
+    loss: parts joined by "+". On logits: "labels" (cross-entropy with the text's next tokens), "kl" (KL(teacher ||
+    student), LLM-QAT's), "reverse-kl" or "symmetric-kl" (the mean of both), at `temperature`. On features, averaged
+    over layers: "attention" (KL of the attention maps), "hidden" (squared error of hidden states).
+    scale: "token" averages over tokens, "batchmean" is the official code's, `length` times that.
+    mask: the official gradient mask |x| >= 2, or None for the plain straight-through estimator.
+    masters: the type that parameters are kept and updated in, "fp32" or, as in the official code, "bf16".
+    """
+
+    loss: str = KL
+    temperature: float = 1.0
+    scale: str = "token"
+    mask: float | None = None
+    masters: str = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature!r} is not allowed; use a number above 0")
+        for name, allowed in (("scale", SCALES), ("masters", MASTERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+        logits, _ = split_loss(self.loss)
+        if self.temperature != 1 and logits not in LOGIT_LOSSES[1:]:
+            raise ValueError(
+                f"temperature: {self.temperature} has no meaning for the loss {self.loss!r}; use it with a KL"
+            )
+
+    @property
+    def needs_teacher_states(self) -> bool:
+        """Whether the loss reads the teacher's last hidden states."""
+        return split_loss(self.loss)[0] in LOGIT_LOSSES[1:]
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The parts of the loss that read the teacher's inside."""
+        return split_loss(self.loss)[1]
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What is learned: the training pairs of `source` (see corpora.instruction_pairs) in a random order, each cut after
+    `length` tokens."""
+
+    source: str = ALPACA
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_instructions(self.source)
+        if self.length < 2:
+            raise ValueError(f"length: {self.length!r} is not allowed; use 2 or more")
+
+
+@dataclass(frozen=True)
+class Tuning(Budget):
+    """Budget of one fine-tuning; the loss is the cross-entropy of the responses' tokens.
+
+    checkpointing: recompute each decoder layer in the backward pass (Chen et al. 2016). paged: keep the optimizer's
+    states in memory that CUDA may page out to the host (QLoRA, section 3).
+    """
+
+    checkpointing: bool = False
+    paged: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is scored on: `windows` windows of `length` tokens of each corpus, `items` of each task (None: all),
+    and the responses of `pairs` held-out Alpaca pairs.
+
+    source "archive" reads the pinned benchmark files, "hub" lm-eval's own data sets.
+    """
+
+    corpora: tuple[str, ...]
+    windows: int
+    length: int
+    tasks: tuple[str, ...] = ()
+    items: int | None = None
+    pairs: int = 0
+    source: str = ARCHIVE
+
+    def __post_init__(self) -> None:
+        for corpus in self.corpora:
+            check_corpus(corpus)
+        check_tasks(self.tasks)
+        for name, least in (("windows", 1), ("length", 2), ("items", 1), ("pairs", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: {value!r} is not allowed; use {least} or more")
+        if self.source not in TASK_SOURCES:
+            raise ValueError(f"source: {self.source!r} is not known; use {' or '.join(map(repr, TASK_SOURCES))}")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How decoding is timed: `tokens` tokens, one at a time, after `context` others, in `rounds` rounds.
+
+    shapes: of SHAPES, those whose layers are timed beside the study's model, with random weights.
+    """
+
+    context: int = 64
+    tokens: int = 16
+    rounds: int = 16
+    shapes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("context", "tokens", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use 1 or more")
+        for shape in self.shapes:
+            if shape not in SHAPES:
+                raise ValueError(f"shape: {shape!r} is not known; use {', '.join(SHAPES)}")
+
+
+NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on

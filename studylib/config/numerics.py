@@ -1,0 +1,49 @@
+"""What numbers mean: a version for each component that results pass through, raised by hand when they change.
+
+A record is found again by its arm, by the contents of the files that the arm names, and by these versions: code can be
+moved and reworded freely, on any Python and any build of a library. Golden values (tests/golden) fail where numbers move
+and the version does not; CONTRIBUTING says how to raise one.
+"""
+
+from typing import NamedTuple
+
+from studylib.config.arm import Arm
+from studylib.config.budgets import Sampling
+
+
+class Version(NamedTuple):
+    """A number, and in a line why it was raised last."""
+
+    number: int
+    why: str
+
+
+FIRST = "as it was when versions replaced hashes of source"
+NUMERICS = {
+    "models": Version(1, FIRST),  # weights as loaded, and the type that is computed in
+    "corpora": Version(1, FIRST),  # documents, windows, instruction pairs and their prompts
+    "evaluation": Version(1, FIRST),  # perplexity, loss on responses, benchmarks, weights
+    "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
+    "formats": Version(1, FIRST),  # NormalFloat, 4-bit floats, integers in groups, double quantization
+    "generation": Version(1, FIRST),  # text that the model writes itself
+    "training": Version(1, FIRST),  # the loop: optimizer, schedule, order
+    "distillation": Version(1, FIRST),  # losses towards the teacher, LLM-QAT
+    "fine-tuning": Version(1, FIRST),  # adapters, instruction pairs in batches, merging
+    "learned grids": Version(1, FIRST),  # L4Q, QAT-LoRA
+    "ptq": Version(1, FIRST),  # SmoothQuant, GPTQ and AWQ as llm-compressor computes them
+    "execution": Version(1, FIRST),  # integers multiplied as they are stored
+}
+
+
+def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
+    """The versions of the components that the arm passes through; `further`: those that its method names.
+
+    Raises ValueError for a component that there is none of.
+    """
+    names = {"models", "corpora", "evaluation", *further}
+    names |= {"generation"} if isinstance(arm.data, Sampling) else set()
+    names |= {"training", "distillation"} if arm.training else set()
+    names |= {"training", "fine-tuning"} if arm.tuning else set()
+    for name in sorted(names - NUMERICS.keys()):
+        raise ValueError(f"numerics: {name!r} is not known; use some of {', '.join(NUMERICS)}")
+    return {name: NUMERICS[name].number for name in sorted(names)}

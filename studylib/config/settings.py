@@ -1,0 +1,263 @@
+"""What a model is turned into: bit widths, grids, number formats, adapters, as frozen values that need no library."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_BITS, MAX_BITS, OFF = 2, 8, 16
+
+
+def check_bits(bits: int, what: str = "bits") -> int:
+    """Return `bits` if it is 2..8, or 16 (not quantized); else raise ValueError."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (MIN_BITS <= bits <= MAX_BITS or bits == OFF):
+        raise ValueError(f"{what}: {bits!r} is not allowed; use {MIN_BITS} to {MAX_BITS}, or {OFF} for off")
+    return bits
+
+
+@dataclass(frozen=True)
+class BitWidths:
+    """Bits of weights, activations and key/value cache, written "4-8-4"; 16 means not quantized."""
+
+    weights: int
+    activations: int
+    cache: int
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "cache"):
+            check_bits(getattr(self, name), f"bits of the {name}")
+
+    @classmethod
+    def parse(cls, text: "str | BitWidths") -> "BitWidths":
+        """From the papers' W-A-KV notation, e.g. "4-8-4"."""
+        if isinstance(text, BitWidths):
+            return text
+        if not isinstance(text, str) or not re.fullmatch(r"\d{1,2}-\d{1,2}-\d{1,2}", text):
+            raise ValueError(f"bit widths {text!r}: write weights-activations-cache, for example '4-8-4'")
+        return cls(*map(int, text.split("-")))
+
+    def __str__(self) -> str:
+        return f"{self.weights}-{self.activations}-{self.cache}"
+
+
+SYMMETRIC, ASYMMETRIC, STATSQ, LSQ = GRIDS = ("symmetric", "asymmetric", "statsq", "lsq")
+BEFORE_ROTARY, AFTER_ROTARY = KEYS = ("before-rotary", "after-rotary")
+PER_TOKEN, PER_HEAD = CACHE_SCALES = ("token", "head")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which integers stand for a row of numbers, and how their scale is chosen.
+
+    kind "symmetric": levels -(2^(b-1)-1)..2^(b-1)-1, scale = max|x| / (2^(b-1)-1), zero point 0 (LLM-QAT, Eq. 1:
+    MinMax, nothing is clipped). Worked: 4 bits, row (-3.5, 1.2): scale 0.5, codes (-7, 2), values (-3.5, 1.0).
+    "asymmetric": levels 0..2^b-1, scale = (max - min) / (2^b-1) over a range that includes 0, integer zero point, so
+    that 0 is exact (padding, ReLU-like inputs). Worked: 4 bits, row (-1, 14): scale 1, zero point 1, codes (0, 15).
+    "statsq": the symmetric levels over a range clipped at 2 mean|x| (StatsQ: Liu et al. 2023, arXiv 2302.02210).
+    "lsq": the symmetric levels with a learned scale, numbers beyond them clipped (LSQ: Esser et al. 2020, Eq. 1-3).
+    group: None for one scale a row, or the number of neighbours in a row that share a scale.
+    """
+
+    bits: int
+    kind: str = SYMMETRIC
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        if check_bits(self.bits) == OFF:
+            raise ValueError(f"bits: a grid needs {MIN_BITS} to {MAX_BITS}; {OFF} (off) has no grid, leave it out")
+        if self.kind not in GRIDS:
+            raise ValueError(f"grid: {self.kind!r} is not known; use one of {', '.join(GRIDS)}")
+        check_group(self.group)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.kind != ASYMMETRIC
+
+    @property
+    def low(self) -> int:
+        return -self.high if self.symmetric else 0
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def check_width(self, width: int) -> None:
+        """Raise ValueError where the group does not divide a row of `width` numbers."""
+        check_width(self.group, width)
+
+    def rows(self, x: "Tensor") -> "Tensor":
+        """`x` [..., D] viewed as [..., D // group, group] (as it is where a whole row shares a scale)."""
+        if self.group is None:
+            return x
+        self.check_width(x.shape[-1])
+        return x.unflatten(-1, (-1, self.group))
+
+
+def check_group(group: int | None) -> None:
+    """Raise ValueError unless `group` is a positive integer, or None for whole rows."""
+    if group is not None and (type(group) is not int or group < 1):
+        raise ValueError(f"group: {group!r} is not allowed; use a positive integer, or None for whole rows")
+
+
+def check_width(group: int | None, width: int) -> None:
+    """Raise ValueError where `group` numbers that share a scale do not divide a row of `width` numbers."""
+    if group is not None and width % group:
+        raise ValueError(f"group: {group} does not divide the row length {width}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the numbers of a bit width are chosen and where they apply; the defaults are LLM-QAT's.
+
+    grid: the kind of grid of weights, activations and cache (see Grid). group: how many input columns share a scale of
+    the weights, None for one scale an output channel. cache_scale "token": one scale for a token's keys (or
+    values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
+    embedding (values have none).
+    """
+
+    grid: str = SYMMETRIC
+    group: int | None = None
+    cache_scale: str = PER_TOKEN
+    keys: str = BEFORE_ROTARY
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("grid", GRIDS),
+            ("cache_scale", CACHE_SCALES),
+            ("keys", KEYS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+        check_group(self.group)
+        if self.grid == LSQ and self.group is not None:
+            raise ValueError(
+                f"group: {self.group!r} does not go with the grid 'lsq', which learns one scale a row; use None"
+            )
+        if self.grid == LSQ and (self.keys, self.cache_scale) != (BEFORE_ROTARY, PER_TOKEN):
+            raise ValueError(
+                f"keys: {self.keys!r} with cache_scale {self.cache_scale!r} does not go with the grid 'lsq', which "
+                f"learns one scale a layer; use {BEFORE_ROTARY!r} and {PER_TOKEN!r}"
+            )
+
+
+DEFAULT_GROUP = 64
+FLOATS = ("fp-e2m1", "fp-bnb", "fp-e3m0")
+INTEGER_FORMATS = {"int": SYMMETRIC, "affine": ASYMMETRIC}  # formats that are a Grid
+FORMATS = ("nf", *FLOATS, *INTEGER_FORMATS)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Which levels stand for the numbers of a block, and how its scale is stored.
+
+    kind "nf": NormalFloat, levels at quantiles of the normal distribution (QLoRA, section 3), 2 to 4 bits.
+    "fp-e2m1": sign, two exponent bits, one mantissa bit: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, over 6.
+    "fp-bnb": what bitsandbytes, QLoRA's own library, calls FP4: E2M1 but for its smallest magnitude, which is
+    0.0625/12 = 0.0052 of the largest in place of 0.5/6 = 0.0833.
+    "fp-e3m0": sign, three exponent bits: 0 and the powers of two 0.25 to 16 and their negatives, over 16.
+    "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "affine": 2^b integers from min to max with a zero point of b
+    bits, over a range that includes 0 (see Grid for both); 2, 3, 4 or 8 bits.
+    group: neighbours in a row that share a scale (QLoRA calls them a block); None for one scale an output channel.
+    double: scales are stored in 8 bits (QLoRA, section 3, "double quantization"). scale_bits: 32 or 16, the floating type
+    of scales that are not.
+    """
+
+    kind: str
+    bits: int = 4
+    group: int | None = DEFAULT_GROUP
+    double: bool = False
+    scale_bits: int = 32
+
+    def __post_init__(self) -> None:
+        if self.kind not in FORMATS:
+            raise ValueError(f"format: {self.kind!r} is not known; use one of {', '.join(FORMATS)}")
+        allowed = (2, 3, 4, 8) if self.kind in INTEGER_FORMATS else (2, 3, 4) if self.kind == "nf" else (4,)
+        if type(self.bits) is not int or self.bits not in allowed:
+            choices = " or ".join(map(str, allowed))
+            raise ValueError(f"bits: {self.bits!r} is not allowed for {self.kind!r}; use {choices}")
+        check_group(self.group)
+        if self.scale_bits not in (16, 32):
+            raise ValueError(f"scale_bits: {self.scale_bits!r} is not allowed; use 16 or 32")
+        if self.double and (self.group is None or self.scale_bits != 32):
+            raise ValueError(
+                f"double: True is not allowed with group {self.group!r} and scale_bits {self.scale_bits}; "
+                "use a group and scale_bits 32"
+            )
+
+    @property
+    def title(self) -> str:
+        """For tables and figures, e.g. "NF4 + DQ" or "NF3, groups of 32"; groups of 64 and fp32 scales go unsaid."""
+        name = {
+            "nf": f"NF{self.bits}",
+            "fp-e2m1": "FP4 (E2M1)",
+            "fp-bnb": "FP4 (bitsandbytes)",
+            "fp-e3m0": "FP4 (E3M0)",
+            "int": f"Int{self.bits}",
+            "affine": f"affine Int{self.bits}",
+        }[self.kind]
+        group = "per channel" if self.group is None else f"groups of {self.group}"
+        parts = [name + " + DQ" * self.double]
+        parts += [group] * (self.group != DEFAULT_GROUP) + ["16-bit scales"] * (self.scale_bits == 16)
+        return ", ".join(parts)
+
+    @property
+    def grid(self) -> Grid:
+        """The integer grid of "int" and "affine"."""
+        return Grid(self.bits, INTEGER_FORMATS[self.kind], self.group)
+
+    def check_width(self, width: int) -> None:
+        """Raise ValueError unless rows of `width` numbers can be cut into groups."""
+        check_width(self.group, width)
+
+
+PLAIN, DORA, PISSA, LOFTQ = ADAPTER_KINDS = ("lora", "dora", "pissa", "loftq")
+INITS = ("l4q", "lsq+", "symmetric", "asymmetric")  # of L4Q's scales and offsets
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained beside the base: A [rank, in] and B [out, rank], W + alpha / rank * B A (LoRA, arXiv 2106.09685).
+
+    kind, for "lora" and "qlora" only: "lora"; "dora", the rows' lengths learned by themselves (arXiv 2402.09353);
+    "pissa", A and B start as the largest singular vectors and the base holds the rest (arXiv 2404.02948); "loftq", they
+    start as the best correction of the rounding error (arXiv 2310.08659, Algorithm 1, 5 iterations).
+    layers: "all" linear layers of the decoder, or the ends of their names joined by "+": "q_proj+v_proj".
+    init, for "l4q" only: its first scales and offsets (see l4q). dropout: of the adapter's input.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    kind: str = PLAIN
+    layers: str = ALL
+    init: str = "l4q"
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank: {self.rank!r} is not allowed; use 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha: {self.alpha!r} is not allowed; use a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: {self.dropout!r} is not allowed; use a share from 0 to below 1")
+        for name, allowed in (("kind", ADAPTER_KINDS), ("init", INITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED = MERGES = (
+    "adapter",
+    "dequantized",
+    "requantized",
+    "merged-16",
+    "merged-quantized",
+)  # how a fine-tuned model is deployed (see methods.deploy.merge)
+FROM_ORIGINAL = (MERGED_16, MERGED_QUANTIZED)
+PACKED = (REQUANTIZED, MERGED_QUANTIZED)

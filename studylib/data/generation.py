@@ -1,0 +1,182 @@
+"""Data-free generation: training text sampled from the full-precision model itself (LLM-QAT, section 2.1)."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from studylib.config.budgets import CHAT, GREEDY, GREEDY_TOKENS, Sampling
+from studylib.config.files import write_whole, written_whole
+from studylib.data import models
+from studylib.data.decoding import decoding_cache, fill_holes
+
+TURNS = 2  # of a chat: the user's and the assistant's, each closed by an end token
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise ValueError where a sequence of `length` tokens is longer than the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(f"length: {length} tokens is longer than the model's context of {context}")
+
+
+def chat_opening(tokenizer) -> list[int]:
+    """Token ids of the chat template up to where the user's first message would begin: the opening of a chat.
+
+    Raises ValueError for a tokenizer without a chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(f"strategy: {CHAT!r} needs a chat template, and this model's tokenizer has none")
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    return tokenizer(rendered.partition(mark)[0], add_special_tokens=False)["input_ids"]
+
+
+def _pick(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
+    """Sample one token id [B] from each row of logits [B, V]."""
+    if settings.top_k:
+        logits, ids = logits.topk(min(settings.top_k, logits.shape[-1]))
+    p = (logits.float() / settings.temperature).softmax(-1)
+    picked = torch.multinomial(p, 1, generator=generator)
+    return (ids.gather(1, picked) if settings.top_k else picked)[:, 0]
+
+
+@torch.no_grad()
+def generate_sequences(
+    model: PreTrainedModel,
+    start: Tensor,
+    settings: Sampling,
+    seed: int,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Tensor, Tensor]:
+    """Sequences that begin with the rows of start [B, S], decoded together: their token ids, joined, and lengths [B].
+
+    progress is called with the number of tokens written at each step.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    rows, given = start.shape
+    tokens = start.new_empty(rows, settings.length)
+    tokens[:, :given] = start
+    lengths = torch.full_like(tokens[:, 0], settings.length)
+    greedy_until = torch.full_like(lengths, settings.length)
+    if settings.strategy != GREEDY:
+        choices = torch.tensor(GREEDY_TOKENS[settings.strategy], device=model.device)
+        greedy_until = choices[torch.randint(len(choices), (rows,), generator=generator, device=model.device)]
+    ends = torch.tensor(_end_tokens(model), device=model.device)
+    ends_left = torch.full_like(lengths, TURNS if settings.strategy == CHAT else 1)
+    active = torch.arange(rows, device=model.device)  # rows still being written; the cache holds just these
+    progress(start.numel())
+    seen = 0
+    caching = decoding_cache(model, settings.length, models.compute_dtype())
+    with models.autocast(model.device), caching as cache:
+        for t in range(given, settings.length):
+            new = tokens[active, seen:t]
+            logits = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
+            seen = t
+            greedy = greedy_until[active] > t
+            if greedy.all():
+                picked = logits.max(-1).indices
+            else:
+                picked = _pick(logits, settings, generator)
+                if greedy.any():
+                    picked = torch.where(greedy, logits.max(-1).indices, picked)
+            tokens[active, t] = picked
+            progress(len(active))
+            ends_left[active] -= torch.isin(picked, ends).long()
+            ended = ends_left[active] == 0
+            if ended.any():
+                lengths[active[ended]] = t + 1
+                if ended.all():
+                    break
+                kept = fill_holes(~ended)
+                active = active[kept]
+                cache.batch_select_indices(kept)
+    written = torch.arange(settings.length, device=model.device) < lengths[:, None]
+    return tokens[written].cpu(), lengths.cpu()
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _start_tokens(vocabulary: int, seed: int, first: int, count: int) -> Tensor:
+    """Vocabulary ids [count, 1] of the sequences from `first` on: one random order of all ids, then another, ..."""
+    shuffle = torch.Generator().manual_seed(seed)
+    rounds = -(-(first + count) // vocabulary)
+    order = torch.cat([torch.randperm(vocabulary, generator=shuffle) for _ in range(rounds)])
+    return order[first : first + count, None]
+
+
+def _rows_wanted(lengths: Tensor, settings: Sampling) -> int:
+    """How many sequences the next batch decodes, after sequences of these lengths; 0 when there are enough tokens.
+
+    As many as give the missing tokens at the mean length so far, and twice the standard error of their sum more.
+    """
+    missing = settings.count * settings.length - int(lengths.sum())
+    if missing <= 0:
+        return 0
+    mean, deviation = float(settings.length), 0.0
+    if len(lengths):
+        mean, deviation = lengths.double().mean().item(), lengths.double().std(correction=0).item()
+    rows = missing / mean
+    return min(settings.batch, math.ceil(rows + 2 * math.sqrt(rows) * deviation / mean))
+
+
+def generate_windows(
+    model: PreTrainedModel,
+    settings: Sampling,
+    folder: str | Path,
+    opening: Sequence[int] = (),
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
+    """Let the model write its own training text: token ids [settings.count, settings.length], int64.
+
+    folder receives one `batch-NNNNN.npz` (token ids of its sequences joined, their lengths) per batch, each written
+    whole, and `settings.json`: a killed run goes on after its last finished batch and ends with the same tokens, since
+    a batch depends only on the settings and the batches before it.
+    opening: token ids that every chat begins with, see `chat_opening`.
+    progress is called with the number of tokens written at each step; a little more than the windows hold in all.
+    Raises ValueError if the sequences are longer than the model's context, if the opening is missing for a chat, given
+    for anything else or not shorter than the sequences, or if the folder was begun with other settings.
+    """
+    check_length(model, settings.length)
+    if (settings.strategy == CHAT) != (len(opening) > 0):
+        state = "given" if len(opening) else "missing"
+        raise ValueError(f"opening: is {state}, but the strategy is {settings.strategy!r}; {CHAT!r} alone needs one")
+    if len(opening) >= settings.length:
+        raise ValueError(f"length: {settings.length} tokens leave no room after an opening of {len(opening)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, described = folder / "settings.json", json.dumps(asdict(settings) | {"opening": list(opening)})
+    if written.exists() and written.read_text() != described:
+        raise ValueError(f"{folder} was begun with {written.read_text()}, not {described}; use another folder")
+    if not written.exists():
+        write_whole(written, described)
+
+    vocabulary = model.config.get_text_config().vocab_size
+    texts, lengths = [], torch.empty(0, dtype=torch.long)
+    while rows := _rows_wanted(lengths, settings):
+        path = folder / f"batch-{len(texts):05d}.npz"
+        if path.exists():
+            with np.load(path) as stored:
+                text, made = torch.from_numpy(stored["tokens"]).long(), torch.from_numpy(stored["lengths"])
+            progress(len(text))
+        else:
+            if opening:
+                start = torch.tensor(opening).expand(rows, -1)
+            else:
+                start = _start_tokens(vocabulary, settings.seed, len(lengths), rows)
+            seed = int(np.random.SeedSequence([settings.seed, len(texts)]).generate_state(1)[0])
+            text, made = generate_sequences(model, start.to(model.device), settings, seed, progress)
+            with written_whole(path) as partial, partial.open("wb") as file:
+                np.savez(file, tokens=text.numpy().astype(np.int32), lengths=made.numpy())
+        texts.append(text)
+        lengths = torch.cat([lengths, made])
+    return torch.cat(texts)[: settings.count * settings.length].view(settings.count, settings.length)

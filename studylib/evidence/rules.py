@@ -1,0 +1,294 @@
+"""The rules that claims are judged by: from the numbers of a claim's arms to an effect, a verdict and a sentence."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from studylib.config.words import listed, nats, number, percent, points
+from studylib.evidence.effects import (
+    ACCURACY,
+    BITS,
+    COST,
+    INCONCLUSIVE,
+    NATS,
+    NEURONS,
+    NOT_REPRODUCED,
+    PERPLEXITY,
+    REPRODUCED,
+    TIMES,
+    WON_BACK,
+    Effect,
+    Unit,
+)
+from studylib.evidence.measures import Cell, Measure, identity, speedup, won_back, won_back_share
+from studylib.evidence.statistics import Interval, paired_bootstrap
+from studylib.config.budgets import ADAPTED, EXECUTIONS
+from studylib.quant.kernel import PACKED
+from studylib.study.records import Record
+
+POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
+SHARE = 0.05  # tolerance in perplexity: five percent
+MOST = 0.5  # "most of the loss": more than this share
+NORMAL = 10.0  # "near-normal": at most this % of neurons fail a test that 5% of normal ones fail
+SAVED_BITS = 0.01  # tolerance of a number of bits that a paper derives
+EXPLODES = 2.0  # "explodes": at least this many times full precision's perplexity
+
+
+class Outcome(NamedTuple):
+    """What a rule finds. effect: where a claim has several parts, that of the part which decides the verdict."""
+
+    effect: Effect
+    verdict: str
+    text: str
+
+
+def together(effects: Sequence[Effect], text: str) -> Outcome:
+    """What a claim's parts, the most telling first, say together: reproduced only if all are, not if any is not."""
+    verdicts = [effect.verdict for effect in effects]
+    verdict = next((verdict for verdict in (NOT_REPRODUCED, INCONCLUSIVE) if verdict in verdicts), REPRODUCED)
+    return Outcome(effects[verdicts.index(verdict)], verdict, text)
+
+
+def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
+    loss, share = won_back(measure, full, rtn, qat)
+    if share is None:
+        lost = Effect(loss, _unit(measure), f"lost by RTN at {rtn.bits}", above=0)
+        text = f"RTN at {rtn.bits} loses {lost.text}, which is not clearly above zero"
+        return Outcome(lost, INCONCLUSIVE, f"{text}: what share of it LLM-QAT wins back cannot be told.")
+    # The share's interval is only shown: the rule is linear, so that no division can blow it up.
+    rule = measure.interval(lambda f, r, q: measure.loss(q, r) - MOST * measure.loss(f, r), full, rtn, qat)
+    values = ", ".join(f"{cell.title} {measure.text(measure.value(identity, cell))}" for cell in (full, rtn, qat))
+    seeds = _seeds(measure, won_back_share, percent, full, rtn, qat)
+    text = f"{values}: LLM-QAT wins back {share.text(percent)} of what RTN loses{seeds}."
+    shown = Effect(share, WON_BACK, f"of RTN at {rtn.bits}, won back by LLM-QAT", above=MOST)
+    return Outcome(shown, Effect(rule, PERPLEXITY, "", above=0).verdict, text)
+
+
+def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: Cell | None) -> Outcome:
+    """Whether four bits for the cache cost RTN much, and more than four bits for the `weights`; and LLM-QAT less."""
+    cost = _worse(measure, eight, four, f"lost by RTN from {eight.bits} to {four.bits}")
+    cost = replace(cost, above=_tolerance(measure))
+    where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by RTN"), above=0)
+    text = f"with RTN, {_is(four.bits, cost, eight.bits, _tolerated(measure))}; "
+    text += f"{_is(four.bits, where, weights.bits)}."
+    if qat is None:
+        text += f" LLM-QAT at {four.bits} was not run, so only this part of the claim is tested."
+        return together([cost, where], text)
+
+    def gained(r, q):
+        return measure.loss(q, r)
+
+    found = measure.interval(gained, four, qat)
+    gain = Effect(found, _unit(measure), f"gained by LLM-QAT over RTN at {four.bits}", above=0, of=qat.setting)
+    text += f" LLM-QAT wins back {gain.text}{_seeds(measure, gained, measure.text, four, qat)}."
+    return together([cost, where, gain], text)
+
+
+def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4: Cell | None) -> Outcome:
+    effect = replace(_worse(measure, qat, rtn), below=_tolerance(measure))
+    text = _is(f"RTN at {rtn.bits}", effect, "LLM-QAT", _tolerated(measure))
+    if rtn_4 and qat_4:
+        text += f"; {_is(f'at {rtn_4.bits} it', _worse(measure, qat_4, rtn_4), '', _tolerated(measure))}"
+    return together([effect], f"{text}.")
+
+
+def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
+    found = measure.interval(np.divide, cell, full)
+    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES)
+    return together([effect], f"{cell.title} has {effect.text} full precision's.")
+
+
+def is_best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
+    """Whether `best` is better than each of the others."""
+    effects = [replace(_worse(measure, best, other), above=0) for other in others]
+    nearest = sorted(effects, key=lambda effect: effect.interval.estimate)
+    return together(nearest, f"{_are(map(_short, others), effects, best.title)}.")
+
+
+def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = None) -> Outcome:
+    """Whether `cell` is as good as `reference`; and, where it was run, `other` worse than `cell`."""
+    effects = [_within(measure, reference, cell)]
+    text = _is(cell.title, effects[0], reference.title, _tolerated(measure))
+    if other:
+        effects.append(replace(_worse(measure, cell, other), above=0))
+        text += f"; {_is(other.title, effects[1], cell.title)}"
+    return together(effects, f"{text}.")
+
+
+def alike(measure: Measure, reference: Cell, *others: Cell) -> Outcome:
+    """Whether none of the others is worse or better than `reference` by more than the tolerance."""
+    effects, text = _all_within(measure, reference, others)
+    return together(sorted(effects, key=lambda effect: -abs(effect.interval.estimate)), text)
+
+
+def layers_matter(measure: Measure, every: Cell, few: Cell, *ranks: Cell) -> Outcome:
+    """Whether adapters on all layers beat those on few, while their rank hardly matters."""
+    gain = replace(_worse(measure, every, few), above=0)
+    effects, beside = _all_within(measure, every, ranks)
+    return together([gain, *effects], f"{_is(_short(few), gain, 'all layers')}; {beside}")
+
+
+def small_groups_help(measure: Measure, usual: Cell, small: Cell) -> Outcome:
+    effect = replace(_worse(measure, small, usual), above=0, below=_tolerance(measure))
+    return together([effect], f"{_is(usual.title, effect, small.setting.variant, _tolerated(measure))}.")
+
+
+def keeps_up(measure: Measure, full: Cell, *cells: Cell | None) -> Outcome:
+    """Whether every cell that was run loses less than the tolerance against `full`."""
+    run = [cell for cell in cells if cell]
+    effects = [replace(_worse(measure, full, cell), below=_tolerance(measure)) for cell in run]
+    worst = sorted(effects, key=lambda effect: -effect.interval.estimate)
+    titles = [cell.title for cell in run]
+    return together(worst, f"{_are(titles, effects, full.title, _tolerated(measure))}.")
+
+
+def saves_bits(claimed: float, measure: Measure, plain: Cell, double: Cell) -> Outcome:
+    """Whether the weights of `plain` are stored in `claimed` bits more than those of `double`, to within SAVED_BITS."""
+    found = measure.interval(np.subtract, plain, double)
+    effect = Effect(found, BITS, "saved", above=claimed - SAVED_BITS, below=claimed + SAVED_BITS)
+    texts = [f"{cell.title} {cell.records[0].scores['bits'][0]:.3f}" for cell in (plain, double)]
+    return together([effect], f"{listed(texts)}: {found.estimate:.3f} saved, counted from what is stored.")
+
+
+def near_normal(measure: Measure, cell: Cell) -> Outcome:
+    found = measure.interval(identity, cell)
+    effect = Effect(found, NEURONS, "of the neurons fail Shapiro-Wilk", below=NORMAL)
+    return together([effect], f"{found.text(points)} of the neurons tested fail Shapiro-Wilk at 5%.")
+
+
+def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
+    """Whether the validation loss of `fast` is below that of `slow` at half of the training, wherever both began."""
+
+    def behind(own: Record, other: Record, at: float) -> float:
+        ours, theirs = (record.curve[int(at * len(record.curve))]["loss"] for record in (own, other))
+        return theirs - ours
+
+    found, seeds, decided = _by_seed(measure, partial(behind, at=0.5), fast, slow)
+    began, *_ = _by_seed(measure, partial(behind, at=0), fast, slow)
+    effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
+    text = f"half-way, the validation loss of {slow.title} minus that of {fast.title} is {effect.text} ({seeds}); "
+    text += f"before training, {began.text(nats)}."
+    return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
+
+
+def takes_at_most(times: float, measure: Measure, usual: Cell, cell: Cell) -> Outcome:
+    """Whether training `cell` takes at most so many times as long as `usual`, for as many steps."""
+    found, seeds, decided = _by_seed(
+        measure, lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
+    )
+    effect = Effect(found, TIMES, f"the time of {usual.title}, by {cell.title}, {seeds}", below=times, papers=False)
+    text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds})."
+    return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
+
+
+def decodes_faster(times: float, measure: Measure, cell: Cell) -> Outcome:
+    """Whether integers alone decode at least so many times as fast as with an adapter beside them."""
+    found = speedup(measure, cell, PACKED, ADAPTED)
+    what = "as fast without an adapter beside 4 bits"
+    effect = Effect(found, TIMES, what, above=times)
+    medians = [1000 * np.median(cell.scores(part)) for part in measure.parts]
+    texts = [f"{number(median)} ms in {kind}" for median, kind in zip(medians, EXECUTIONS, strict=True)]
+    return together([effect], f"{listed(texts)}: {effect.text} {what}.")
+
+
+def _by_seed(
+    measure: Measure, contrast: Callable[[Record, Record], float], a: Cell, b: Cell
+) -> tuple[Interval, str, bool]:
+    """One number for each seed of both: their mean with Student's interval; how many, in words; if they say more than
+    one run does."""
+    own, other = ({record.arm.seed: record for record in cell.records} for cell in (a, b))
+    found = [[contrast(own[seed], other[seed])] for seed in sorted(own.keys() & other.keys())]
+    seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
+    return paired_bootstrap(partial(np.mean, axis=-1), found, family=measure.family), seeds, len(found) > 1
+
+
+def generalises(measure: Measure, generated: Cell, wikipedia: Cell, c4: Cell) -> Outcome:
+    """Real text is compared where it was not trained on: elsewhere, and on the tasks."""
+    own = {"perplexity/wikipedia": wikipedia, "perplexity/c4": c4}.get(measure.name)
+    return is_best(measure, generated, *(cell for cell in (wikipedia, c4) if cell is not own))
+
+
+def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy: Cell) -> Outcome:
+    names = ("hybrid", "sampled")
+    effects = [
+        replace(_worse(measure, cell, greedy, f"greedy text behind {name}"), above=0)
+        for cell, name in zip((hybrid, sampled), names, strict=True)
+    ]
+    beside = [_is("greedy text", effect, name) for effect, name in zip(effects, names, strict=True)]
+    return together(effects, f"{'; '.join(beside)}.")
+
+
+def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eight_smooth: Cell) -> Outcome:
+    gain, other = (
+        _worse(measure, smooth, cell, f"lost without SmoothQuant by LLM-QAT at {cell.bits}")
+        for cell, smooth in ((four, four_smooth), (eight, eight_smooth))
+    )
+    text = f"without SmoothQuant, {_is(f'LLM-QAT at {four.bits}', gain)}; "
+    text += f"{_is(f'at {eight.bits} it', other, '', _tolerated(measure))}."
+    return together([replace(gain, above=0), replace(other, below=_tolerance(measure))], text)
+
+
+def _worse(measure: Measure, a: Cell, b: Cell, what: str = "") -> Effect:
+    """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
+    what = what or f"{_short(b)} behind {_short(a)}"
+    if measure.is_perplexity:
+        return Effect(measure.above(b, a), COST, what, of=b.setting)
+    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting)
+
+
+def _within(measure: Measure, a: Cell, b: Cell) -> Effect:
+    """How much worse b is than a, where it may be neither worse nor better by more than the tolerance."""
+    tolerance = _tolerance(measure)
+    return replace(_worse(measure, a, b), above=-tolerance, below=tolerance)
+
+
+def _all_within(measure: Measure, reference: Cell, others: Sequence[Cell]) -> tuple[list[Effect], str]:
+    """`_within` for each of the others, and all of them in words."""
+    effects = [_within(measure, reference, other) for other in others]
+    return effects, f"{_are(map(_short, others), effects, reference.title, _tolerated(measure))}."
+
+
+def _tolerance(measure: Measure) -> float:
+    return SHARE if measure.is_perplexity else POINTS
+
+
+def _tolerated(measure: Measure) -> str:
+    return f" (tolerance {percent(SHARE) if measure.is_perplexity else points(POINTS)})"
+
+
+def _is(name: str, effect: Effect, reference: str = "", note: str = "") -> str:
+    """What `_worse` found, below zero as "better": "X is better than Y by 3.2% [1.1%, 5.3%]"."""
+    word, text = _turned(effect)
+    return f"{name} is {word}{f' than {reference}' if reference else ''} by {text}{note}"
+
+
+def _are(names: Iterable[str], effects: Sequence[Effect], reference: str, note: str = "") -> str:
+    """`_is` for each of several beside the same reference, the worse ones first."""
+    said: dict[str, list[str]] = {"worse": [], "better": []}
+    for name, (word, text) in zip(names, map(_turned, effects), strict=True):
+        said[word].append(f"{name} by {text}{note}")
+    return "; ".join(f"{word} than {reference}: {listed(own)}" for word, own in said.items() if own)
+
+
+def _turned(effect: Effect) -> tuple[str, str]:
+    """The word "worse" and the effect's text or, of one below zero, "better" and the text of its opposite."""
+    found = effect.interval
+    if found.estimate >= 0:
+        return "worse", effect.text
+    return "better", replace(effect, interval=Interval(-found.estimate, -found.high, -found.low)).text
+
+
+def _unit(measure: Measure) -> Unit:
+    return PERPLEXITY if measure.is_perplexity else ACCURACY
+
+
+def _short(cell: Cell) -> str:
+    return cell.setting.variant or cell.title
+
+
+def _seeds(measure: Measure, contrast, form: Callable[[float], str], *cells: Cell) -> str:
+    found = measure.over_seeds(contrast, *cells)
+    return f" (single seeds: {form(found[0])} to {form(found[1])})" if found else ""

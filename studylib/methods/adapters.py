@@ -1,0 +1,218 @@
+"""Fine-tuning on low-bit weights: LoRA, QLoRA and the methods between it and L4Q, on an unmodified transformers model.
+
+peft and bitsandbytes do what they do well and are imported where they are used: the imports take seconds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from studylib.config.settings import ALL, DORA, LOFTQ, PISSA, Adapter, Format
+from studylib.data import models
+from studylib.methods.base import METHODS
+from studylib.methods.lora import FineTuned
+from studylib.quant.formats import EncodedLinear, encode
+from studylib.quant.layers import decoder_linears
+from studylib.quant.storage import PEFT_ADAPTER, Codes
+
+LOFTQ_STEPS = 5  # LoftQ, section 4: "we perform 5 iterations"
+OVERSAMPLED = 8  # directions more than the rank, for the accuracy of the last ones
+BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
+BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `attach` made of a model, which keeps it as `model.adaptation`; layers: the decoder's linear layers."""
+
+    method: FineTuned
+    format: Format | None
+    adapter: Adapter | None
+    layers: tuple[str, ...]
+
+
+def attach(
+    model: PreTrainedModel,
+    method: FineTuned | str,
+    *,
+    format: Format | None = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
+    tokens: Tensor | None = None,
+) -> PreTrainedModel:
+    """Prepare a transformers model (fp32, as loaded) in place for fine-tuning; what requires gradients is what trains.
+
+    method: one of methods.lora, or its name. seed draws the adapters. tokens [N, T]: what a base is calibrated on, for a
+    method that needs it.
+    Trained parameters are fp32; frozen ones bf16 where the hardware computes in bf16: run it under models.autocast.
+    Raises ValueError, and changes nothing, for anything that does not fit together.
+    """
+    linears = decoder_linears(model)
+    if hasattr(model, "adaptation") or any(type(linear) is not nn.Linear for linear in linears.values()):
+        raise ValueError("the model is quantized or adapted already; load it anew")
+    own = find_tuned(method) if isinstance(method, str) else method
+    own.check_parts(format, adapter)
+    if (tokens is None) == ("data" in own.needs):
+        raise ValueError(
+            f"tokens: {'missing; its base is calibrated on them' if tokens is None else f'{own.name!r} takes none'}"
+        )
+    names = [] if adapter is None else adapted_layers(model, adapter.layers)
+    for name, linear in linears.items():
+        if format is not None:
+            format.check_width(linear.in_features)
+        if adapter is not None and adapter.kind in (PISSA, LOFTQ) and adapter.rank > min(linear.weight.shape):
+            raise ValueError(
+                f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {min(linear.weight.shape)} "
+                "singular values"
+            )
+    model.requires_grad_(False)
+    own.prepare(model, format, adapter, names, seed, tokens)
+    compact(model)
+    model.adaptation = Adaptation(own, format, adapter, tuple(linears))
+    return model
+
+
+def find_tuned(name: str) -> FineTuned:
+    """The method of fine-tuning of this name; ValueError, with the names there are, where there is none."""
+    tuned = {name: method for name, method in METHODS.items() if isinstance(method, FineTuned)}
+    if name not in tuned:
+        raise ValueError(f"method: {name!r} is not known; use one of {', '.join(tuned)}")
+    return tuned[name]
+
+
+def compact(model: nn.Module) -> None:
+    """Put what is frozen into the type that is computed in."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(models.compute_dtype())
+
+
+def adapted_layers(model: nn.Module, layers: str) -> list[str]:
+    """The names of the decoder's linear layers that `layers` (see Adapter) means; ValueError for an end of none."""
+    names = list(decoder_linears(model))
+    if layers == ALL:
+        return names
+    ends = tuple(layers.split("+"))
+    for end in ends:
+        if not any(f".{name}".endswith(f".{end}") for name in names):
+            have = sorted({name.rpartition(".")[2] for name in names})
+            raise ValueError(
+                f"layers: the model has no {end!r}; use {ALL!r}, or some of {', '.join(have)} joined by '+'"
+            )
+    return [name for name in names if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+
+
+def attach_lora(model: nn.Module, format: Format | None, adapter: Adapter, names: list[str], seed: int) -> None:
+    """LoRA by peft on a base in `format`, in 16 bits if that is None, with the first A and B of the adapter's kind."""
+    factors = {}
+    for name, linear in decoder_linears(model).items():
+        if adapter.kind in (PISSA, LOFTQ) and name in names:
+            rest, *factors[name] = split(linear.weight.detach(), format, adapter)
+            linear.weight.data = rest
+        if format is not None:
+            stored = four_bit(linear, format) if in_bitsandbytes(format) else EncodedLinear(linear, format)
+            model.set_submodule(name, stored)
+    inject(model, adapter, names, seed)
+    for name, (a, b) in factors.items():
+        layer = model.get_submodule(name)
+        layer.lora_A[PEFT_ADAPTER].weight.data.copy_(a)
+        layer.lora_B[PEFT_ADAPTER].weight.data.copy_(b)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.compute_dtype = models.compute_dtype()  # not earlier: peft makes its adapters in this type
+
+
+@torch.no_grad()
+def split(weight: Tensor, format: Format | None, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """Share `weight` [out, in] between base and adapter before training: the base to be rounded, A and B, all fp32.
+
+    "pissa": W = base + scaling B A with the largest singular values in B A. "loftq": rounding W - scaling B A and
+    taking scaling B A from what the rounding left, in turn (LoftQ, Algorithm 1).
+    """
+    weight, product = weight.float(), 0.0
+    if adapter.kind == PISSA:
+        product, a, b = _largest(weight, adapter)
+        return weight - product, a, b
+    for _ in range(LOFTQ_STEPS):
+        base = weight - product
+        product, a, b = _largest(weight - encode(base, format).decode(), adapter)
+    return base, a, b
+
+
+def _largest(weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular values that a rank of `adapter.rank` leaves room for, and the A, B that make them: scaling B A.
+
+    By randomized iteration (Halko et al. 2011), 4 of them as in PiSSA's fast mode: ten times faster than the whole
+    decomposition, and the same result whenever it is called.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight, min(adapter.rank + OVERSAMPLED, *weight.shape), niter=4)
+    root = (s[: adapter.rank] / adapter.scaling).sqrt()
+    a, b = root[:, None] * v.T[: adapter.rank], u[:, : adapter.rank] * root
+    return adapter.scaling * b @ a, a, b
+
+
+def in_bitsandbytes(format: Format) -> bool:
+    """Whether bitsandbytes stores it: NF4 and its own FP4, in its block sizes."""
+    known = format.bits == 4 and format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
+    return known and format.scale_bits == 32
+
+
+def four_bit(linear: nn.Linear, format: Format) -> nn.Linear:
+    """bitsandbytes' Linear4bit with the rounded weight of `linear`."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, device="meta")
+    layer.weight = Params4bit(
+        linear.weight.detach().contiguous(),
+        blocksize=format.group,
+        compress_statistics=format.double,
+        quant_type=BITSANDBYTES[format.kind],
+        module=layer,
+    ).to(linear.weight.device)  # this rounds
+    layer.bias = linear.bias
+    # Else the first forward pass in eval mode would repack the codes for a kernel without gradients, for good.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def bitsandbytes_weight(layer: nn.Module) -> Tensor:
+    """The weight, fp32 [out, in], that bitsandbytes' layer stands for; as it is on a device where nothing is rounded."""
+    if getattr(layer.weight, "quant_state", None) is None:
+        return layer.weight.float()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight, layer.weight.quant_state).float()
+
+
+def bitsandbytes_codes(layer: nn.Module, format: Format) -> Codes:
+    """What bitsandbytes' layer stores, in `format`: its bytes are ours."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:  # on the meta device, for counting
+        return encode(layer.weight, format)
+    shape, stored = (layer.out_features, layer.in_features), layer.weight.data.view(torch.uint8).flatten()
+    if not format.double:
+        return Codes(4, shape, stored, state.absmax.float(), levels=state.code)
+    nested = {"outer": state.state2.absmax, "mean": state.offset.float().view(1)}
+    return Codes(4, shape, stored, state.absmax, **nested, levels=state.code, scale_levels=state.state2.code)
+
+
+def inject(model: nn.Module, adapter: Adapter, names: list[str], seed: int) -> None:
+    """peft's LoRA on the named layers, in place; A is drawn by `seed`, the same for every base."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=names,
+        use_dora=adapter.kind == DORA,
+    )
+    model.is_loaded_in_4bit = True  # peft then looks for bitsandbytes' layers
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, PEFT_ADAPTER)
+    del model.is_loaded_in_4bit

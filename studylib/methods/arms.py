@@ -1,0 +1,241 @@
+"""Arms by method: built from a budget, told apart by what they do otherwise than their method does, and named so."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from studylib.config.arm import PARTS, Arm
+from studylib.config.budgets import ALPACA, CORPORA, KL, RealText, Sampling
+from studylib.config.profiles import Profile
+from studylib.config.settings import (
+    ALL,
+    BESIDE,
+    DEQUANTIZED,
+    MERGED_16,
+    MERGED_QUANTIZED,
+    PLAIN,
+    REQUANTIZED,
+    Adapter,
+    BitWidths,
+    Format,
+    Scheme,
+)
+from studylib.methods.base import METHODS, find
+
+CORPUS_TITLES = dict(zip(CORPORA, ("Wikipedia", "C4"), strict=True))
+GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
+KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
+MERGE_TITLES = {
+    DEQUANTIZED: "adapter merged, 16 bits",
+    REQUANTIZED: "adapter merged, rounded again",
+    MERGED_16: "adapter merged into the 16-bit weights",
+    MERGED_QUANTIZED: "adapter merged into the 16-bit weights, then rounded",
+}
+
+
+def build(
+    budget: Profile,
+    model: str,
+    method: str,
+    bits: str = "16-16-16",
+    seed: int = 0,
+    *,
+    corpus: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    tuning: Mapping[str, Any] | None = None,
+    scheme: Scheme = Scheme(),
+    format: Format | None = None,
+    adapter: Adapter | None = None,
+    merge: str = BESIDE,
+) -> Arm:
+    """The arm of a method at a budget; adapter: by default the usual one, for methods that have one.
+
+    corpus: real text in place of generated; sampling, training, tuning: fields to change. Raises ValueError for a method
+    that is not known, or what does not go together.
+    """
+    own = find(method)
+    parts: dict[str, Any] = dict.fromkeys(PARTS)
+    if "data" in own.needs:
+        parts["data"] = dataclasses.replace(budget.sampling, **({"seed": seed} | dict(sampling or {})))
+        if corpus is not None:
+            parts["data"] = RealText(corpus, parts["data"].count, parts["data"].length, parts["data"].seed)
+    if "training" in own.needs:
+        parts["training"] = dataclasses.replace(budget.training, **(training or {}))
+    if "tuning" in own.needs:
+        parts["instructions"] = dataclasses.replace(budget.instructions, seed=seed)
+        rate = budget.tuning.learning_rate * own.relative_rate
+        parts["tuning"] = dataclasses.replace(budget.tuning, **({"learning_rate": rate} | dict(tuning or {})))
+    if "decoding" in own.needs:
+        parts["decoding"] = budget.decoding
+    parts["format"], parts["adapter"] = format, adapter or own.usual_adapter()
+    arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
+    own.check(arm)
+    if bits in own.few_shot_at and not Setting.of(arm).changes:
+        few_shot = tuple(task for task in budget.few_shot if own.few_shot is None or task in own.few_shot)
+        evaluation = dataclasses.replace(budget.evaluation, tasks=budget.evaluation.tasks + few_shot)
+        return dataclasses.replace(arm, evaluation=evaluation)
+    return arm
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared: a method at a bit setting, and by field what of it is not as by default.
+
+    changes: (field, value) pairs, in the order of CHANGES, such as ("training.loss", "labels"). Fields of budgets, the
+    seed and the evaluation are not part of it: arms that are compared share them.
+    """
+
+    method: str
+    bits: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, arm: Arm) -> "Setting":
+        """The setting of an arm. A format counts as changed where it is not its method's usual one at that width."""
+        changes = []
+        for field, change in CHANGES.items():
+            value = change.value(arm)
+            if value is not None and value != change.default:
+                changes.append((field, value))
+        return cls(arm.method, arm.bits, tuple(changes))
+
+    def __getitem__(self, field: str) -> Any:
+        """The value of a field that is changed, or what it is by default."""
+        if field not in CHANGES:
+            raise KeyError(f"{field!r} is no field of a setting; use one of {', '.join(CHANGES)}")
+        return dict(self.changes).get(field, CHANGES[field].default)
+
+    @property
+    def variant(self) -> str:
+        """In words, what is not as by default: the data, loss, grid, ... being studied."""
+        return ", ".join(CHANGES[field].words(value) for field, value in self.changes)
+
+    @property
+    def title(self) -> str:
+        """For sentences and tables: "LLM-QAT at 4-8-4 (loss labels)"; rounded weights go by their format."""
+        method = METHODS.get(self.method)
+        if method and method.checks_weights:
+            return self.variant
+        at = f" at {self.bits}" if method is None or method.rounds or method.needs else ""
+        return method_title(self.method) + at + (f" ({self.variant})" if self.variant else "")
+
+
+def setting(method: str, bits: str, changes: Mapping[str, Any] | None = None) -> Setting:
+    """A setting by its changed fields: setting("llm-qat", "4-8-4", {"training.loss": "labels"}).
+
+    Raises KeyError for a field that no setting has.
+    """
+    given = dict(changes or {})
+    for field in given:
+        if field not in CHANGES:
+            raise KeyError(f"{field!r} is no field of a setting; use one of {', '.join(CHANGES)}")
+    return Setting(method, bits, tuple((field, given[field]) for field in CHANGES if field in given))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field that settings tell apart: how an arm's value is found (None: it has none), the default, and the words."""
+
+    value: Callable[[Arm], Any]
+    default: Any
+    words: Callable[[Any], str]
+
+
+def _part(name: str, field: str, kind: type | None = None) -> Callable[[Arm], Any]:
+    def value(arm: Arm) -> Any:
+        part = getattr(arm, name)
+        return None if part is None or (kind and not isinstance(part, kind)) else getattr(part, field)
+
+    return value
+
+
+def _format(arm: Arm) -> Format | None:
+    """The format, unless it is the usual one of its method at that width."""
+    if arm.format is None or arm.method not in METHODS:
+        return arm.format
+    with contextlib.suppress(ValueError):  # a width that the usual format does not have
+        if arm.format == METHODS[arm.method].usual_format(arm.format.bits):
+            return None
+    return arm.format
+
+
+CHANGES = {
+    "data.corpus": Change(_part("data", "corpus", RealText), None, lambda corpus: f"{corpus_title(corpus)} text"),
+    "data.strategy": Change(_part("data", "strategy", Sampling), "hybrid", str),
+    "data.top_k": Change(_part("data", "top_k", Sampling), 50, lambda k: f"top-k {k or 'off'}"),
+    "data.temperature": Change(_part("data", "temperature", Sampling), 1.0, "sampled at temperature {:g}".format),
+    "training.loss": Change(_part("training", "loss"), KL, "loss {}".format),
+    "training.temperature": Change(_part("training", "temperature"), 1.0, "KL at temperature {:g}".format),
+    "training.scale": Change(_part("training", "scale"), "token", "loss scale {}".format),
+    "training.mask": Change(_part("training", "mask"), None, "gradient mask ±{:g}".format),
+    "training.masters": Change(_part("training", "masters"), "fp32", "{} masters".format),
+    "scheme.grid": Change(_part("scheme", "grid"), "symmetric", lambda grid: GRID_TITLES[grid]),
+    "scheme.group": Change(_part("scheme", "group"), None, "weights in groups of {}".format),
+    "scheme.cache_scale": Change(_part("scheme", "cache_scale"), "token", "cache scale a {}".format),
+    "scheme.keys": Change(_part("scheme", "keys"), "before-rotary", lambda keys: f"keys {keys.replace('-', ' ')}"),
+    "format": Change(_format, None, lambda format: format.title),
+    "adapter.kind": Change(_part("adapter", "kind"), PLAIN, lambda kind: KIND_TITLES[kind]),
+    "adapter.rank": Change(_part("adapter", "rank"), Adapter().rank, "rank {}".format),
+    "adapter.scaling": Change(_part("adapter", "scaling"), Adapter().scaling, "scaled by {:g}".format),
+    "adapter.dropout": Change(_part("adapter", "dropout"), 0.0, "dropout {:g}".format),
+    "adapter.layers": Change(_part("adapter", "layers"), ALL, lambda layers: f"on {layers.replace('+', ' and ')} only"),
+    "adapter.init": Change(_part("adapter", "init"), Adapter().init, "{} initialisation".format),
+    "tuning.checkpointing": Change(_part("tuning", "checkpointing"), False, lambda on: "checkpointing"),
+    "tuning.paged": Change(_part("tuning", "paged"), False, lambda on: "paged optimizer"),
+    "instructions.source": Change(
+        _part("instructions", "source"), ALPACA, lambda source: f"{file_title(source)} pairs"
+    ),
+    "merge": Change(lambda arm: arm.merge, BESIDE, lambda merge: MERGE_TITLES[merge]),
+}
+
+
+def method_title(name: str) -> str:
+    """What a method is called; its name where it is not registered here."""
+    return METHODS[name].title if name in METHODS else name
+
+
+def title(arm: Arm) -> str:
+    """What an arm is called in lists: "LLM-QAT 4-8-4 (loss labels)"."""
+    own = Setting.of(arm)
+    method = METHODS.get(arm.method)
+    bits = "" if method and not method.rounds and not method.needs else f" {arm.bits}"
+    return method_title(arm.method) + bits + (f" ({own.variant})" if own.variant else "")
+
+
+def file_title(path: str) -> str:
+    return PurePath(path).stem
+
+
+def corpus_title(corpus: str) -> str:
+    """A corpus's name for people; the file's name where it is a path."""
+    return CORPUS_TITLES.get(corpus) or file_title(corpus)
+
+
+def data_title(arm: Arm) -> str:
+    """What an arm's training text is called beside others'."""
+    words = [CHANGES[field].words(value) for field, value in Setting.of(arm).changes if field.startswith("data.")]
+    return ", ".join(words) or CHANGES["data.strategy"].default
+
+
+def order(arm: Arm) -> tuple[Any, ...]:
+    """Sorts arms for tables: full precision first, then from many bits to few, in the methods' order at equal bits,
+    variants after each method's default."""
+    bits, names = BitWidths.parse(arm.bits), list(METHODS)
+    rank = names.index(arm.method) if arm.method in names else len(names)
+    return rank > 0, -bits.weights, -bits.activations, -bits.cache, rank, bool(Setting.of(arm).changes), arm.seed
+
+
+@functools.cache
+def seedless(arm: Arm) -> Arm:
+    """The arm with seed 0: equal for arms that differ in no more."""
+    changes = {
+        name: dataclasses.replace(part, seed=0)
+        for name, part in (("data", arm.data), ("instructions", arm.instructions))
+        if part is not None
+    }
+    return dataclasses.replace(arm, **changes)

@@ -1,0 +1,82 @@
+"""LLM-QAT: weights, activations and cache trained at their bit widths towards the full-precision model."""
+
+from typing import TYPE_CHECKING
+
+from studylib.config.arm import Arm
+from studylib.config.budgets import ATTENTION
+from studylib.config.settings import AFTER_ROTARY, LSQ, OFF
+from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
+from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from studylib.train.log import Log
+
+HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
+
+
+class LLMQAT(Method):
+    name, title, source = "llm-qat", "LLM-QAT", "arXiv 2305.17888"
+    papers, look = (LLM_QAT_PAPER,), Look("#0072B2", "o")
+    needs, takes = frozenset({"data", "training"}), frozenset({"scheme"})
+    few_shot_at = ("4-8-4",)
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        assert arm.training is not None
+        if arm.scheme.grid == LSQ and arm.training.mask is not None:
+            raise ValueError(f"mask: {arm.training.mask} does not go with the grid 'lsq', whose gradients are its own")
+        if ATTENTION in arm.training.features and arm.scheme.keys == AFTER_ROTARY and arm.widths.cache < OFF:
+            raise ValueError(
+                f"loss: {arm.training.loss!r} needs attention maps, which the kernel that quantizes keys "
+                f"{AFTER_ROTARY!r} does not return"
+            )
+
+    def apply(self, work: Work) -> "Log":
+        from studylib.quant.layers import freeze_weights, quantize_model
+        from studylib.train.distillation import held_out_windows, train_llm_qat
+
+        arm, model, data = work.arm, work.model, work.data
+        assert arm.training is not None and data is not None
+        with work.phase("train"):
+            attention = model.config._attn_implementation
+            if ATTENTION in arm.training.features:
+                model.set_attn_implementation("eager")
+            first = data.windows[: arm.training.batch]
+            quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask, tokens=first)
+            log = train_llm_qat(
+                model,
+                data.teacher,
+                data.head,
+                data.windows,
+                arm.training,
+                work.checkpoints,
+                seed=arm.seed,
+                held_out=held_out_windows(
+                    arm.evaluation.corpora, work.tokenizer, data.windows.shape[1], HELD_OUT_WINDOWS
+                ),
+                keep=work.keep,
+                progress=work.progress,
+            )
+            if ATTENTION in arm.training.features:
+                model.set_attn_implementation(attention)
+            freeze_weights(model)
+        return log
+
+
+class SmoothQuantLLMQAT(LLMQAT):
+    name, title = "smoothquant+llm-qat", "SmoothQuant + LLM-QAT"
+    look = Look("#56B4E9", "X")
+    numerics = ("grids", "ptq")
+    few_shot_at = ()
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
+        check_smoothable(skeleton)
+
+    def apply(self, work: Work) -> "Log":
+        from studylib.methods.calibration import smoothquant
+
+        with work.phase("quantize"):
+            smoothquant(work.model, work.calibration(CALIBRATION_WINDOWS))
+        return super().apply(work)

@@ -1,0 +1,269 @@
+"""The methods of fine-tuning on low-bit weights: LoRA, QLoRA and their relatives, QA-LoRA, QAT-LoRA, L4Q, QAT.
+
+Each prepares the base and what is trained; learning, keeping and deploying is the same for all (see FineTuned.apply).
+"""
+
+import dataclasses
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from studylib.config.arm import Arm
+from studylib.config.settings import (
+    ALL,
+    BESIDE,
+    DORA,
+    FROM_ORIGINAL,
+    INITS,
+    LOFTQ,
+    PACKED,
+    PISSA,
+    PLAIN,
+    Adapter,
+    Format,
+    Scheme,
+)
+from studylib.methods.base import L4Q_PAPER, QLORA_PAPER, Look, Method, Work
+from studylib.methods.ptq import CALIBRATION_WINDOWS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from studylib.train.log import Log
+
+
+class FineTuned(Method):
+    """A method that learns from instructions, on a base in `format` and through `adapter`.
+
+    formats: the kinds of format that its base can have, None for any. kinds: the kinds of adapter. chooses_layers,
+    drops_out: whether the adapter's layers and dropout can be chosen. keeps_adapter: whether a 16-bit adapter is left
+    beside the base; a method without trains what is deployed, and there is one way to do that.
+    """
+
+    papers = (L4Q_PAPER,)
+    needs = frozenset({"instructions", "tuning", "adapter", "format"})
+    numerics: tuple[str, ...] = ("formats",)
+    few_shot = ("mmlu",)
+    formats: tuple[str, ...] | None = None
+    kinds: tuple[str, ...] = (PLAIN,)
+    inits: tuple[str, ...] = ("l4q",)
+    chooses_layers = drops_out = keeps_adapter = True
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: "PreTrainedModel",
+        format: Format | None,
+        adapter: Adapter | None,
+        names: list[str],
+        seed: int,
+        tokens: "Tensor | None",
+    ) -> None:
+        """Put base and adapters in place; what requires gradients afterwards is what trains.
+
+        names: the linear layers that get an adapter. tokens [N, T]: what a base is calibrated on. The model's parameters
+        are fp32 and frozen.
+        """
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        self.check_parts(arm.format, arm.adapter)
+        self.check_merge(arm.merge, arm.format)
+
+    def check_parts(self, format: Format | None, adapter: Adapter | None) -> None:
+        """Raise ValueError unless format and adapter go with this method."""
+        for name, given in (("format", format), ("adapter", adapter)):
+            if (given is None) == (name in self.needs):
+                raise ValueError(f"{name}: {'missing' if given is None else 'not allowed'} for {self.name!r}")
+        if self.formats is not None and format is not None:
+            if format.kind not in self.formats:
+                raise ValueError(
+                    f"format: {format.kind!r} is not allowed for {self.name!r}; use {' or '.join(map(repr, self.formats))}"
+                )
+            if format.double or format.scale_bits != 32:
+                raise ValueError(f"format: {format.title} is not allowed for {self.name!r}; use fp32 scales")
+        if adapter is None:
+            return
+        for name, given, allowed in (
+            ("kind", adapter.kind, adapter.kind in self.kinds),
+            ("init", adapter.init, adapter.init in self.inits),
+            ("dropout", adapter.dropout, not adapter.dropout or self.drops_out),
+            ("layers", adapter.layers, adapter.layers == ALL or self.chooses_layers),
+        ):
+            if not allowed:
+                default = getattr(Adapter(), name)
+                raise ValueError(f"{name}: {given!r} is not allowed for {self.name!r}; use {default!r}")
+
+    def check_merge(self, how: str, format: Format | None) -> None:
+        """Raise ValueError unless what it trained can be deployed in this way (see methods.deploy.merge)."""
+        if how != BESIDE and not self.keeps_adapter:
+            raise ValueError(
+                f"merge: {how!r} is not allowed for {self.name!r}, which trains what is deployed; use {BESIDE!r}"
+            )
+        if how in PACKED and format is None:
+            raise ValueError(f"format: missing; {how!r} rounds to one")
+
+    def apply(self, work: Work) -> "Log":
+        from studylib.methods.adapters import attach
+        from studylib.methods.deploy import load_trained, merge, save_trained
+        from studylib.train.finetuning import fine_tune, training_pairs
+
+        arm, model = work.arm, work.model
+        assert arm.instructions is not None and arm.tuning is not None
+        with work.phase("train"):
+            tokens = None if work.data is None else work.calibration(CALIBRATION_WINDOWS)
+            format = arm.format if "format" in self.needs else None
+            attach(model, self, format=format, adapter=arm.adapter, seed=arm.seed, tokens=tokens)
+            if work.trained.exists():
+                log = load_trained(model, work.trained)
+                work.progress(arm.tuning.steps * arm.tuning.batch * arm.instructions.length)
+            else:
+                pairs, validation = training_pairs(arm.instructions.source)
+                log = fine_tune(
+                    model,
+                    work.tokenizer,
+                    pairs,
+                    arm.instructions,
+                    arm.tuning,
+                    work.checkpoints,
+                    held_out=validation,
+                    keep=work.keep,
+                    progress=work.progress,
+                )
+                if self.keeps_adapter:
+                    save_trained(model, log, work.trained)
+            if math.isfinite(log.steps[-1]["loss"]):
+                original = work.load() if arm.merge in FROM_ORIGINAL else None
+                merge(model, arm.merge, format=arm.format, original=original)
+        return log
+
+
+class LoRA(FineTuned):
+    """A 16-bit base. A format says what it is rounded to when base and adapter are merged."""
+
+    name, title, source = "lora", "LoRA", "arXiv 2106.09685"
+    papers, look = (QLORA_PAPER, L4Q_PAPER), Look("#666666", "h")
+    needs, takes = FineTuned.needs - {"format"}, frozenset({"format"})
+    rounds, numerics = False, ()
+    kinds = (PLAIN, DORA, PISSA)
+    few_shot_at = ("16-16-16",)
+
+    def check_parts(self, format: Format | None, adapter: Adapter | None) -> None:
+        if adapter is not None and adapter.kind == LOFTQ:
+            raise ValueError(
+                f"kind: {LOFTQ!r} is not allowed for 'lora', whose base has no rounding error; use 'qlora'"
+            )
+        super().check_parts(format, adapter)
+
+    def check(self, arm: Arm) -> None:
+        base = dataclasses.replace(arm, format=None, merge=BESIDE) if arm.merge in PACKED else arm
+        super().check(base)
+        self.check_merge(arm.merge, arm.format)
+
+    def as_trained(self, arm: Arm) -> Arm:
+        return dataclasses.replace(super().as_trained(arm), format=None)
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.methods.adapters import attach_lora
+
+        attach_lora(model, format, adapter, names, seed)
+
+
+class QLoRA(FineTuned):
+    """A base in low bits, through bitsandbytes for NF4 and its FP4."""
+
+    name, title, source = "qlora", "QLoRA", "arXiv 2305.14314"
+    papers, look = (QLORA_PAPER, L4Q_PAPER), Look("#0072B2", "o")
+    kinds = (PLAIN, DORA, PISSA, LOFTQ)
+    few_shot_at = ("4-16-16",)
+
+    def usual_format(self, bits: int = 4, group: int | None = 64, double: bool = True) -> Format:
+        """NormalFloat, double quantized or not."""
+        return Format("nf", bits, group, double)
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.methods.adapters import attach_lora
+
+        attach_lora(model, format, adapter, names, seed)
+
+
+class GPTQLoRA(FineTuned):
+    """LoRA on a base that GPTQ rounded."""
+
+    name, title, source = "gptq+lora", "GPTQ + LoRA", "L4Q, section 5.1"
+    look, numerics = Look("#009E73", "^"), ("formats", "grids", "ptq")
+    needs = FineTuned.needs | {"data"}
+    formats = ("int", "affine")
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.methods.adapters import inject
+        from studylib.methods.calibration import gptq
+
+        gptq(model, f"{format.bits}-16-16", tokens, format.group, symmetric=format.kind == "int")
+        inject(model, adapter, names, seed)
+
+
+class QALoRA(FineTuned):
+    """An adapter that is merged into the zero points of its base."""
+
+    name, title, source = "qa-lora", "QA-LoRA", "arXiv 2309.14717"
+    look, formats, keeps_adapter = Look("#E69F00", "v"), ("affine",), False
+    relative_rate = 0.2
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.quant.adapted import qa_lora_model
+
+        qa_lora_model(model, format, adapter, names, seed)
+
+
+class QATLoRA(FineTuned):
+    """LoRA beside a frozen weight that is rounded to a grid whose scales and offsets are learned with it."""
+
+    name, title, source = "qat-lora", "QAT-LoRA", "L4Q, section 4"
+    look, formats, numerics = Look("#56B4E9", "p"), ("affine",), ("formats", "learned grids")
+    relative_rate = 0.3
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.data import models
+        from studylib.methods.adapters import inject
+        from studylib.quant.adapted import learned_grid_model, train_grids
+
+        learned_grid_model(model, format.bits, format.group, models.compute_dtype())
+        inject(model, adapter, names, seed)
+        train_grids(model)
+
+
+class L4Q(FineTuned):
+    """A weight, its adapter and its grid trained as one, so that integers are left."""
+
+    name, title, source = "l4q", "L4Q", "arXiv 2402.04902"
+    look, formats, numerics = Look("#D55E00", "X"), ("affine",), ("formats", "learned grids")
+    inits, keeps_adapter, chooses_layers, drops_out = INITS, False, False, False
+    relative_rate = 0.3
+    few_shot_at = ("4-16-16",)
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.methods.adapters import compact
+        from studylib.quant.l4q import l4q_model
+
+        compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
+        given = {"group": format.group, "rank": adapter.rank, "alpha": adapter.alpha, "init": adapter.init}
+        l4q_model(model, format.bits, **given, seed=seed)
+
+
+class QAT(FineTuned):
+    """All linear weights of the decoder train, rounded to the format in every pass; no adapter."""
+
+    name, title, source = "qat", "QAT", "L4Q, section 5.1"
+    look, numerics = Look("#CC79A7", "P"), ("formats", "grids")
+    needs = FineTuned.needs - {"adapter"}
+    formats, keeps_adapter = ("int", "affine"), False
+    relative_rate = 0.05
+
+    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+        from studylib.quant.layers import decoder_linears, quantize_model
+
+        quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.group))
+        for linear in decoder_linears(model).values():
+            linear.weight.requires_grad_(True)

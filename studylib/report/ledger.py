@@ -1,0 +1,152 @@
+"""The ledger: every claim, its verdict and the number that it rests on, at a glance."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import pandas as pd
+
+from studylib.config.words import EMPTY
+from studylib.evidence.claims import CLAIMS
+from studylib.evidence.effects import (
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    NOT_TESTED,
+    REPRODUCED,
+    VERDICTS,
+    Effect,
+    PaperNumber,
+)
+from studylib.evidence.judging import Claim, Finding, judge
+from studylib.study.records import Record
+
+SYMBOLS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_TESTED: EMPTY}
+WIDTH, HEIGHT, EDGE = 240, 42, 8  # of a picture, and what stays free at its ends
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim and what the records say of it, a finding a measure."""
+
+    claim: Claim
+    findings: tuple[Finding, ...]
+
+    @property
+    def telling(self) -> Finding:
+        """The finding that says most: the first with a verdict."""
+        decided = (finding for finding in self.findings if finding.verdict not in (INCONCLUSIVE, NOT_TESTED))
+        return next(decided, self.findings[0])
+
+    @property
+    def others(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding is not self.telling]
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Each verdict in words, with how many measures say so where they do not agree."""
+        counts = Counter(finding.verdict for finding in self.findings)
+        found = [verdict for verdict in VERDICTS if counts[verdict]]
+        if len(found) == 1:
+            return {found[0]: found[0]}
+        first, *others = (f"{verdict} by {counts[verdict]}" for verdict in found)
+        return dict(zip(found, (f"{first} of {len(self.findings)} measures", *others), strict=True))
+
+    @property
+    def overall(self) -> str:
+        return ", ".join(self.verdicts.values())
+
+    @property
+    def paper(self) -> str:
+        """The paper's own effect."""
+        return self.claim.effect.text if self.claim.effect else EMPTY
+
+
+def ledger(records: Sequence[Record]) -> list[Entry]:
+    """All claims in their order."""
+    return [Entry(claim, tuple(judge(claim, records))) for claim in CLAIMS.values()]
+
+
+def ledger_table(entries: Sequence[Entry]) -> str:
+    """The ledger as a Markdown table: each claim, its verdict, and the finding that says most of it."""
+    rows = ["| | Claim | Verdict | Found | The paper |", "| --- | --- | --- | --- | --- |"]
+    for entry in entries:
+        found, could = entry.telling.found, entry.telling.could
+        found += f" Could have shown {could}." if could else ""
+        rows.append(f"| {entry.claim.id} | {entry.claim.statement} | {entry.overall} | {found} | {entry.paper} |")
+    return "\n".join(rows)
+
+
+def ledger_frame(entries: Sequence[Entry]) -> pd.DataFrame:
+    """One row for each finding, as plain numbers in the effect's own unit (shares as such), NaN where there is none.
+
+    Columns: claim, statement, measure, verdict; effect, low, high (95%), surely_low, surely_high (the interval that the
+    verdict rests on), of (what it is, in words); above, below (where the claim holds); smallest (see effects.Effect);
+    paper (its own effect, where it can be compared), paper_text.
+    """
+    return pd.DataFrame([_row(entry, finding) for entry in entries for finding in entry.findings])
+
+
+def _row(entry: Entry, finding: Finding) -> dict:
+    row = {"claim": entry.claim.id, "statement": entry.claim.statement}
+    row |= {"measure": finding.measure, "verdict": finding.verdict}
+    names = ("effect", "low", "high", "surely_low", "surely_high", "of", "above", "below", "smallest", "paper")
+    row |= dict.fromkeys(names, math.nan)
+    if effect := finding.effect:
+        interval, mark = effect.interval, effect.mark(entry.claim.effect)
+        values = (interval.estimate, interval.low, interval.high, *interval.bounds, effect.what)
+        values += (effect.above, effect.below, effect.smallest, mark and mark.value)
+        row |= dict(zip(names, values, strict=True))
+    return row | {"paper_text": entry.paper}
+
+
+def effect_text(effect: Effect) -> str:
+    """The number with its interval, where it has one."""
+    low, high = effect.interval.bounds
+    return effect.text if low < high else effect.unit.text(effect.interval.estimate)
+
+
+def picture(effect: Effect, paper: PaperNumber | None) -> str:
+    """An effect as inline SVG: its 95% interval and the wider one that the verdict rests on, where the claim holds, and
+    the paper's number as a diamond, hollow if recalled, where it can stand beside. Empty where a number is infinite.
+
+    Ratios have a log scale. The interval has the colour of the text around it.
+    """
+    found, mark = effect.interval, effect.mark(paper)
+    shown = [found.low, found.high, *found.bounds, *filter(math.isfinite, (effect.above, effect.below))]
+    shown += [mark.value] if mark else []
+    if not all(map(math.isfinite, shown)):
+        return ""
+    scale = math.log if effect.unit.ratio and min(shown) > 0 else float
+    least, most = scale(min(shown)), scale(max(shown))
+
+    def x(value: float) -> float:
+        if math.isinf(value):
+            return 0 if value < 0 else WIDTH
+        return round(EDGE + (WIDTH - 2 * EDGE) * ((scale(value) - least) / (most - least or 1)), 1)
+
+    left, right = x(effect.above), x(effect.below)
+    at, anchor = _beneath((left + right) / 2 if left > 0 and right < WIDTH else x(effect.bound))
+    parts = [f'<rect class="holds" x="{left}" y="6" width="{round(right - left, 1)}" height="20"/>']
+    parts += [f'<path class="bound" d="M{end} 6v20"/>' for end in (left, right) if 0 < end < WIDTH]
+    for (low, high), width in ((found.bounds, 1.5), ((found.low, found.high), 5)):
+        parts.append(f'<path stroke="currentColor" stroke-width="{width}" d="M{x(low)} 18H{x(high)}"/>')
+    parts.append(f'<circle fill="currentColor" cx="{x(found.estimate)}" cy="18" r="5"/>')
+    if mark:
+        kind = "recalled" if mark.recalled else "paper"
+        parts.append(f'<path class="{kind}" d="M{x(mark.value)} 1l5 5l-5 5l-5 -5z"/>')
+    parts.append(f'<text x="{at}" y="39" text-anchor="{anchor}">holds {escape(effect.holds)}</text>')
+    label = f"{effect_text(effect)} {effect.what}; the claim holds {effect.holds}"
+    label += f"; the paper: {mark.text}" if mark else ""
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}">{"".join(parts)}</svg>'
+    )
+
+
+def _beneath(at: float) -> tuple[float, str]:
+    """Where a text at a position begins, ends or is centred, so that it stays inside the picture."""
+    if at < WIDTH / 4:
+        return 0, "start"
+    return (WIDTH, "end") if at > 3 * WIDTH / 4 else (at, "middle")

@@ -1,0 +1,240 @@
+"""The report: one HTML page without outside resources, every sentence and number of it computed from records."""
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from PIL import Image
+
+from studylib.evaluate.memory import TITLES
+from studylib.methods.arms import corpus_title
+from studylib.config.words import number
+from studylib.evidence.effects import NOT_TESTED, VERDICTS
+from studylib.evidence.judging import FAMILY
+from studylib.evidence.measures import Cell, accuracies, gather
+from studylib.evidence.statistics import POWER
+from studylib.report import recipes
+from studylib.report.figures.recipes import frontier_figure
+from studylib.report.ledger import SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
+from studylib.report.tables import as_html, as_markdown, readable, scoreboard
+from studylib.study.notebooks import read_published
+from studylib.study.records import Record
+from studylib.config.files import write_whole
+
+
+@dataclass(frozen=True)
+class Paper:
+    """letter: what its claims begin with. methods, notebooks (their numbers): whose arms and figures its page shows."""
+
+    letter: str
+    name: str
+    source: str
+    what: str
+    methods: tuple[str, ...]
+    notebooks: tuple[str, ...]
+
+
+PAPERS = (
+    Paper(
+        "A",
+        "LLM-QAT",
+        "arXiv 2305.17888",
+        "quantization-aware training towards the full-precision model, without data",
+        ("full-precision", "rtn", "smoothquant", "gptq", "awq", "llm-qat", "smoothquant+llm-qat"),
+        ("04", "03", "02", "01"),
+    ),
+    Paper(
+        "B",
+        "QLoRA",
+        "arXiv 2305.14314",
+        "adapters trained on a frozen 4-bit base",
+        ("full-precision", "encoded", "lora", "qlora"),
+        ("06", "07"),
+    ),
+    Paper(
+        "C",
+        "L4Q",
+        "arXiv 2402.04902",
+        "adapter and quantization trained as one",
+        ("full-precision", "4-bit kernel", "lora", "qlora", "gptq+lora", "qa-lora", "qat-lora", "l4q", "qat"),
+        ("05", "08"),
+    ),
+)
+SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
+
+
+def write_report(
+    output: str | Path, records: Sequence[Record], notebooks: Sequence[Path], command: str, budget: float | None = None
+) -> Path:
+    """Write output/report.html from what the executed `notebooks` published there; returns its path.
+
+    records: all that they used, of one model and one evaluation. command: what makes this report again.
+    budget: MB that the recommended recipe may take.
+    """
+    output, name = Path(output), records[0].provenance["model"]["name"]
+    entries, board = ledger(records), scoreboard(records)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("studylib", "report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        model=Path(name).name if Path(name).is_absolute() else name,
+        note=records[0].provenance["model"]["note"],
+        arm=records[0].arm,
+        corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
+        trained=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.training), None),
+        tuned=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.tuning), None),
+        seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
+        entries=entries,
+        papers=[
+            (paper, _claims(paper, entries), _arms(paper, board), _figures(output, notebooks, paper.notebooks))
+            for paper in PAPERS
+        ],
+        overview=_figures(output, notebooks, SUMMARY),
+        recipes=[_recipe(found) for found in recipes.recommendations(records, budget)],
+        recipes_title=recipes.TITLE,
+        sizes=recipes.SIZES,
+        rates=_rates(records),
+        verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
+        symbols=SYMBOLS,
+        effect_text=effect_text,
+        picture=picture,
+        power=f"{POWER:.0%}",
+        cost=[_cost(cell) for cell in gather(records).values()],
+        total_minutes=number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),
+        peak=number(max(record.cost["peak_bytes"] for record in records) / 2**30),
+        sources=_sources(records),
+        machine=_machine(records),
+        notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
+        items=sum(sum(measure.sizes) for measure in accuracies(records)),
+        command=command,
+        family=FAMILY,
+    )
+    path = output / "report.html"
+    write_whole(path, page)
+    return path
+
+
+def _claims(paper: Paper, entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.claim.id.startswith(paper.letter)]
+
+
+def _arms(paper: Paper, board: pd.DataFrame) -> str:
+    """The table of the paper's methods; empty where none was run."""
+    own = board[board["method"].isin([TITLES[method] for method in paper.methods])]
+    return as_html(readable(own.reset_index(drop=True), tasks=False)) if len(own) else ""
+
+
+def summary(records: Sequence[Record], budget: float | None = None) -> str:
+    """The ledger, the recipe for `budget` MB, every finding and the table in Markdown, for a repository page."""
+    entries, board = ledger(records), scoreboard(records)
+    found = [ledger_table(entries), ""]
+    found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
+    for paper in PAPERS:
+        found.append(f"## {paper.name} ({paper.source})\n")
+        for entry in _claims(paper, entries):
+            if any(finding.verdict != NOT_TESTED for finding in entry.findings):
+                found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {entry.claim.rule}."]
+                found += [f"  - {finding.sentence}" for finding in entry.findings]
+        found.append("")
+    return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
+
+
+def _recipe(found: recipes.Recommendation) -> dict:
+    svg, table = io.BytesIO(), recipes.frontier_table(found)
+    frontier_figure(found).savefig(svg, format="svg")
+    return {
+        "title": found.family.title,
+        "headline": found.headline,
+        "details": found.details,
+        "image": base64.b64encode(svg.getvalue()).decode(),
+        "alt": f"{found.headline} The best of their size: {', '.join(table['Recipe'])}.",
+        "table": as_html(table),
+    }
+
+
+def _rates(records: Sequence[Record]) -> str:
+    """The learning rate of each method that was fine-tuned."""
+    rates = {TITLES[r.arm.method]: r.arm.tuning.learning_rate for r in records if r.arm.tuning}
+    return ", ".join(f"{rate:g} ({title})" for title, rate in rates.items())
+
+
+def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) -> list[dict[str, str]]:
+    """What the notebooks of these numbers published, in the order of the numbers."""
+    stems = sorted(path.stem for path in notebooks)
+    return [
+        {
+            "title": title,
+            "notebook": stem,
+            "image": _webp(output / stem / f"{name}.png"),
+            "png": f"{stem}/{name}.png",
+        }
+        for prefix in numbers
+        for stem in stems
+        if stem.startswith(f"{prefix}_")
+        for name, title in read_published(output, stem)["figures"].items()
+    ]
+
+
+def _webp(png: Path) -> str:
+    """A picture without loss in a third of the bytes, in base64."""
+    smaller = io.BytesIO()
+    with Image.open(png) as image:
+        image.convert("RGB").save(smaller, "webp", lossless=True, method=2)
+    return base64.b64encode(smaller.getvalue()).decode()
+
+
+def _cost(cell: Cell) -> dict[str, str]:
+    runs = (*cell.records, *cell.diverged)
+    seconds = Counter()
+    for record in runs:
+        seconds.update(record.cost["seconds"])
+    return {
+        "title": cell.title,
+        "minutes": number(sum(seconds.values()) / 60),
+        "phases": ", ".join(f"{phase} {number(value)} s" for phase, value in seconds.items()),
+        "tokens": f"{sum(sum(record.cost['tokens'].values()) for record in runs):,}",
+        "peak": number(max(record.cost["peak_bytes"] for record in runs) / 2**30),
+        "keys": ", ".join(record.key for record in runs),
+    }
+
+
+def _sources(records: Sequence[Record]) -> dict[str, str]:
+    """The weights and corpora, by their hashes."""
+    corpora = records[0].arm.evaluation.corpora
+    return {
+        "Weights": _all_values(records, "model", "name"),
+        "Weights, SHA-256": _all_values(records, "model", "sha256"),
+        **{f"{corpus_title(corpus)}, SHA-256": _all_values(records, "corpora", corpus) for corpus in corpora},
+    }
+
+
+def _machine(records: Sequence[Record]) -> dict[str, str]:
+    """Hardware, versions and times."""
+    finished = [record.provenance["finished"] for record in records]
+    processor, cores = (_all_values(records, "hardware", name) for name in ("processor", "cores"))
+    return {
+        "Processor": f"{processor}, {cores} threads",
+        "Accelerator": _all_values(records, "hardware", "accelerator").replace("null", "none"),
+        "Products computed in": _all_values(records, "compute_dtype"),
+        "Commit": f"{_all_values(records, 'commit')} (changes not committed: {_all_values(records, 'dirty')})",
+        "Python": _all_values(records, "python"),
+        **{name: _all_values(records, "code", name) for name in ("torch", "transformers", "lm-eval")},
+        "Finished": f"{min(finished)} to {max(finished)}",
+    }
+
+
+def _all_values(records: Sequence[Record], *path: str) -> str:
+    """A part of the provenance: all values that occur."""
+    found = []
+    for record in records:
+        value = record.provenance
+        for name in path:
+            value = value[name]
+        found.append(value if isinstance(value, str) else json.dumps(value))
+    return ", ".join(dict.fromkeys(found))

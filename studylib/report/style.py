@@ -1,0 +1,217 @@
+"""What all figures share: colours, axes, a point with its interval, titles and legends."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from adjustText import adjust_text
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator, StrMethodFormatter
+
+from studylib.evaluate.memory import TITLES
+from studylib.config.words import capital
+from studylib.evidence.measures import FULL, Cell, Cells, Measure, identity
+from studylib.evidence.statistics import Interval
+
+# Okabe and Ito's colours for all kinds of colour vision; marker and filling tell the methods apart in grey.
+COLOURS = {
+    "full-precision": "#000000",
+    "rtn": "#D55E00",
+    "smoothquant": "#E69F00",
+    "gptq": "#009E73",
+    "awq": "#CC79A7",
+    "llm-qat": "#0072B2",
+    "smoothquant+llm-qat": "#56B4E9",
+    "encoded": "#D55E00",
+    "4-bit kernel": "#009E73",
+    "lora": "#666666",
+    "qlora": "#0072B2",
+    "gptq+lora": "#009E73",
+    "qa-lora": "#E69F00",
+    "qat-lora": "#56B4E9",
+    "l4q": "#D55E00",
+    "qat": "#CC79A7",
+}
+MARKERS = dict(zip(TITLES, "Ds^vPoXsPho^vpXP", strict=True))
+HOLLOW = ("rtn", "smoothquant", "gptq", "awq", "encoded")
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+HALO = withStroke(linewidth=2, foreground="white")
+LINE_STEP = 8  # points of length between the places of a line that labels avoid
+OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows when a cell ends with it, without pyplot's global state."""
+
+    def savefig(self, file: str | Path | BinaryIO, **settings) -> None:
+        """As Figure's, but an SVG has no date and no random names: a figure drawn again has the same bytes."""
+        with rc_context({"svg.hashsalt": "studylib"}):
+            super().savefig(file, metadata={"Date": None}, **settings)
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
+
+def new_panels(
+    count: int, width: float, height: float, sharey: bool = False, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    figure = NotebookFigure(figsize=(width, height), layout="constrained", dpi=110)
+    columns = -(-count // rows)
+    axes = list(figure.subplots(rows, columns, sharex=rows > 1, sharey=sharey, squeeze=False).flat)
+    while len(axes) > count:
+        axes.pop().remove()
+    for ax in axes[-columns:]:
+        ax.tick_params(labelbottom=True)  # also above a place that is left empty
+    for ax in axes:
+        ax.grid(color="#E8E8E8", lw=0.7)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def plain_ticks(axis: Axis, at: Locator | None = None) -> None:
+    """1, 2, 5, 10, ... on a log axis, or what `at` finds, without powers of ten."""
+    axis.set_major_locator(at or LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def draw_times(ax: Axes, measure: Measure, reference: Cell) -> None:
+    """Make the vertical axis that of a perplexity beside the reference's, on a log scale."""
+    ax.set_yscale("log")
+    plain_ticks(ax.yaxis, FixedLocator((0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 6, 8)))
+    ax.set_ylabel(f"{capital(measure.title)},\ntimes that of {reference.title} (log scale, lower is better)")
+
+
+def axis_title(measure: Measure, scale: str = "") -> str:
+    if measure.is_perplexity:
+        return f"{capital(measure.title)} ({scale}lower is better)"
+    return f"{capital(measure.short_title)}, % (higher is better)"
+
+
+def empty_figure(why: str) -> Figure:
+    figure, (ax,) = new_panels(1, width=6, height=2)
+    ax.set_axis_off()
+    set_title(figure, why)
+    return figure
+
+
+def set_title(figure: Figure, text: str) -> None:
+    width = int(figure.get_figwidth() * 10.8)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+
+
+def finish(figure: Figure, title: str, cells: Cells, *further: Line2D) -> None:
+    present = [method for method in TITLES if any(cell.method == method for cell in cells.values())]
+    handles = [
+        Line2D([], [], color=COLOURS[method], marker=MARKERS[method], mfc=fill_of(method), ls="", label=TITLES[method])
+        for method in present
+    ]
+    figure.legend(handles=[*handles, *further], loc="outside lower center", ncols=5, title="Bars: 95% intervals")
+    set_title(figure, title)
+
+
+def fill_of(method: str) -> str:
+    return "#FFFFFF" if method in HOLLOW else COLOURS[method]
+
+
+def draw_point(ax: Axes, x: float, y: float, method: str, found: Interval, axis: str, limit: float) -> None:
+    """A marker with its interval along `axis`, cut at `limit`; an arrow head where the value itself lies beyond it."""
+    beyond = found.estimate > limit
+    if not beyond:
+        low, high = max(0, found.estimate - found.low), max(0, min(found.high, limit) - found.estimate)
+        bar = {f"{axis}err": [[low], [high]], "color": COLOURS[method], "lw": 1.2, "capsize": 2, "zorder": 2}
+        ax.errorbar(x, y, **bar, alpha=0.4 if axis == "y" else 1)  # points of equal size stand behind each other
+    marker = {"x": ">", "y": "^"}[axis] if beyond else MARKERS[method]
+    ax.plot(x, y, marker=marker, ms=5.5, color=COLOURS[method], mfc=fill_of(method), ls="", zorder=3)
+
+
+def draw_row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: float) -> None:
+    colour = COLOURS[cell.method]
+    if not cell.records:
+        say_diverged(ax, cell, row)
+        return
+    found = measure.interval(identity, cell)
+    x = min(found.estimate, limit)
+    draw_point(ax, x, row, cell.method, found, "x", limit)
+    ax.annotate(
+        measure.text(found.estimate),
+        (x if found.estimate > limit else min(found.high, limit), row),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        color=colour,
+        path_effects=[HALO],
+    )
+
+
+def say_diverged(ax: Axes, cell: Cell, row: float) -> None:
+    ax.text(0.99, row, f"{TITLES[cell.method]} diverged", transform=ax.get_yaxis_transform(), ha="right", va="center",
+            fontsize=7.5, color=COLOURS[cell.method])  # fmt: skip
+
+
+def name_rows(ax: Axes, names: Sequence[str], **style) -> None:
+    """Rows 0, 1, 2, ... of the axes, by name, the first on top. style: of their labels."""
+    ax.set_yticks(range(len(names)), names, **style)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
+def draw_reference(ax: Axes, cells: Cells, measure: Measure) -> None:
+    """Full precision as a line with its interval as a band."""
+    full = cells.get(FULL)
+    if full and full.records:
+        found = measure.interval(identity, full)
+        ax.axvspan(found.low, found.high, color="#000000", alpha=0.06, lw=0, zorder=0)
+        ax.axvline(found.estimate, color="#000000", lw=1, zorder=1)
+        ax.plot(found.estimate, 1, marker="D", ms=5, color="#000000", transform=ax.get_xaxis_transform(), clip_on=False)
+
+
+def off_scale(cells: Cells, measure: Measure) -> float:
+    """Where the scale ends: OFF_SCALE times the best perplexity, if any is above that; accuracies have no end."""
+    if not measure.is_perplexity:
+        return np.inf
+    found = [measure.interval(identity, cell) for cell in cells.values() if cell.records]
+    return min(max(interval.high for interval in found), min(interval.estimate for interval in found) * OFF_SCALE)
+
+
+def draw_best(ax: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
+    """The dashed line through those that nothing is both smaller and better than; its own handle in a legend."""
+    (line,) = ax.plot(x, y, color="#888888", lw=1, ls="--", label="best for its size", zorder=1)
+    return line
+
+
+def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float], line: Line2D | None = None) -> None:
+    """Move labels away from each other, from the points (x, y) and from `line`, with a thin one to where they stood."""
+    if line:
+        ax.figure.draw_without_rendering()  # before that, limits and lengths on the page are not settled
+        x, y = np.concatenate([np.column_stack([x, y]), _places_along(line)]).T
+    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
+    # In steps, not in seconds, as the library has it: a busy machine draws the same figure.
+    adjust_text(texts, x=x, y=y, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.8), iter_lim=1000)
+
+
+def _places_along(line: Line2D) -> np.ndarray:
+    """(n, 2): positions in data coordinates, evenly spaced on the page."""
+    to_page = line.axes.transData
+    corners = to_page.transform(line.get_xydata())
+    reached = np.cumsum([0, *np.hypot(*np.diff(corners, axis=0).T)])
+    steps = np.arange(0, reached[-1], LINE_STEP * line.figure.dpi / 72)
+    places = np.column_stack([np.interp(steps, reached, corners[:, axis]) for axis in (0, 1)])
+    return to_page.inverted().transform(places)

@@ -1,0 +1,273 @@
+"""Records: one JSON file for each arm that was run, found again by what determines its result."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studylib.config.arm import Arm
+from studylib.config.budgets import ALPACA, CORPORA, RealText
+from studylib.config.files import write_whole
+from studylib.config.numerics import versions
+from studylib.methods.arms import Setting
+from studylib.methods.base import METHODS, find
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+FORMAT = 2  # of the files; 1 was keyed by hashes of source
+FINISHED, DIVERGED = "finished", "diverged"
+SHORT = 12  # digits of the key in a file's name
+
+
+class RecordError(RuntimeError):
+    """A record or a results folder that cannot be used."""
+
+
+def digest(*parts: str) -> str:
+    """16 hexadecimal digits that stand for the given texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def contents(arm: Arm) -> dict[str, str]:
+    """What the arm names by a path or a hub id, and a SHA-256 (or commit) of what is there now.
+
+    The model with its configuration, tokenizer and template, corpora, instruction pairs. What has a name of its own is
+    pinned, and changes with a numerics version alone. Raises ValueError where there is nothing of that name.
+    """
+    from studylib.data import corpora, models
+    from studylib.data.sources import file_sha256
+
+    found = {} if (version := models.contents(arm.model)) is None else {arm.model: version}
+    names = [corpus for corpus in arm.evaluation.corpora if corpus not in CORPORA]
+    if isinstance(arm.data, RealText) and arm.data.corpus not in CORPORA:
+        names.append(arm.data.corpus)
+    found |= {name: corpora.sha256(name) for name in names}
+    if arm.instructions and arm.instructions.source != ALPACA:
+        found[arm.instructions.source] = file_sha256(Path(arm.instructions.source))
+    return found
+
+
+def numerics(arm: Arm) -> dict[str, int]:
+    """The versions of the components that the arm passes through (see config.numerics), and of its method."""
+    method = find(arm.method)
+    return versions(arm, method.numerics) | {f"method {method.name}": method.version}
+
+
+def arm_key(arm: Arm) -> str:
+    """What a record is found by: the arm, with contents in the place of the paths that it names, and its numerics.
+
+    So a moved file or folder is the same, a changed one is another; and what code looks like does not matter.
+    """
+    found = contents(arm)
+    return digest(
+        json.dumps(_by_content(json.loads(arm.canonical()), found), sort_keys=True), json.dumps(numerics(arm))
+    )
+
+
+def _by_content(value: Any, found: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _by_content(own, found) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_by_content(own, found) for own in value]
+    return f"sha256:{found[value]}" if isinstance(value, str) and value in found else value
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one arm.
+
+    metrics: numbers by name; None where not finite. scores: per-item numbers by name, in the same item order for all
+    arms. training: the log of a training, one entry a step; curve: its held-out loss at {"step", "tokens", "loss"}.
+    data: {"statistics", "samples"} of the text that the method was trained or calibrated on. cost: seconds and tokens
+    by phase, peak_bytes. provenance: code, versions, hardware, hashes: where it comes from, and no part of the key but
+    for "numerics" and "contents".
+    """
+
+    key: str
+    arm: Arm
+    status: str
+    metrics: dict[str, float | None]
+    scores: dict[str, list[float | None]]
+    training: list[dict[str, float | None]]
+    curve: list[dict[str, float | None]]
+    data: dict[str, Any]
+    cost: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @property
+    def file_name(self) -> str:
+        """Method, bits, variant, seed and the beginning of the key, for people: what is looked for is the key."""
+        variant = re.sub(r"[^A-Za-z0-9+.]+", "-", Setting.of(self.arm).variant).strip("-")[:60]
+        method = re.sub(r"[^A-Za-z0-9+.]+", "-", self.arm.method)
+        parts = [method, self.arm.bits, variant, f"seed{self.arm.seed}", self.key[:SHORT]]
+        return "_".join(part for part in parts if part) + ".json"
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """ValueError, in one line, for what is no record of this format."""
+        fields = json.loads(text)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(fields, dict) or not {"key", "arm"} <= fields.keys():
+            raise ValueError("it is no record")
+        found = fields.pop("format", 1)
+        if found != FORMAT:
+            age = "an older" if isinstance(found, int) and found < FORMAT else "another"
+            raise ValueError(f"it has {age} format, {found!r}; this version of studylib reads {FORMAT}")
+        for name in fields.keys() ^ set(names):
+            raise ValueError(f"unknown field {name!r}" if name in fields else f"the field {name!r} is missing")
+        return cls(**fields | {"arm": Arm.from_dict(fields["arm"])})
+
+
+class Store:
+    """The folder results/runs: records, and beside them locks, generated data, checkpoints, adapters, kept models."""
+
+    PARTS = ("records", "locks", "data", "checkpoints", "adapters", "models")
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._found: dict[str, Path] = {}
+        try:
+            for name in self.PARTS:
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            probe = self.folder / "locks" / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RecordError(
+                f"results folder {self.folder} is not writable ({error.strerror}); give another one with --results"
+            ) from error
+
+    def find(self, key: str) -> Path | None:
+        """The file of the record of `key`, None if there is none."""
+        path = self._found.get(key)
+        if path is None or not path.exists():
+            self._found = {_short_key(path): path for path in (self.folder / "records").glob("*.json")}
+            path = self._found.get(key[:SHORT])
+            if path is not None:
+                self._found[key] = path
+        return path
+
+    def data_folder(self, key: str) -> Path:
+        return self.folder / "data" / key
+
+    def checkpoint_folder(self, key: str) -> Path:
+        return self.folder / "checkpoints" / key
+
+    def adapter_file(self, key: str) -> Path:
+        return self.folder / "adapters" / f"{key}.safetensors"
+
+    def model_file(self, key: str) -> Path:
+        """Where the deployed model of a trained arm is kept."""
+        return model_file(self.folder, key)
+
+    def lock(self, name: str) -> "FileLock":
+        """Held by the process that computes `name`; another one waits for it and then finds its result."""
+        from filelock import FileLock
+
+        return FileLock(self.folder / "locks" / f"{name}.lock")
+
+    def is_held(self, name: str) -> bool:
+        """Whether some process holds the lock of `name` just now."""
+        from filelock import Timeout
+
+        try:
+            with self.lock(name).acquire(blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def load(self, key: str) -> Record | None:
+        """The record of `key`, None if there is none; RecordError if its file cannot be read."""
+        path = self.find(key)
+        if path is None:
+            return None
+        record = read_record(path)
+        if record.key != key:
+            raise RecordError(f"{path} holds the record {record.key} under the name of {key}; delete it")
+        return record
+
+    def save(self, record: Record) -> Path:
+        """Keep the record, whole."""
+        path = self.folder / "records" / record.file_name
+        write_whole(path, record.to_json())
+        self._found[record.key] = path
+        return path
+
+
+def _short_key(path: Path) -> str:
+    return path.stem.rpartition("_")[2]
+
+
+def model_file(results: Path, key: str) -> Path:
+    """Where a results folder keeps the deployed model of a record."""
+    return results / "models" / f"{key}.safetensors"
+
+
+def read_record(path: Path) -> Record:
+    """The record in the file `path`; RecordError naming the file where it is not one or there is none."""
+    try:
+        return Record.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecordError(f"there is no record {path}; run the notebooks that show it again") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} cannot be read as a record ({_first_line(error)}); move it away") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def read_records(folder: str | Path, skipped: Callable[[RecordError], None] | None = None) -> Iterator[Record]:
+    """All records in a folder of record files, in the order of their names.
+
+    skipped: told of each file that is no record, which is then left out; without it, that is a RecordError.
+    """
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            yield read_record(path)
+        except RecordError as error:
+            if skipped is None:
+                raise
+            skipped(error)
+
+
+def _as_trained(arm: Arm) -> Arm:
+    return METHODS[arm.method].as_trained(arm) if arm.method in METHODS else arm
+
+
+# What several arms of a model share, by the phase in which the first of them makes it.
+SHARED: dict[str, Callable[[Arm], Any]] = {
+    "data": attrgetter("model", "data"),
+    "train": functools.lru_cache(maxsize=4096)(_as_trained),
+}
+
+
+def seconds_alone(record: Record, records: Sequence[Record]) -> dict[str, float]:
+    """Seconds of each phase of a record's arm, had it been run alone: what arms in `records` share with it, it makes
+    itself."""
+    own = dict(record.cost["seconds"])
+    for phase in SHARED.keys() & own.keys():
+        own[phase] = max(other.cost["seconds"].get(phase, 0.0) for other in records if shares(phase, record, other))
+    return own
+
+
+def shares(phase: str, record: Record, other: Record) -> bool:
+    """Whether one record's arm makes in `phase` what the other's needs as well: text, or a training that is deployed
+    in several ways."""
+    shared = SHARED[phase]
+    return shared(record.arm) == shared(other.arm)

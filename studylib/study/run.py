@@ -1,0 +1,336 @@
+"""Arm -> Record: one arm is checked, carried out and scored; what it shares with others is made once."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from studylib.config.arm import Arm
+from studylib.config.budgets import ARCHIVE, CHAT, NOTHING, Evaluation, RealText, Sampling
+from studylib.config.files import write_whole
+from studylib.config.numerics import NUMERICS
+from studylib.config.settings import LSQ, SYMMETRIC
+from studylib.data import corpora, models
+from studylib.data.generation import chat_opening, check_length
+from studylib.data.sources import fetch
+from studylib.evaluate.scores import TASKS, score
+from studylib.evaluate.speed import decoding_seconds
+from studylib.evaluate.weights import weight_scores
+from studylib.methods.adapters import adapted_layers
+from studylib.methods.arms import title
+from studylib.methods.base import Method, Work, find
+from studylib.quant.layers import cache_bytes_per_token, decoder_linears, quantize_model
+from studylib.quant.storage import keep_model, restore_model, stored_bytes
+from studylib.study.machine import environment, peak_memory
+from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
+from studylib.train.data import TrainingData, prepare
+from studylib.train.distillation import check_head
+from studylib.train.finetuning import check_paging, encode, training_pairs
+from studylib.train.log import Log
+
+TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
+GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much
+ITEM_WORK = 100  # forward tokens that one benchmark item takes on average
+
+Progress = Callable[[int], None]
+
+
+def check(arm: Arm) -> None:
+    """Everything that can be wrong with an arm beyond its fields, found before any long work starts: ValueError."""
+    method = find(arm.method)
+    method.check(arm)
+    config = models.load_config(arm.model)  # which may write the weights first, so not under the meta device
+    with torch.device("meta"):
+        skeleton = models.skeleton(config)
+    if arm.adapter:
+        adapted_layers(skeleton, arm.adapter.layers)
+    if arm.instructions:
+        _check_instructions(arm.model, arm.instructions.source, arm.instructions.length)
+    if arm.format:
+        for linear in decoder_linears(skeleton).values():
+            arm.format.check_width(linear.in_features)
+    if arm.tuning and arm.tuning.paged:
+        check_paging()
+    method.check_model(arm, skeleton)
+    grid = SYMMETRIC if arm.scheme.grid == LSQ else arm.scheme.grid  # the same shapes, without a pass over data
+    quantize_model(skeleton, arm.bits, dataclasses.replace(arm.scheme, grid=grid))
+    for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
+        check_length(skeleton, length)
+    if isinstance(arm.data, RealText):
+        corpora.windows(arm.data.corpus, models.load_tokenizer(arm.model), arm.data.length, 1, "training")
+    elif arm.data and arm.data.strategy == CHAT:
+        chat_opening(models.load_tokenizer(arm.model))
+    _check_evaluation(arm.model, arm.evaluation)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_instructions(model: str, source: str, length: int) -> None:
+    encode(models.load_tokenizer(model), training_pairs(source)[0], length)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_evaluation(model: str, wanted: Evaluation) -> None:
+    tokenizer, rows = models.load_tokenizer(model), models.load_config(model).get_text_config().vocab_size
+    for corpus in wanted.corpora:
+        most = corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation").max()
+        if most >= rows:
+            raise ValueError(f"model: the tokenizer of {model!r} makes token {most}, but its embedding has {rows} rows")
+    pairs = len(corpora.instruction_pairs("evaluation")) if wanted.pairs else 0
+    if wanted.pairs > pairs:
+        raise ValueError(f"pairs: {wanted.pairs} are more than the {pairs} that are held out")
+    if wanted.tasks and wanted.source == ARCHIVE:
+        fetch("benchmarks")
+
+
+def carry_out(
+    arm: Arm, store: Store, keep_checkpoints: bool = False, progress: Progress = lambda tokens: None
+) -> Record:
+    """Compute the record of one arm. progress is told of finished work, in tokens of a forward pass.
+
+    The deployed model of a trained arm is kept in the store, packed, beside its record.
+    """
+    set_seed(arm.seed)
+    method, key, seconds, tokens = find(arm.method), arm_key(arm), {}, {}
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - begun, 2)
+
+    with peak_memory() as peak:
+        with phase("load"):
+            work = _work_on(arm, store, keep_checkpoints, progress, phase)
+        identity, vocabulary, scores = models.identity(arm.model), work.model.config.vocab_size, {}
+        cache_bytes = cache_bytes_per_token(work.model, arm.bits, arm.scheme)
+        log = _deploy(method, work, store, progress)
+        if method.checks_weights:
+            scores |= weight_scores(work.load(), work.model)
+        if arm.decoding:
+            with phase("decode"):
+                timed = decoding_seconds(work.load, arm.format, arm.decoding)
+                scores |= {f"seconds/{name}/{kind}": values for (name, kind), values in timed.items()}
+        if work.data:
+            tokens["data"] = work.data.windows.numel()
+        if arm.training:
+            tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
+        if arm.tuning:
+            tokens["trained"] = log.curve[-1]["tokens"]
+        diverged = not _converged(log)
+        size = None if diverged else stored_bytes(work.model)
+        sizes = {"bytes/weights": size, "bytes/cache_per_token": cache_bytes}
+        with phase("evaluate"), _counted(work.model, progress) as seen:
+            metrics, found = ({}, {}) if diverged else score(work.model, work.tokenizer, arm.evaluation)
+        tokens["evaluated"] = seen["tokens"]
+    finite = all(map(math.isfinite, metrics.values())) and not diverged
+    record = Record(
+        key=key,
+        arm=arm,
+        status=FINISHED if finite else DIVERGED,
+        metrics=_json_entries(metrics | sizes),
+        scores={name: _json_numbers(np.array(values)) for name, values in (found | scores).items()},
+        training=[_json_entries(entry) for entry in log.steps],
+        curve=[_json_entries(entry) for entry in log.curve],
+        data={"statistics": work.data.statistics, "samples": work.data.samples} if work.data else {},
+        cost={"seconds": seconds, "tokens": tokens, "peak_bytes": peak["bytes"]},
+        provenance=environment()
+        | {
+            "numerics": numerics(arm),
+            "contents": contents(arm),
+            "model": identity | {"vocabulary": vocabulary},
+            "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
+    if arm.budget and finite:
+        _keep(work, store.model_file(key))
+    del work
+    gc.collect()
+    return record
+
+
+def _work_on(
+    arm: Arm,
+    store: Store,
+    keep: bool,
+    progress: Progress,
+    phase: Callable[[str], contextlib.AbstractContextManager[None]],
+) -> Work:
+    load = functools.partial(models.load_model, arm.model)
+    model, tokenizer = load(), models.load_tokenizer(arm.model)
+    if arm.budget:
+        check_head(model)
+
+    def trained(tokens: int) -> None:
+        progress(TRAINING_WORK * tokens)
+
+    return Work(
+        arm=arm,
+        model=model,
+        tokenizer=tokenizer,
+        load=load,
+        checkpoints=_checkpoints(arm, store) if arm.budget else Path(),
+        trained=trained_adapter(arm, store),
+        keep=keep,
+        progress=trained,
+        phase=phase,
+    )
+
+
+def _deploy(method: Method, work: Work, store: Store, progress: Progress) -> Log:
+    """Make of the loaded model what the arm is scored on. The log is empty where nothing was trained."""
+    if work.arm.data:
+        with work.phase("data"):
+            work.data = _prepare_data(work.arm, work.model, work.tokenizer, store, progress)
+    alone = store.lock(f"adapter-{work.trained.stem}") if work.arm.tuning else contextlib.nullcontext()
+    with alone:
+        return method.apply(work) or Log([], [])
+
+
+def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the arm is scored on, and its tokenizer: as it is kept, or made again.
+
+    Text, trained adapters and checkpoints that are still in the store are used; what it has not yet is computed, and of
+    that all but checkpoints stays. Raises what `schedule.run` raises.
+    """
+    check(arm)
+    key = arm_key(arm)
+    kept_model, checkpoints = store.model_file(key), store.checkpoint_folder(key)
+    with store.lock(key):
+        if kept_model.exists():
+            return restore_model(models.load_model(arm.model), kept_model), models.load_tokenizer(arm.model)
+        kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.steps}").exists()
+        set_seed(arm.seed)
+        amount = planned_work(dataclasses.replace(arm, evaluation=NOTHING))
+        with tqdm(total=amount, unit="tok", unit_scale=True, disable=not amount, desc=title(arm), mininterval=2) as bar:
+            told = functools.partial(advance, bar, amount)
+            work = _work_on(arm, store, kept, told, lambda name: contextlib.nullcontext())
+            log = _deploy(find(arm.method), work, store, told)
+            advance(bar, amount, amount)
+        if arm.budget and _converged(log):
+            _keep(work, kept_model)
+        if not kept:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    return work.model, work.tokenizer
+
+
+def _converged(log: Log) -> bool:
+    return not log.steps or math.isfinite(log.steps[-1]["loss"])
+
+
+def _keep(work: Work, path: Path) -> None:
+    """Keep the deployed model; where there is no room, say so and go on: the record is worth more."""
+    try:
+        keep_model(work.model, work.load(), path)
+    except OSError as error:
+        print(f"study: the model of {title(work.arm)} is not kept ({error.strerror or error})", file=sys.stderr)
+
+
+def advance(bar: tqdm, end: int, tokens: int) -> None:
+    """Move the bar by `tokens`, at most to `end`: an arm that takes more than planned stays in its own part."""
+    bar.update(min(tokens, end - bar.n))
+
+
+def trained_adapter(arm: Arm, store: Store) -> Path:
+    """The file of what a fine-tuned arm trained, where it can be deployed in several ways."""
+    return store.adapter_file(arm_key(find(arm.method).as_trained(arm))) if arm.tuning else Path()
+
+
+def _json_entries(numbers: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _json_numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def _data_description(arm: Arm) -> dict[str, Any]:
+    """What an arm's text depends on, beside the contents that its key has: all arms that agree in it share the text."""
+    used = ("models", "corpora", "generation") if isinstance(arm.data, Sampling) else ("models", "corpora")
+    return {
+        "model": models.identity(arm.model),
+        "contents": {name: found for name, found in contents(arm).items() if name not in arm.evaluation.corpora},
+        "data": dataclasses.asdict(arm.data),
+        "numerics": {name: NUMERICS[name].number for name in used},
+    }
+
+
+def data_folder(arm: Arm, store: Store) -> Path:
+    """Where the arm's text is kept."""
+    return store.data_folder(digest(json.dumps(_data_description(arm), sort_keys=True)))
+
+
+def data_lock(folder: Path) -> str:
+    """The name of the lock that is held while the text in this folder is made."""
+    return f"data-{folder.name}"
+
+
+def _prepare_data(arm: Arm, model: PreTrainedModel, tokenizer, store: Store, progress: Progress) -> TrainingData:
+    """The arm's windows, made once for all arms that share them."""
+    folder = data_folder(arm, store)
+    states = folder / f"teacher_states-{NUMERICS['distillation'].number}.npy"
+    teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
+    with store.lock(data_lock(folder)):
+        data = prepare(model, tokenizer, arm.data, arm.training, folder, states, teacher, progress)
+        write_whole(folder / "provenance.json", json.dumps(_data_description(arm) | environment(), indent=1))
+    return data
+
+
+def _checkpoints(arm: Arm, store: Store) -> Path:
+    """The folder of the arm's last checkpoint; an extended arm's begins with what the arm it extends has kept."""
+    folder = store.checkpoint_folder(arm_key(arm))
+    name, budget = ("training", arm.training) if arm.training else ("tuning", arm.tuning)
+    *before, last = budget.extended_from or (None,)
+    if last is not None and not folder.exists():
+        shorter = dataclasses.replace(budget, steps=last, extended_from=tuple(before))
+        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, **{name: shorter}))) / f"checkpoint-{last}"
+        if kept.exists():
+            shutil.copytree(kept, folder / kept.name, copy_function=os.link)
+    return folder
+
+
+@contextlib.contextmanager
+def _counted(model: nn.Module, progress: Progress) -> Iterator[dict[str, int]]:
+    """Count the tokens of every forward pass inside."""
+    seen = {"tokens": 0}
+
+    def count(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        seen["tokens"] += ids.numel()
+        progress(ids.numel())
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def planned_work(arm: Arm) -> int:
+    """Planned work in tokens of a forward pass."""
+    wanted = arm.evaluation
+    work = (len(wanted.corpora) * wanted.windows + wanted.pairs) * wanted.length
+    work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
+    if arm.tuning:
+        work += TRAINING_WORK * arm.tuning.steps * arm.tuning.batch * arm.instructions.length
+    if arm.data:
+        work += GENERATION_WORK * arm.data.count * arm.data.length
+    if arm.training:
+        work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.data.length
+    return work

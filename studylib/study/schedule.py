@@ -1,0 +1,146 @@
+"""In which order arms are carried out, by how many processes, and that each is carried out once."""
+
+import contextlib
+import functools
+import gc
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cloudpickle
+import torch
+from filelock import Timeout
+from tqdm import tqdm
+
+from studylib.config.arm import Arm
+from studylib.methods.arms import title
+from studylib.methods.base import METHODS, register
+from studylib.study.machine import keep_freed_memory
+from studylib.study.records import Record, Store, arm_key
+from studylib.study.run import advance, carry_out, check, data_folder, data_lock, planned_work
+
+
+def check_jobs(jobs: int) -> None:
+    """ValueError for a number of arms computed at a time that is not 1 or more."""
+    if jobs < 1:
+        raise ValueError(f"jobs: {jobs} is not allowed; use 1 or more")
+
+
+def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1) -> list[Record]:
+    """The records of `arms`, in their order: loaded from results/records where present, computed and saved otherwise,
+    those that take longest first, so that all jobs have work to the end.
+
+    Shows one progress bar over the missing arms with an estimate of the time left. Killed at any point, the next call
+    goes on: finished records are kept, generated data and training continue from their last batch and checkpoint.
+    Two processes may work on the same folder; each arm is computed by one of them.
+    keep_checkpoints: leave the end of each training (12 bytes a parameter) in results/checkpoints, from where an arm
+    with more steps (Budget.extended_from) goes on; without, such an arm trains its first part again, to the same end.
+    jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
+    Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
+    that is not writable, or a record that cannot be read.
+    """
+    check_jobs(jobs)
+    store = Store(results)
+    missing = missing_arms(arms, store)
+    helpers = max(0, min(jobs, len(missing)) - 1)
+    with (
+        _sharing_threads(helpers, missing, results, keep_checkpoints),
+        tqdm(
+            total=sum(map(planned_work, missing)),
+            unit="tok",
+            unit_scale=True,
+            disable=not missing,
+            mininterval=2,
+            dynamic_ncols=True,
+        ) as bar,
+        contextlib.ExitStack() as afterwards,
+    ):
+        afterwards.callback(gc.unfreeze)
+        _carry_out_all(missing, store, keep_checkpoints, bar)
+    return [_of_arm(arm, store) for arm in arms]
+
+
+def missing_arms(arms: Sequence[Arm], store: Store) -> list[Arm]:
+    """Those without a record, each once and checked, those that take longest first."""
+    missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
+    missing.sort(key=planned_work, reverse=True)
+    for arm in missing:
+        check(arm)
+    return missing
+
+
+def _of_arm(arm: Arm, store: Store) -> Record:
+    """The record of the arm, as it names its files now: what was run under another path is the same by its contents."""
+    record = store.load(arm_key(arm))
+    assert record is not None
+    return replace(record, arm=arm)
+
+
+@contextlib.contextmanager
+def _sharing_threads(helpers: int, arms: Sequence[Arm], *where) -> Iterator[None]:
+    """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
+    threads = torch.get_num_threads()
+    share = max(1, threads // (helpers + 1))
+    spawn = multiprocessing.get_context("spawn")
+    # Methods that were registered in a notebook are not in any module that another process could import.
+    methods = cloudpickle.dumps(list(METHODS.values())) if helpers else b""
+    given = (share, methods, arms, *where)
+    processes = [spawn.Process(target=_help, args=given, daemon=True) for _ in range(helpers)]
+    try:
+        torch.set_num_threads(share)
+        for process in processes:
+            process.start()
+        yield
+        for process in processes:
+            process.join()
+    finally:
+        torch.set_num_threads(threads)
+        for process in processes:
+            process.kill()
+
+
+def _help(threads: int, methods: bytes, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent stops this process
+    torch.set_num_threads(threads)
+    register(*cloudpickle.loads(methods))
+    _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
+
+
+def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, bar: tqdm) -> None:
+    """Every arm once: first those that no other process is working on."""
+    keep_freed_memory()
+    waiting, parent = list(arms), multiprocessing.parent_process()
+    while waiting and (parent is None or parent.is_alive()):
+        with _locked(waiting, store) as arm:
+            waiting.remove(arm)
+            bar.set_description(title(arm))
+            end = bar.n + planned_work(arm)
+            if store.load(arm_key(arm)) is None:
+                store.save(carry_out(arm, store, keep_checkpoints, functools.partial(advance, bar, end)))
+                gc.freeze()  # what is left are libraries, half a second to walk through each time anew
+                if not keep_checkpoints:
+                    shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
+            advance(bar, end, end)
+
+
+@contextlib.contextmanager
+def _locked(arms: Sequence[Arm], store: Store) -> Iterator[Arm]:
+    """The first arm that no other process holds, held inside; where there is none, the first, once it is let go.
+
+    Arms whose data another process is making just now come last.
+    """
+
+    def awaits_data(arm: Arm) -> bool:
+        return arm.data is not None and store.is_held(data_lock(data_folder(arm, store)))
+
+    with contextlib.ExitStack() as held:
+        for arm, wait in [*((arm, False) for arm in sorted(arms, key=awaits_data)), (arms[0], True)]:
+            try:
+                held.enter_context(store.lock(arm_key(arm)).acquire(blocking=wait))
+            except Timeout:
+                continue
+            yield arm
+            return

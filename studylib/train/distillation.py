@@ -1,0 +1,212 @@
+"""LLM-QAT: quantization-aware training towards the full-precision model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from studylib.config.budgets import ATTENTION, HIDDEN, LABELS, Training, split_loss
+from studylib.config.files import written_whole
+from studylib.data import corpora, models
+from studylib.data.generation import check_length
+from studylib.quant.layers import cast_parameters
+from studylib.train.log import Log
+from studylib.train.losses import attention_loss, hidden_loss, label_loss, soft_logit_loss
+
+
+def last_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The decoder's normalised last hidden states [B, T, D] for token ids [B, T]; times the head: the logits."""
+    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> Tensor:
+    """The output matrix [V, D]. ValueError where the logits are not simply hidden states times it."""
+    head = model.get_output_embeddings()
+    tokens = torch.arange(4, device=model.device)[None]
+    logits = model(input_ids=tokens, use_cache=False).logits
+    if not torch.allclose(F.linear(last_hidden(model, tokens), head.weight), logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__}: its logits are not its last hidden states times lm_head (a bias, a scale "
+            "or soft-capping?); distillation needs a model where they are"
+        )
+    return head.weight
+
+
+@torch.no_grad()
+def keep_teacher_states(
+    teacher: PreTrainedModel,
+    windows: Tensor,
+    path: str | Path,
+    batch: int = 8,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> np.ndarray:
+    """The teacher's last hidden states [N, T, D] (fp32) of windows [N, T], computed once, kept in the .npy file `path`.
+
+    Written whole or not at all; an existing file is opened as it is. Returns a read-only memory map.
+    """
+    path = Path(path)
+    if not path.exists():
+        shape = (*windows.shape, teacher.get_output_embeddings().weight.shape[1])
+        with written_whole(path) as partial:
+            states = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+            for at in range(0, len(windows), batch):
+                tokens = windows[at : at + batch].to(teacher.device)
+                with models.autocast(teacher.device):
+                    states[at : at + batch] = last_hidden(teacher, tokens).float().cpu().numpy()
+                progress(tokens.numel())
+            states.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def held_out_windows(names: Sequence[str], tokenizer, length: int, count: int) -> Tensor:
+    """The first `count` evaluation windows of `length` tokens of each corpus, for learning curves."""
+    return torch.cat([corpora.windows(corpus, tokenizer, length, count, "evaluation") for corpus in names])
+
+
+class _Examples(Dataset):
+    def __init__(self, windows: Tensor, states: np.ndarray | None):
+        self.windows, self.states = windows, states
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        example = {"tokens": self.windows[i]}
+        if self.states is not None:
+            example["teacher_hidden"] = torch.from_numpy(self.states[i].copy())
+        return example
+
+
+def train_llm_qat(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | np.ndarray | None,
+    teacher_head: Tensor,
+    windows: Tensor,
+    settings: Training,
+    folder: str | Path,
+    seed: int = 0,
+    held_out: Tensor | None = None,
+    keep: bool = False,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Log:
+    """Train a quantized student (see layers.quantize_model) in place towards the teacher.
+
+    windows [N, T] are consumed in order, from the start again where steps x batch exceeds N. teacher: its last hidden
+    states [N, T, D] of them (see keep_teacher_states), or the model itself, run at every step, or None where the loss
+    is on labels only. The student's parameters are fp32 masters (bf16 with settings.masters); products run in bf16
+    where the hardware has it. held_out [M, T']: tokens whose loss is measured as training goes on.
+    folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
+    so does an extended one (settings.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
+    A last loss that is not finite means that the training diverged and was stopped there.
+    Raises ValueError for windows longer than the model's context, parameters that are not fp32, a student whose logits
+    are not its last hidden states times its head, or a loss that needs of a model what it does not have.
+    """
+    from studylib.train.loop import fit
+
+    check_length(student, windows.shape[1])
+    check_head(student)
+    _check_loss(student, teacher, settings)
+    wrong = {str(p.dtype) for p in student.parameters() if p.dtype != torch.float32}
+    if wrong:
+        raise ValueError(
+            f"the student's parameters are {', '.join(sorted(wrong))}; load it in float32: updates at small "
+            "learning rates round away in lower precision"
+        )
+    if settings.masters == "bf16":
+        cast_parameters(student, torch.bfloat16)
+
+    def held_out_loss() -> Tensor:
+        losses = [
+            label_loss(
+                last_hidden(student, tokens)[:, :-1].flatten(0, 1),
+                student.get_output_embeddings().weight,
+                tokens[:, 1:].flatten(),
+            )
+            for tokens in held_out.to(student.device).split(settings.batch)
+        ]
+        return torch.stack(losses).mean()
+
+    try:
+        return fit(
+            student,
+            _loss_function(student, teacher, teacher_head, settings),
+            _Examples(windows, teacher if isinstance(teacher, np.ndarray) else None),
+            settings,
+            folder,
+            tokens_per_step=settings.batch * windows.shape[1],
+            held_out_loss=None if held_out is None else held_out_loss,
+            compiled=not settings.features,
+            seed=seed,
+            keep=keep,
+            progress=progress,
+        )
+    finally:
+        cast_parameters(student, torch.float32)
+
+
+def _check_loss(student: PreTrainedModel, teacher: PreTrainedModel | np.ndarray | None, settings: Training) -> None:
+    if teacher is None and (settings.needs_teacher_states or settings.features):
+        raise ValueError(f"loss: {settings.loss!r} needs a teacher")
+    if not settings.features:
+        return
+    if not isinstance(teacher, PreTrainedModel):
+        raise ValueError(f"loss: {settings.loss!r} needs the teacher itself, not only its last hidden states")
+    if ATTENTION in settings.features:
+        for model in (student, teacher):
+            kind = model.config._attn_implementation
+            if kind != "eager":
+                raise ValueError(
+                    f"loss: {settings.loss!r} needs attention maps, which the attention kernel {kind!r} does not "
+                    "return; use model.set_attn_implementation('eager')"
+                )
+    own, given = (model.config.get_text_config() for model in (student, teacher))
+    names = (
+        "num_hidden_layers",
+        "num_attention_heads" if ATTENTION in settings.features else "hidden_size",
+        "hidden_size",
+    )
+    for name in names if HIDDEN in settings.features else names[:2]:
+        if getattr(own, name) != getattr(given, name):
+            raise ValueError(
+                f"loss: {settings.loss!r} compares models layer by layer; the student's {name} is "
+                f"{getattr(own, name)}, the teacher's {getattr(given, name)}"
+            )
+
+
+def _loss_function(
+    student: PreTrainedModel, teacher: PreTrainedModel | np.ndarray | None, teacher_head: Tensor, settings: Training
+) -> Callable[..., dict[str, Tensor]]:
+    """The training loss as a forward pass: tokens [B, T] -> {"loss"}."""
+    logits, features = split_loss(settings.loss)
+    wanted = {
+        "use_cache": False,
+        "output_attentions": ATTENTION in features,
+        "output_hidden_states": HIDDEN in features,
+    }
+
+    def forward(tokens: Tensor, teacher_hidden: Tensor | None = None) -> dict[str, Tensor]:
+        own = student.base_model(input_ids=tokens, **wanted)
+        if teacher_hidden is None and (logits != LABELS or features):
+            with torch.no_grad():
+                given = teacher.base_model(input_ids=tokens, **wanted)
+            teacher_hidden = given.last_hidden_state
+        hidden, head = own.last_hidden_state, student.get_output_embeddings().weight
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if logits == LABELS:
+            loss = loss + label_loss(hidden[:, :-1].flatten(0, 1), head, tokens[:, 1:].flatten())
+        elif logits:
+            flat = hidden.flatten(0, 1), head, teacher_hidden.flatten(0, 1), teacher_head
+            loss = loss + soft_logit_loss(*flat, logits, settings.temperature)
+        if ATTENTION in features:
+            loss = loss + attention_loss(own.attentions, given.attentions)
+        if HIDDEN in features:
+            loss = loss + hidden_loss(own.hidden_states[1:], given.hidden_states[1:])
+        return {"loss": loss * tokens.shape[1] if settings.scale == "batchmean" else loss}
+
+    return forward

@@ -1,0 +1,167 @@
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from studylib.config.budgets import Evaluation
+from studylib.config.profiles import profile
+from studylib.data import corpora, models
+from studylib.data.sources import fetch
+from studylib.evaluate.scores import window_losses
+from studylib.study import run as experiments
+from studylib.study.records import RecordError
+
+
+@pytest.fixture(params=[LlamaConfig, MistralConfig, Qwen2Config], ids=["llama", "mistral", "qwen2"])
+def own_model(request, tmp_path, tiny_tokenizer, shape):
+    """A folder as a user would have it."""
+    torch.manual_seed(0)
+    models.skeleton(request.param(**shape)).save_pretrained(tmp_path / "own")
+    tiny_tokenizer.save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_any_decoder_of_linear_layers_runs_from_a_local_folder(own_model, tmp_path):
+    smoke = profile("smoke")
+    budget = dataclasses.replace(smoke, evaluation=Evaluation(("wikipedia",), windows=2, length=32))
+    arms = [budget.arm(str(own_model), method, "4-8-4") for method in ("rtn", "llm-qat")]
+    records = experiments.run(arms, tmp_path / "results")
+    assert [record.status for record in records] == ["finished"] * 2
+    assert records[0].metrics["perplexity/wikipedia"] != records[1].metrics["perplexity/wikipedia"]
+    assert records[0].provenance["model"]["sha256"] == models.identity(str(own_model))["sha256"]
+
+
+def test_smollm2_is_the_archives_file_dequantized(language_model):
+    (file,) = fetch("smollm2-135m").rglob("*.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    weights = dict(language_model[0].named_parameters())
+    for ours, theirs in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.7.mlp.down_proj.weight", "blk.7.ffn_down.weight"),
+        ("model.layers.29.self_attn.v_proj.weight", "blk.29.attn_v.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+    ):
+        tensor = tensors[theirs]
+        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(weights[ours].detach().numpy(), expected.reshape(weights[ours].shape))
+    assert all(parameter.dtype == torch.float32 for parameter in weights.values())
+    assert not hasattr(language_model[0].config, "quantization_config")
+
+
+def test_smollm2_speaks_english(language_model):
+    # Query and key rows are permuted between the two formats: only right ones predict text this well.
+    model, tokenizer = language_model
+    losses = window_losses(model, corpora.windows("wikipedia", tokenizer, 256, 4, "training"))
+    assert 15 < np.exp(losses.mean()) < 45
+    assert tokenizer.decode(tokenizer("Naïve 日本 tokens").input_ids) == "Naïve 日本 tokens"
+
+
+def test_tiny_random_is_the_same_every_time():
+    first, second = (models.load_model("tiny-random").state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(models.load_tokenizer("tiny-random")("é").input_ids) == 2  # one token a byte
+
+
+@pytest.mark.parametrize("name", ["smollm3", "a/b/c", "/no/such/folder", "./x", "gpt2"])
+def test_names_that_lead_nowhere(name):
+    for load in (models.load_config, models.load_model, models.load_tokenizer):
+        with pytest.raises(ValueError, match=r"model: .* is not known; use smollm2-135m, tiny-random, a local folder"):
+            load(name)
+
+
+def test_a_hub_id_is_read_as_the_hub_leaves_it(own_model, tmp_path):
+    # What a download leaves in the hub's cache; a process of its own, since that cache's place is read at import.
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(own_model, snapshot)
+    (tmp_path / "hub" / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("0123abc")
+    script = (
+        "from studylib.data import models; m = models.load_model('owner/name'); models.load_tokenizer('owner/name');"
+        "print(m.num_parameters(), models.identity('owner/name')['sha256'], models.version('owner/name'))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    expected = models.load_model(str(own_model)).num_parameters(), models.identity(str(own_model))["sha256"], "0123abc"
+    assert told.stdout.split() == [*map(str, expected)], told.stderr
+
+
+def test_a_hub_id_without_a_network_says_so():
+    with pytest.raises(ValueError, match="model: 'nobody/nothing' could not be read"):
+        models.load_model("nobody/nothing")
+
+
+def test_weights_that_are_not_there_are_not_made_up(own_model):
+    file = own_model / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed in (None, whole[name][:8].clone()):
+        tensors = {own: tensor for own, tensor in whole.items() if own != name}
+        save_file(tensors if changed is None else tensors | {name: changed}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"lack 1 of the weights .* another shape: {name}"):
+            models.load_model(str(own_model))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"could not be read .*incomplete"):
+        models.load_model(str(own_model))
+
+
+def test_weights_that_are_quantized_already(own_model):
+    config = json.loads((own_model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (own_model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantized already \(gptq\); use its full-precision ones"):
+        models.load_config(str(own_model))
+
+
+def test_a_tokenizer_of_another_model(own_model, tmp_path, shape):
+    models.skeleton(LlamaConfig(**shape | {"vocab_size": 20})).save_pretrained(own_model)
+    budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
+    with pytest.raises(ValueError, match=r"makes token .*, but its embedding has 20 rows"):
+        experiments.run([budget.arm(str(own_model), "rtn", "4-8-4")], tmp_path / "results")
+
+
+def test_results_of_weights_that_were_replaced_are_not_mixed(own_model, tmp_path):
+    budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
+    arm = budget.arm(str(own_model), "rtn", "4-8-4")
+    (before,) = experiments.run([arm], tmp_path / "results")
+    file = own_model / "model.safetensors"
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    for cached in (models._files_sha256, models.load_tokenizer, experiments._identity):
+        cached.cache_clear()  # the next command is another process
+    for wanted in (arm, budget.arm(str(own_model), "rtn", "8-8-8")):  # cached or not
+        with pytest.raises(RecordError, match=r"have changed since .* was begun; give another folder"):
+            experiments.run([wanted], tmp_path / "results")
+    (after,) = experiments.run([arm], tmp_path / "others")
+    assert after.metrics != before.metrics
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        models.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no \*.safetensors"):  # pickled weights are never read
+        models.load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="could not be read"):
+        models.load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="could not be read"):
+        models.load_config(str(tmp_path))
+
+
+def test_a_local_folder_means_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    assert models.absolute_name("own") == str(tmp_path / "own")
+    assert models.absolute_name("smollm2-135m") == "smollm2-135m"
+    assert models.absolute_name("owner/name") == "owner/name"

@@ -1,0 +1,281 @@
+"""Each rule against records for which the verdict is plain."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from studylib.evidence.claims import CLAIMS
+from studylib.evidence.effects import ACCURACY, INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Effect
+from studylib.evidence.judging import judge
+from studylib.evidence.statistics import Interval
+from studylib.config.settings import Adapter
+from studylib.config.settings import Format
+from studylib.config.budgets import EXECUTIONS
+from studylib.config.settings import Scheme
+from studylib.study.records import DIVERGED
+
+
+def verdicts(claim, records):
+    return [finding.verdict for finding in judge(CLAIMS[claim], records)]
+
+
+def replaced(records, record):
+    return [record if each.arm.title == record.arm.title else each for each in records]
+
+
+TESTABLE = [claim for claim in CLAIMS if not CLAIMS[claim].untested]
+
+
+@pytest.mark.parametrize("claim", TESTABLE)
+def test_the_papers_picture_reproduces_every_claim(ablations, tuned, claim):
+    found = verdicts(claim, ablations + tuned)
+    if claim == "C8":  # a gain above zero and below two points is more than 200 items can show
+        assert found == [REPRODUCED, INCONCLUSIVE]
+    else:
+        assert set(found) == {REPRODUCED}
+
+
+def test_a_claim_that_nothing_here_can_test_says_what_it_would_take(ablations, tuned):
+    for claim in set(CLAIMS) - set(TESTABLE):
+        (finding,) = judge(CLAIMS[claim], ablations + tuned)
+        assert finding.verdict == NOT_TESTED and len(finding.sentence) > 40
+
+
+@pytest.mark.parametrize(
+    ("claim", "method", "changes", "slower"),
+    [
+        ("B8", "qlora", {"format": Format("nf", 4, 64, double=True), "tuning": {"paged": True}}, 1.05),
+        ("C4", "l4q", {"format": Format("affine", 4)}, 1.9),
+    ],
+)
+def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, claim, method, changes, slower):
+    usual = changes | {"tuning": {}}
+
+    def timed(accelerator, slower, seeds=(0, 1)):
+        made = []
+        for seed in seeds:
+            for name, changed, seconds in (("qlora", usual, 60 + seed), (method, changes, (60 + seed) * slower)):
+                record = make_record(name, "4-16-16", seed=seed, changes=changed)
+                hardware = record.provenance["hardware"] | {"accelerator": accelerator}
+                record.cost["seconds"]["train"] = seconds
+                made.append(dataclasses.replace(record, provenance=record.provenance | {"hardware": hardware}))
+        return made
+
+    assert verdicts(claim, timed("a GPU", slower)) == [REPRODUCED]
+    assert verdicts(claim, timed("a GPU", 2 * slower)) == [NOT_REPRODUCED]
+    assert verdicts(claim, timed("a GPU", slower, seeds=(0,))) == [INCONCLUSIVE]
+    assert verdicts(claim, timed(None, slower)) == [NOT_TESTED]
+
+
+NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("affine", 4), Format("affine", 3)
+
+
+@pytest.mark.parametrize(
+    ("claim", "method", "bits", "loss", "changes"),
+    [
+        ("B1", "encoded", "4-16-16", 3.0, {"format": Format("int", 4)}),
+        ("B2", "encoded", "4-16-16", 3.4, {"format": NF4}),  # double quantization costs something
+        ("B4", "qlora", "4-16-16", 3.2, {"format": NF4}),
+        ("B5", "qlora", "4-16-16", 2.5, {"format": NF4, "adapter": Adapter(layers="q_proj+v_proj")}),
+        ("B5", "qlora", "4-16-16", 3.4, {"format": NF4, "adapter": Adapter(4, 4)}),
+        ("B10", "qlora", "3-16-16", 3.4, {"format": Format("nf", 3, 64, double=True)}),
+        ("C1", "qlora", "4-16-16", 2.5, {"format": INT4}),
+        ("C2", "qa-lora", "3-16-16", 2.5, {"format": INT3}),
+        ("C6", "l4q", "4-16-16", 2.5, {"format": INT4, "adapter": Adapter(init="symmetric")}),
+        ("C7", "l4q", "4-16-16", 2.5, {"format": INT4, "adapter": Adapter(64, 64)}),
+        ("C8", "l4q", "4-16-16", 2.5, {"format": Format("affine", 4, 32)}),  # they help a lot
+        ("C8", "l4q", "4-16-16", 2.9, {"format": Format("affine", 4, 32)}),  # they hurt
+    ],
+)
+def test_the_opposite_of_fine_tuning_claims_is_not_reproduced(tuned, make_record, claim, method, bits, loss, changes):
+    accuracy = 0.55 - (loss - 2.75) * 0.5  # the worse, the fewer right answers
+    changed = replaced(tuned, make_record(method, bits, loss=loss, accuracy=accuracy, changes=changes))
+    assert NOT_REPRODUCED in verdicts(claim, changed) and REPRODUCED not in verdicts(claim, changed)[:1]
+
+
+def test_bits_and_normality_are_counted_from_the_scores(tuned, make_record):
+    same = make_record("encoded", "4-16-16", changes={"format": NF4})
+    worse = dataclasses.replace(same, scores=same.scores | {"bits": [4.5], "non_normal": [0.3, 0.2] * 20})
+    changed = replaced(tuned, worse)
+    assert verdicts("B3", changed) == verdicts("B9", changed) == [NOT_REPRODUCED]
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.5, REPRODUCED), (1.05, NOT_REPRODUCED), (1.2, INCONCLUSIVE)])
+def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, verdict):
+    record = make_record("4-bit kernel", "4-16-16", changes={"format": INT4})
+    noise = 1 + 0.02 * np.random.default_rng(0).normal(size=(len(EXECUTIONS), 16))
+    noise[:, 3] = 9  # something else ran meanwhile
+    times = noise * np.array([[0.06], [0.03], [0.03 * slower]])
+    scores = {f"seconds/own/{kind}": row.tolist() for kind, row in zip(EXECUTIONS, times, strict=True)}
+    timed = dataclasses.replace(record, scores=record.scores | scores)
+    (finding,) = judge(CLAIMS["C5"], [timed])
+    assert finding.verdict == verdict and finding.found.startswith("Time of a token: 5")
+    assert verdicts("C5", [make_record("full-precision")]) == [NOT_TESTED]
+
+
+def test_convergence_needs_several_seeds(tuned):
+    one = [record for record in tuned if record.arm.seed == 0]
+    assert verdicts("C9", one) == [INCONCLUSIVE]
+    (finding,) = judge(CLAIMS["C9"], tuned)
+    assert "is 0.100 [0.100, 0.100] nats (" in finding.text and "before training, 0.100" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("claim", "method", "bits", "loss", "accuracy"),
+    [
+        ("A1", "llm-qat", "4-8-4", 4.1, 0.35),  # a little of the loss only
+        ("A2", "rtn", "8-8-4", 3.012, 0.60),  # the 4-bit cache costs nothing
+        ("A3", "rtn", "4-8-8", 5.0, 0.05),  # more is won at 4-8-8
+        ("A4", "rtn", "8-8-8", 3.2, 0.50),
+        ("A6", "rtn", "4-8-4", 3.2, 0.50),
+        ("A11", "smoothquant+llm-qat", "4-4-16", 5.5, 0.2),  # it hurts at 4-4
+        ("A11", "smoothquant+llm-qat", "4-8-4", 3.0, 0.60),  # it helps at 4-8 as well
+        ("A12", "llm-qat", "4-4-16", 3.1, 0.58),
+    ],
+)
+def test_the_opposite_is_not_reproduced(ablations, make_record, claim, method, bits, loss, accuracy):
+    changed = replaced(ablations, make_record(method, bits, loss=loss, accuracy=accuracy))
+    assert set(verdicts(claim, changed)) == {NOT_REPRODUCED}
+
+
+@pytest.mark.parametrize(
+    ("claim", "change"),
+    [
+        ("A8", {"sampling": {"strategy": "greedy"}}),
+        ("A9", {"training": {"loss": "labels"}}),
+        ("A9", {"training": {"loss": "kl+hidden"}}),
+        ("A10", {"scheme": Scheme(grid="lsq")}),
+    ],
+)
+def test_one_better_variant_is_enough_to_contradict(ablations, make_record, claim, change):
+    changed = replaced(ablations, make_record("llm-qat", "4-8-4", loss=3.1, accuracy=0.58, changes=change))
+    assert set(verdicts(claim, changed)) == {NOT_REPRODUCED}
+
+
+def test_real_text_is_not_judged_by_the_corpus_it_is_from(ablations, make_record):
+    better = make_record("llm-qat", "4-8-4", loss=3.1, accuracy=0.3, changes={"corpus": "c4"})
+    assert verdicts("A7", replaced(ablations, better)) == [NOT_REPRODUCED, REPRODUCED, REPRODUCED]
+
+
+def test_nothing_lost_means_nothing_to_win_back(picture, make_record):
+    same = replaced(picture, make_record("rtn", "4-8-4", loss=3.0, accuracy=0.60))
+    findings = judge(CLAIMS["A1"], same)
+    assert {finding.verdict for finding in findings} == {INCONCLUSIVE}
+    assert "cannot be told" in findings[0].sentence
+
+
+def test_a_missing_arm_is_named(picture):
+    (finding,) = judge(CLAIMS["A3"], [r for r in picture if r.arm.bits != "4-8-8"])
+    assert finding.verdict == NOT_TESTED and finding.effect is None
+    assert finding.sentence == "Not tested here: RTN at 4-8-8 and LLM-QAT at 4-8-8 were not run."
+
+
+def test_a_diverged_seed_is_told_not_averaged(picture, make_record):
+    (finding,) = judge(CLAIMS["A1"], [*picture, make_record("llm-qat", "4-8-4", seed=1, status=DIVERGED)])
+    assert finding.verdict == INCONCLUSIVE
+    assert finding.sentence.startswith("1 of 2 runs of LLM-QAT at 4-8-4 diverged")
+
+
+def test_the_cache_claim_uses_training_where_it_was_run(picture, make_record):
+    better, worse = (make_record("llm-qat", "8-8-4", loss=loss, accuracy=acc) for loss, acc in ((3.1, 0.58), (3.5, 0.4)))
+    assert "only this part of the claim is tested" in judge(CLAIMS["A2"], picture)[0].sentence
+    assert set(verdicts("A2", [*picture, better])) == {REPRODUCED}
+    assert set(verdicts("A2", [*picture, worse])) == {NOT_REPRODUCED}
+
+
+def test_the_cache_claim_is_about_where_it_breaks(picture, make_record):
+    weights = make_record("rtn", "4-8-8", loss=3.6, accuracy=0.40)  # four bits for the weights cost more
+    findings = judge(CLAIMS["A2"], replaced(picture, weights))
+    assert {finding.verdict for finding in findings} == {NOT_REPRODUCED}
+    assert "8-8-4 is better than 4-8-8 by 26% [26%, 26%]" in findings[0].text
+
+
+def test_sentences_carry_the_numbers(picture):
+    sentence = judge(CLAIMS["A1"], picture)[0].sentence
+    assert sentence == (
+        "Perplexity on Wikipedia: full precision 20.1, RTN at 4-8-4 66.7, LLM-QAT at 4-8-4 27.1: "
+        "LLM-QAT wins back 85% [85%, 85%] of what RTN loses. Reproduced."
+    )
+
+
+def test_several_seeds_are_shown(picture, make_record):
+    more = [*picture, make_record("llm-qat", "4-8-4", loss=3.4, accuracy=0.5, seed=1)]
+    assert "(single seeds: 79% to 85%)" in judge(CLAIMS["A1"], more)[0].sentence
+
+
+def test_the_papers_numbers_are_those_of_its_text():
+    """Each effect follows from the numbers that the claim quotes; recalled ones say so."""
+    assert {name: claim.effect.text for name, claim in CLAIMS.items() if claim.effect} == {
+        "A1": "78% of the loss of accuracy",
+        "A2": "19.0 points gained over SmoothQuant",
+        "A3": "1.4 points",
+        "A4": "0.6 points (recalled)",
+        "A6": "14.6 times",
+        "A9": "2.0 points (attention maps)",
+        "A10": "about 13 points (LSQ)",
+        "A11": "5.1 points",
+        "B1": "7.6% (E3M0)",
+        "B3": "0.373 bits",
+        "B4": "−0.1 points of MMLU",
+        "B6": "45.0 GB",
+        "B7": "96% of the memory of input gradients and adapters",
+        "B9": "7.5%",
+        "C1": "1.7 points (QAT-LoRA)",
+        "C2": "3.7 points (GPTQ, QLoRA*)",
+        "C3": "1.01 times",
+        "C4": "1.02 times QLoRA's hours",
+        "C5": "1.36 times as fast",
+        "C6": "1.1 points of MMLU (asymmetric)",
+        "C7": "0.2 points (rank 16)",
+        "C8": "0.2 points",
+    }
+    assert all(claim.effect.recalled == ("recalled" in claim.paper) for claim in CLAIMS.values() if claim.effect)
+
+
+@pytest.mark.parametrize("claim", TESTABLE)
+def test_a_verdict_follows_from_the_effect_that_is_shown_beside_it(ablations, tuned, make_record, claim):
+    """Also where the claim's parts disagree: what is shown is the part that decides."""
+    opposite = [
+        make_record("rtn", "4-8-8", loss=5.0, accuracy=0.05),
+        make_record("rtn", "8-8-8", loss=3.2, accuracy=0.50),
+        make_record("llm-qat", "4-8-4", loss=3.1, accuracy=0.58, changes={"training": {"loss": "labels"}}),
+        make_record("smoothquant+llm-qat", "4-8-4", loss=3.0, accuracy=0.60),
+        make_record("qlora", "4-16-16", loss=3.4, accuracy=0.2, changes={"format": NF4, "adapter": Adapter(4, 4)}),
+    ]
+    records = ablations + tuned
+    for changed in (records, *(replaced(records, record) for record in opposite)):
+        for finding in judge(CLAIMS[claim], changed):
+            effect = finding.effect
+            assert effect.verdict == finding.verdict and effect.what and effect.holds
+            assert bool(finding.could) == (finding.verdict == INCONCLUSIVE)
+
+
+def test_an_inconclusive_finding_says_what_could_have_been_shown(make_record):
+    noisy = make_record("rtn", "8-8-8", loss=3.05, spread=0.5, accuracy=0.60)
+    for corpus in ("wikipedia", "c4"):
+        noisy.scores[f"loss/{corpus}"].reverse()
+    records = [make_record("full-precision", spread=0.5, accuracy=0.61), noisy]
+    finding, other, _ = judge(CLAIMS["A4"], records)
+    assert {finding.verdict, other.verdict} == {
+        INCONCLUSIVE
+    } and finding.effect.smallest > finding.effect.interval.surely[1] - 0.1
+    assert finding.sentence.endswith(f"Inconclusive (could have shown {finding.could}).")
+    assert finding.could.endswith("% or more")
+    wide = Effect(Interval(0.0, -60.0, 60.0), ACCURACY, "", above=0)
+    assert dataclasses.replace(finding, effect=wide).could == "85.8 points or more"
+    wider = dataclasses.replace(wide, interval=Interval(0.0, -80.0, 80.0))
+    assert dataclasses.replace(finding, effect=wider).could == "no difference, however large"
+
+
+def test_the_papers_number_stands_beside_ours_where_it_is_of_the_same_kind(ablations, tuned, make_record):
+    def marks(claim, records=ablations + tuned):
+        return [f.effect.mark(CLAIMS[claim].effect) is not None for f in judge(CLAIMS[claim], records)]
+
+    assert marks("A1") == [True] * 3 and marks("A6") == [True] * 2
+    assert marks("A11") == [False, False, True]  # points of accuracy do not stand beside % of perplexity
+    assert marks("A2") == [False] * 3  # a gain does not stand beside a loss
+    assert marks("A9") == [False] * 3  # the nearest are labels here, the paper's are attention maps
+    attention = make_record("llm-qat", "4-8-4", loss=3.31, accuracy=0.5, changes={"training": {"loss": "kl+attention"}})
+    assert marks("A9", replaced(ablations, attention)) == [False, False, True]
+    assert marks("B3") == marks("B6") == marks("B9") == marks("C3") == [True] and marks("B7") == [False]

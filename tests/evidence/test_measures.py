@@ -1,0 +1,170 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from conftest import BUDGET
+
+from studylib.config.words import number, percent, points
+from studylib.evidence.measures import FULL, Setting, gather, identity, measures, of_profile, task_measures, won_back
+from studylib.config.settings import Adapter
+from studylib.config.settings import Format
+from studylib.config.settings import Scheme
+from studylib.study.records import DIVERGED, arm_key
+
+
+def measure(records, name):
+    (found,) = [each for each in measures(records) if each.name == name]
+    return found
+
+
+def test_cells_are_ordered_and_repeated_records_count_once(picture):
+    cells = gather([*reversed(picture), picture[0]])
+    assert [setting[:2] for setting in cells][:4] == [
+        ("full-precision", "16-16-16"),
+        ("rtn", "8-8-8"),
+        ("llm-qat", "8-8-8"),
+        ("rtn", "8-8-4"),
+    ]
+    assert all(len(cell.records) == 1 for cell in cells.values())
+
+
+def test_seeds_are_averaged_item_by_item(make_record):
+    records = [make_record("llm-qat", "4-8-4", loss=loss, seed=seed) for seed, loss in enumerate((3.0, 3.4))]
+    (cell,) = gather(records).values()
+    found = measure(records, "perplexity/wikipedia")
+    assert cell.seeds == [0, 1]
+    assert found.value(identity, cell) == pytest.approx(math.exp(3.2))
+    assert found.over_seeds(identity, cell) == pytest.approx((math.exp(3.0), math.exp(3.4)))
+
+
+def test_measures_are_the_papers(picture):
+    assert [(each.name, each.items) for each in measures(picture)] == [
+        ("perplexity/wikipedia", 32),
+        ("perplexity/c4", 32),
+        ("accuracy/mean", 300),
+    ]
+    cells = gather(picture)
+    assert measure(picture, "accuracy/mean").value(identity, cells[Setting("rtn", "4-8-4")]) == pytest.approx(30.0)
+
+
+def test_differences_are_paired(picture):
+    # All arms share their windows' noise, so that a ratio of perplexities has no spread at all.
+    cells = gather(picture)
+    found = measure(picture, "perplexity/wikipedia").interval(
+        lambda f, r: r / f, cells[FULL], cells[Setting("rtn", "4-8-4")]
+    )
+    assert (found.low, found.estimate, found.high) == pytest.approx((math.exp(1.2),) * 3)
+
+
+def test_the_share_won_back(picture):
+    cells = gather(picture)
+    trio = cells[FULL], cells[Setting("rtn", "4-8-4")], cells[Setting("llm-qat", "4-8-4")]
+    loss, share = won_back(measure(picture, "perplexity/c4"), *trio)
+    f, r, q = np.exp([4.0, 5.2, 4.3])
+    assert loss.estimate == pytest.approx(r - f) and share.estimate == pytest.approx((r - q) / (r - f))
+    # At 8 bits nothing is lost in accuracy: there is nothing to win back.
+    assert won_back(measure(picture, "accuracy/mean"), trio[0], cells[Setting("rtn", "8-8-8")], trio[2])[1] is None
+
+
+def test_records_that_cannot_be_compared(make_record):
+    first = make_record("rtn", "4-8-4")
+    other = dataclasses.replace(first, key="x", arm=dataclasses.replace(first.arm, model="other"))
+    with pytest.raises(ValueError, match="model 'tiny-random' and model 'other' cannot be compared"):
+        gather([first, other])
+    trained = make_record("llm-qat", "4-8-4")
+    longer = dataclasses.replace(trained.arm.training, steps=99)
+    with pytest.raises(ValueError, match="different arms of LLM-QAT at 4-8-4; only seeds may differ"):
+        gather([trained, dataclasses.replace(trained, key="x", arm=dataclasses.replace(trained.arm, training=longer))])
+
+
+def test_variants_are_cells_of_their_own_after_their_default(make_record):
+    changes = [{"corpus": "c4"}, {}, {"training": {"loss": "labels"}}, {"scheme": Scheme(grid="asymmetric")}]
+    cells = gather([make_record("llm-qat", "4-8-4", changes=change) for change in changes])
+    assert [setting.variant for setting in cells] == ["", "C4 text", "loss labels", "asymmetric MinMax"]
+    assert Setting("llm-qat", "4-8-4", "C4 text").title == "LLM-QAT at 4-8-4 (C4 text)"
+
+
+def test_few_shot_tasks_do_not_keep_arms_apart(make_record):
+    plain, few = make_record("rtn", "4-8-8"), make_record("rtn", "4-8-4")
+    evaluation = dataclasses.replace(few.arm.evaluation, tasks=(*few.arm.evaluation.tasks, "mmlu"))
+    few = dataclasses.replace(
+        few, arm=dataclasses.replace(few.arm, evaluation=evaluation), scores=few.scores | {"accuracy/mmlu": [0.0, 1.0]}
+    )
+    cells = gather([plain, few])
+    assert [each.name for each in measures([few, plain])] == ["perplexity/wikipedia", "perplexity/c4", "accuracy/mean"]
+    mmlu = task_measures([plain, few])[-1]
+    assert mmlu.name == "accuracy/mmlu" and [mmlu.covers(cell) for cell in cells.values()] == [False, True]
+    longer = dataclasses.replace(plain.arm, evaluation=dataclasses.replace(plain.arm.evaluation, windows=33))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        gather([few, dataclasses.replace(plain, arm=longer)])
+
+
+def test_diverged_runs_are_kept_apart(make_record):
+    records = [make_record("llm-qat", "4-8-4", seed=0), make_record("llm-qat", "4-8-4", seed=1, status=DIVERGED)]
+    (cell,) = gather(records).values()
+    assert len(cell.records) == len(cell.diverged) == 1
+    assert measures(records[1:]) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (number, 26.716, "26.7"),
+        (number, 11_937.0, "11,900"),
+        (number, -0.3149, "−0.315"),
+        (number, 0.99951, "1.00"),
+        (number, 0.0, "0"),
+        (number, 2.5e7, "2.5e+07"),
+        (number, math.inf, "∞"),
+        (number, math.nan, "–"),
+        (points, -0.01, "0.0"),
+        (points, -1.25, "−1.2"),
+        (percent, 0.0375, "3.8%"),
+        (percent, -0.0001, "0.0%"),
+        (percent, 0.628, "63%"),
+        (percent, 12.43, "1,243%"),
+    ],
+)
+def test_numbers_for_people(form, value, text):
+    assert form(value) == text
+
+
+def test_an_arm_that_was_run_again_to_the_same_scores_counts_once(make_record):
+    first = make_record("rtn", "4-8-4")
+    again = dataclasses.replace(first, key="another", cost={})
+    (cell,) = gather([first, again]).values()
+    assert cell.records == (first,)
+    other = dataclasses.replace(again, scores=again.scores | {"loss/c4": [1.0] * 32})
+    with pytest.raises(ValueError, match="different arms of RTN at 4-8-4"):
+        gather([first, other])
+
+
+def finished_at(record, day):
+    return dataclasses.replace(record, key=f"key-{day}", provenance=record.provenance | {"finished": f"2026-01-0{day}"})
+
+
+def test_the_records_of_a_profile_are_what_its_notebooks_could_have_made(picture, make_record):
+    changes = [{"training": {"loss": "labels"}}, {"sampling": {"top_k": 0}}, {"corpus": "c4"}]
+    own = [*picture, *(make_record("llm-qat", "4-8-4", changes=change) for change in changes)]
+    own.append(make_record("qlora", "4-16-16", changes={"format": Format("nf", 4, 64, True), "adapter": Adapter(4, 4)}))
+    longer = make_record("llm-qat", "4-8-8", changes={"training": {"steps": 99}})
+    other_data = make_record("llm-qat", "4-8-8", changes={"sampling": {"count": 99}})
+    model = dataclasses.replace(picture[0], arm=dataclasses.replace(picture[0].arm, model="other"))
+    evaluation = dataclasses.replace(picture[0].arm.evaluation, windows=33)
+    scored = dataclasses.replace(picture[0], arm=dataclasses.replace(picture[0].arm, evaluation=evaluation))
+    found = of_profile([longer, *own, other_data, model, scored], "tiny-random", BUDGET)
+    assert sorted(r.key for r in found) == sorted(r.key for r in own)
+    gather(found)  # they can be compared
+
+
+def test_of_an_arm_that_was_run_several_times_one_counts(make_record):
+    record = make_record("rtn", "4-8-4")
+    tasks = (*record.arm.evaluation.tasks, "mmlu")
+    few_shot = dataclasses.replace(
+        record, arm=dataclasses.replace(record.arm, evaluation=dataclasses.replace(record.arm.evaluation, tasks=tasks))
+    )
+    old, new = finished_at(record, 1), finished_at(few_shot, 3)
+    assert of_profile([new, old], "tiny-random", BUDGET) == [new]
+    present = dataclasses.replace(finished_at(record, 2), key=arm_key(record.arm))
+    assert of_profile([present, new, old], "tiny-random", BUDGET) == [present]  # made by the code that there is now

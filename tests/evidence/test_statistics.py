@@ -1,0 +1,204 @@
+"""Oracles: SciPy's bootstrap, the exact binomial, and coverage by simulation."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from studylib.evidence.statistics import POWER, Interval, paired_bootstrap, perplexity, stratified_mean
+
+
+def difference(a, b):
+    return a.mean(-1) - b.mean(-1)
+
+
+def test_paired_intervals_equal_scipys():
+    random = np.random.default_rng(1)
+    a = random.normal(size=80)
+    b = a + random.normal(0.1, 0.3, size=80)
+    ours = paired_bootstrap(difference, a, b, draws=40_000)
+    theirs = scipy.stats.bootstrap(
+        (a, b), lambda x, y, axis=-1: x.mean(axis) - y.mean(axis), paired=True, method="percentile", n_resamples=40_000
+    ).confidence_interval
+    assert ours.estimate == pytest.approx(a.mean() - b.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.005)
+
+
+def test_pairing_matters():
+    random = np.random.default_rng(2)
+    a = random.normal(0, 5, size=100)
+    b = a + 0.1 + random.normal(0, 0.05, size=100)
+    assert paired_bootstrap(difference, b, a).low > 0
+
+
+def test_a_share_of_correct_items_has_the_binomial_interval():
+    scores = np.repeat([1.0, 0.0], [60, 140])
+    found = paired_bootstrap(lambda x: x.mean(-1), scores, draws=40_000)
+    percentiles = scipy.stats.binom(200, 0.3).ppf([0.025, 0.975]) / 200
+    students = scipy.stats.t.ppf(0.975, 199) / scipy.stats.norm.ppf(0.975) * np.sqrt(200 / 199)
+    low, high = 0.3 + (percentiles - 0.3) * students
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.0051)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    random = np.random.default_rng(3)
+    hits = 0
+    for _ in range(400):
+        found = paired_bootstrap(lambda x: x.mean(-1), random.normal(1.0, 1.0, size=60), draws=1000)
+        hits += found.low <= 1.0 <= found.high
+    assert 0.91 <= hits / 400 <= 0.98
+
+
+def test_strata_keep_their_sizes_and_weigh_the_same():
+    strata = np.repeat([0, 1], [10, 90])
+    scores = np.concatenate([np.full(10, 2.0), np.zeros(90)])
+    statistic = stratified_mean(strata)
+    assert statistic(scores) == 1.0
+    found = paired_bootstrap(statistic, scores, strata=strata)
+    assert (found.low, found.high) == (1.0, 1.0)  # nothing varies inside a stratum
+    assert paired_bootstrap(lambda x: x.mean(-1), scores).high > 0.2
+
+
+def test_answers_of_which_none_differs_do_not_say_that_none_ever_does():
+    answers, half = np.ones(40), np.repeat([0, 1], [10, 30])
+    found = paired_bootstrap(difference, answers, answers)
+    assert (found.low, found.high) == pytest.approx(scipy.stats.t(39).ppf([0.025, 0.975]) / 40)
+    found = paired_bootstrap(stratified_mean(half), answers, strata=half)
+    assert found.high - found.estimate == pytest.approx(scipy.stats.t(39).ppf(0.975) * np.hypot(1 / 20, 1 / 60))
+    found = paired_bootstrap(difference, 0.7 * answers, 0.7 * answers)
+    assert (found.low, found.high) == (0, 0)  # these are no answers
+
+
+@pytest.mark.parametrize("share", [0.025, 0.05, 0.2])
+def test_intervals_of_answers_cover_where_few_differ(share):
+    random, hits, runs = np.random.default_rng(12), 0, 400
+    for _ in range(runs):
+        found = paired_bootstrap(difference, np.ones(40), (random.random(40) >= share).astype(float), draws=400)
+        hits += found.low <= share <= found.high
+    assert hits / runs >= 0.92
+
+
+def test_perplexity():
+    assert perplexity(np.log([2.0, 8.0])) == pytest.approx(4.0)
+    assert perplexity(np.array([1000.0])) == np.inf
+
+
+def test_the_same_seed_gives_the_same_interval():
+    sample = np.random.default_rng(0).normal(size=30)
+    assert paired_bootstrap(perplexity, np.log(sample[:1] ** 2)) == Interval(*[pytest.approx(sample[0] ** 2)] * 3)
+    assert paired_bootstrap(lambda x: x.mean(-1), sample) == paired_bootstrap(lambda x: x.mean(-1), sample)
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "message"),
+    [
+        (([],), {}, "shapes"),
+        (([1.0], [1.0, 2.0]), {}, "shapes"),
+        (([1.0, np.nan],), {}, "NaN"),
+        (([1.0, 2.0],), {"strata": [0]}, "one label for each of the 2 items"),
+    ],
+)
+def test_samples_that_cannot_be_compared(samples, settings, message):
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap(difference, *samples, **settings)
+
+
+def test_with_one_seed_nothing_changes():
+    scores = np.random.default_rng(4).normal(size=(2, 50))
+    alone = paired_bootstrap(difference, *scores)
+    assert paired_bootstrap(difference, *scores[:, None]) == alone
+
+
+def draw_runs(random, seeds, items, effect):
+    """Two arms: items that both share, a part of each seed, noise of each run on each item."""
+    shared = random.normal(0, 1.0, size=items)
+    return [
+        mean + shared + random.normal(0, 0.1, size=(seeds, 1)) + random.normal(0, 0.3, size=(seeds, items))
+        for mean in (effect, 0.0)
+    ]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_seeds_cover_as_often_as_they_say(seeds):
+    random, hits, ignorant, runs = np.random.default_rng(5), 0, 0, 300
+    for _ in range(runs):
+        a, b = draw_runs(random, seeds, 40, 0.2)
+        found = paired_bootstrap(difference, a, b, draws=600)
+        averaged = paired_bootstrap(difference, a.mean(0), b.mean(0), draws=600)
+        hits += found.low <= 0.2 <= found.high
+        ignorant += averaged.low <= 0.2 <= averaged.high
+    assert hits / runs >= 0.92 and ignorant < hits  # averaging seeds away pretends that there is no spread
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_seeds_that_differ_make_no_effect_of_nothing(seeds):
+    random, wrong, runs = np.random.default_rng(8), 0, 400
+    for _ in range(runs):
+        found = paired_bootstrap(difference, *draw_runs(random, seeds, 40, 0.0), draws=600)
+        wrong += found.low > 0
+    assert wrong / runs <= 0.05
+
+
+def test_one_number_a_seed_gets_students_interval():
+    values = np.random.default_rng(9).normal(1.0, 0.3, size=5)
+    found = paired_bootstrap(lambda x: x.mean(-1), values[:, None], family=12)
+    low, high = scipy.stats.t.interval(1 - 0.05 / 12, 4, values.mean(), scipy.stats.sem(values))
+    expected = scipy.stats.t.interval(0.95, 4, values.mean(), scipy.stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected) and found.surely == pytest.approx((low, high))
+
+
+def test_errors_that_multiply_are_widened_on_a_log_scale():
+    losses = np.random.default_rng(11).normal(3.0, 0.5, size=(2, 12))
+    found = paired_bootstrap(perplexity, losses, multiplies=True, family=12)
+    expected = paired_bootstrap(lambda x: x.mean(-1), losses, family=12).mapped(np.exp)
+    numbers = [(each.estimate, each.low, each.high, *each.surely) for each in (found, expected)]
+    assert numbers[0] == pytest.approx(numbers[1])
+
+
+def test_a_few_items_get_nearly_students_interval():
+    """Means of 8 normal numbers; percentiles alone leave the true mean out in one case of eight."""
+    random, hits, runs = np.random.default_rng(10), 0, 600
+    for _ in range(runs):
+        found = paired_bootstrap(lambda x: x.mean(-1), random.normal(size=8), draws=1000)
+        hits += found.low <= 0 <= found.high
+    assert hits / runs == pytest.approx(0.95, abs=0.025)
+
+
+def test_many_claims_without_any_effect_are_rarely_reproduced():
+    random, wrong, runs, family = np.random.default_rng(6), 0, 150, 12
+    for _ in range(runs):
+        claims = random.normal(size=(family, 60))
+        found = [paired_bootstrap(lambda x: x.mean(-1), claim, draws=4000, family=family) for claim in claims]
+        assert all(f.surely[0] < f.low and f.high < f.surely[1] for f in found)
+        wrong += any(f.bounds[0] > 0 for f in found)
+    assert wrong / runs <= 0.06  # 2.5% of intervals would lie above zero, were the family perfectly covered
+
+
+@pytest.mark.parametrize("shapes", [[(2, 5), (3, 5)], [(2, 5), (2, 4)], [(2, 2, 5)]])
+def test_runs_that_do_not_belong_together_are_refused(shapes):
+    with pytest.raises(ValueError, match="one number of seeds"):
+        paired_bootstrap(lambda *x: x[0].mean(-1), *(np.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("family", [1, 12])
+def test_an_effect_as_far_from_a_bound_as_the_resolution_is_told_in_most_cases(family):
+    """Means of 60 normal numbers against a bound of zero: the share of cases in which the interval lies above it."""
+    random, runs = np.random.default_rng(7), 250
+
+    def told(effect):
+        samples = random.normal(effect, 1.0, size=(runs, 60))
+        found = [paired_bootstrap(lambda x: x.mean(-1), sample, draws=3000, family=family) for sample in samples]
+        return np.mean([each.bounds[0] > 0 for each in found]), found
+
+    nothing, found = told(0.0)
+    resolution = np.mean([each.resolution for each in found])
+    half_width = np.mean([each.estimate - each.bounds[0] for each in found])
+    error = 1 / np.sqrt(60)
+    normal = scipy.stats.norm
+    assert resolution == pytest.approx(error * (normal.ppf(1 - 0.025 / family) + normal.ppf(POWER)), rel=0.05)
+    assert nothing <= 0.06
+    assert told(resolution)[0] == pytest.approx(POWER, abs=0.06)
+    assert told(half_width)[0] == pytest.approx(0.5, abs=0.09)
+
+
+def test_what_does_not_vary_resolves_everything():
+    assert Interval(3.0, 3.0, 3.0).resolution == 0

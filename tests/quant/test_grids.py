@@ -1,0 +1,232 @@
+"""Oracles: a NumPy version in float64, torchao's public primitives, autograd."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torchao.quantization import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+
+from studylib.config.settings import BitWidths, Grid
+from studylib.quant.grids import fake_quantize, quantize
+
+BITS = range(2, 9)
+rows = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.sampled_from([4, 8, 24])),
+    elements=st.floats(-(2.0**99), 2.0**99, width=32),
+)
+grids = st.builds(
+    Grid,
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["symmetric", "asymmetric"]),
+    group=st.sampled_from([None, 2, 4]),
+)
+
+
+def numpy_values(x: np.ndarray, grid: Grid) -> np.ndarray:
+    """MinMax round-to-nearest in float64, written independently of studylib."""
+    x = x.astype(np.float64)
+    shape, x = x.shape, x.reshape(-1, grid.group or x.shape[-1])
+    out = np.zeros_like(x)
+    for i, row in enumerate(x):
+        if grid.symmetric:
+            top = 2 ** (grid.bits - 1) - 1
+            step = np.abs(row).max() / top
+            out[i] = np.rint(row / step) * step if step else 0
+        else:
+            low, high = min(row.min(), 0), max(row.max(), 0)
+            step = (high - low) / (2**grid.bits - 1)
+            if step:
+                zero = np.rint(-low / step)
+                out[i] = (np.clip(np.rint(row / step) + zero, 0, 2**grid.bits - 1) - zero) * step
+    return out.reshape(shape)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [None, 16])
+def test_agrees_with_float64_numpy(bits, kind, group):
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-4, 4, 64)[:, None]
+    grid = Grid(bits, kind, group)
+    ours, exact = fake_quantize(x, grid).double().numpy(), numpy_values(x.numpy(), grid)
+    step = (np.abs(x.numpy()).max(-1, keepdims=True)) / (2 ** (bits - 1) - 1)
+    # fp32 rounding of x / scale may flip a tie between two neighbouring levels; nothing else may differ.
+    off = np.abs(ours - exact) > 1e-4 * step
+    assert off.mean() < 1e-3
+    assert np.abs(ours - exact).max(where=off, initial=0) <= 1.001 * np.broadcast_to(step, off.shape).max()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [None, 32])
+def test_agrees_with_torchao(bits, kind, group):
+    x = torch.randn(32, 128, generator=torch.Generator().manual_seed(7))
+    grid, block, symmetric = Grid(bits, kind, group), (1, group or 128), kind == "symmetric"
+    mapping = MappingType.SYMMETRIC_NO_CLIPPING_ERR if symmetric else MappingType.ASYMMETRIC
+    scale, zero = choose_qparams_affine(
+        x,
+        mapping,
+        block,
+        torch.int8 if symmetric else torch.uint8,
+        grid.low,
+        grid.high,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int32,
+    )
+    codes = quantize_affine(x, block, scale, zero, torch.int8 if symmetric else torch.uint8, grid.low, grid.high)
+    values = dequantize_affine(codes, block, scale, zero, codes.dtype, grid.low, grid.high)
+    ours = quantize(x, grid)
+    torch.testing.assert_close(ours.scale.flatten(), scale.flatten(), rtol=1e-6, atol=0)
+    # torchao multiplies by 1 / scale: ties may fall on the other side.
+    apart = (ours.codes.int() - codes.int()).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
+    same = apart == 0
+    torch.testing.assert_close(ours.dequantize()[same], values[same], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows, grids)
+def test_fake_quantization_is_quantize_then_dequantize(x, grid):
+    x = torch.from_numpy(x)
+    stored = quantize(x, grid)
+    assert torch.equal(fake_quantize(x, grid), stored.dequantize())
+    assert stored.codes.min() >= grid.low and stored.codes.max() <= grid.high
+    assert stored.scale.dtype == torch.float32
+    half = x.clamp(-3e4, 3e4).bfloat16()
+    assert torch.equal(fake_quantize(half, grid), quantize(half, grid).dequantize(torch.bfloat16))
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows, grids)
+def test_error_is_at_most_half_a_step_and_the_extremes_are_kept(x, grid):
+    x = torch.from_numpy(x)
+    stored = quantize(x, grid)
+    error = grid.rows((stored.dequantize().double() - x.double()).abs())
+    slack = 1 if not grid.symmetric else 0.5  # an integer zero point shifts the range by up to half a step
+    assert (error <= (slack + 1e-3) * stored.scale.double()).all()
+    if grid.symmetric:
+        magnitude = grid.rows(x).abs().amax(-1)
+        kept = grid.rows(stored.codes.int()).abs().amax(-1)
+        assert (kept[magnitude > 1e-30] == grid.high).all()
+
+
+@given(rows, st.integers(2, 8))
+@settings(deadline=None)
+def test_symmetric_grid_is_odd_and_scales_with_its_input(x, bits):
+    x = torch.from_numpy(x)
+    grid = Grid(bits)
+    assert torch.equal(fake_quantize(-x, grid), -fake_quantize(x, grid))
+    moderate = x.clamp(-1e20, 1e20) * (x.abs() > 1e-20)
+    assert torch.equal(fake_quantize(moderate * 4, grid), fake_quantize(moderate, grid) * 4)
+
+
+def test_worked_examples_of_the_docstring():
+    symmetric = quantize(torch.tensor([-3.5, 1.2]), Grid(4))
+    assert symmetric.codes.tolist() == [-7, 2] and symmetric.scale.item() == 0.5
+    asymmetric = quantize(torch.tensor([-1.0, 14.0]), Grid(4, "asymmetric"))
+    assert asymmetric.codes.tolist() == [0, 15] and asymmetric.zero.item() == 1 and asymmetric.scale.item() == 1
+
+
+def test_zero_rows_and_subnormal_rows_stay_finite():
+    for x in (torch.zeros(2, 8), torch.full((2, 8), 1e-42)):
+        for grid in (Grid(4), Grid(4, "asymmetric")):
+            assert torch.equal(fake_quantize(x, grid), torch.zeros_like(x))
+
+
+def test_straight_through_gradient_and_the_official_mask():
+    x = torch.tensor([[-5.0, -2.0, -1.9, 0.3, 1.0, 2.5]], requires_grad=True)
+    upstream = torch.arange(1.0, 7.0)[None]
+    fake_quantize(x, Grid(4)).backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    x.grad = None
+    fake_quantize(x, Grid(4), mask=2.0).backward(upstream)
+    assert x.grad.tolist() == [[0, 0, 3, 4, 5, 0]]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_statsq_clips_at_twice_the_mean_magnitude(bits):
+    x = torch.randn(16, 96, generator=torch.Generator().manual_seed(bits), requires_grad=True)
+    exact = x.detach().double().numpy()
+    clip = 2 * np.abs(exact).mean(1, keepdims=True)
+    step = clip / (2 ** (bits - 1) - 1)
+    exact = np.rint(np.clip(exact, -clip, clip) / step) * step
+    ours = fake_quantize(x, Grid(bits, "statsq"))
+    assert (np.abs(ours.detach().double().numpy() - exact) > 1e-5).mean() < 1e-3
+    assert torch.equal(ours, quantize(x.detach(), Grid(bits, "statsq")).dequantize())
+    ours.sum().backward()
+    assert torch.equal(x.grad == 0, x.detach().abs() > torch.from_numpy(clip).float())
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (1,)])
+def test_learned_steps_have_the_gradients_of_autograd(shape):
+    """LSQ written with detached roundings, as its authors' pseudo-code does, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 96, generator=generator).requires_grad_()
+    step = (0.1 + 0.2 * torch.rand(shape, generator=generator)).requires_grad_()
+    upstream = torch.randn(16, 96, generator=generator)
+    ours = fake_quantize(x, Grid(4, "lsq"), step=step)
+    ours.backward(upstream)
+
+    exact_x, exact_step = (t.detach().double().requires_grad_() for t in (x, step))
+    share = 1 / (96 * 7) ** 0.5
+    slowed = exact_step * share + (exact_step * (1 - share)).detach()
+    clipped = (exact_x / slowed).clamp(-7, 7)
+    exact = (clipped + (clipped.round() - clipped).detach()) * slowed
+    exact.backward(upstream.double())
+    assert ((exact_x / exact_step).abs() > 7).float().mean() > 0.01  # some are clipped
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.grad.double(), exact_step.grad, rtol=1e-4, atol=1e-5)
+    stored = quantize(x.detach(), Grid(4, "lsq"), step.detach())
+    assert torch.equal(stored.dequantize(), ours) and stored.codes.abs().max() == 7
+
+
+def test_a_learned_scale_must_be_given():
+    with pytest.raises(ValueError, match="'lsq' is learned"):
+        fake_quantize(torch.randn(2, 8), Grid(4, "lsq"))
+
+
+def test_not_finite_input_propagates_and_has_no_codes():
+    x = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
+    out = fake_quantize(x, Grid(4))
+    assert out[0].isnan().all() and out[1].isfinite().all()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            quantize(torch.tensor([1.0, bad]), Grid(4))
+
+
+@pytest.mark.parametrize("text", ["4-8", "4-8-4-4", "a-8-4", "", "1-8-4", "4-9-4", "4-8-17", "4-0-4", 484])
+def test_bad_bit_widths_name_the_value(text):
+    with pytest.raises(ValueError) as caught:
+        BitWidths.parse(text)
+    assert "\n" not in str(caught.value)
+    assert any(part in str(caught.value) for part in str(text).split("-") if part) or repr(text) in str(caught.value)
+
+
+@given(st.tuples(*[st.sampled_from([*BITS, 16])] * 3))
+def test_bit_widths_round_trip(bits):
+    assert str(BitWidths.parse("-".join(map(str, bits)))) == "-".join(map(str, bits))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 16},
+        {"bits": True},
+        {"bits": 4, "group": 0},
+        {"bits": 4, "group": 2.5},
+        {"bits": 4, "kind": "minmax"},
+    ],
+)
+def test_bad_grids_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"use|needs"):
+        Grid(**arguments)
+
+
+def test_a_group_that_does_not_divide_the_row_is_refused():
+    with pytest.raises(ValueError, match="5 does not divide the row length 8"):
+        fake_quantize(torch.randn(2, 8), Grid(4, group=5))

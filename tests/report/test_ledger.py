@@ -1,0 +1,113 @@
+"""The ledger's rows, numbers and pictures, and its figure."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from studylib.evidence.claims import CLAIMS
+from studylib.evidence.effects import ACCURACY, COST, INCONCLUSIVE, NOT_TESTED, PERPLEXITY, TIMES, Effect, PaperNumber
+from studylib.evidence.judging import judge
+from studylib.evidence.statistics import Interval
+from studylib.report.figures.claims import LIMIT, overview
+from studylib.report.ledger import WIDTH, Entry, ledger, ledger_frame, ledger_table, picture
+
+
+@pytest.fixture
+def entries(ablations, tuned):
+    return ledger(ablations + tuned)
+
+
+def test_every_claim_has_its_row(entries):
+    assert [entry.claim.id for entry in entries] == list(CLAIMS)
+    rows = ledger_table(entries).splitlines()
+    assert len(rows) == 2 + len(CLAIMS) and rows[0].count("|") == 6
+    assert rows[2].startswith("| A1 | LLM-QAT recovers") and rows[2].endswith("| 78% of the loss of accuracy |")
+
+
+def test_the_verdict_of_several_measures_is_not_simplified(picture):
+    findings = judge(CLAIMS["A1"], picture)
+    assert Entry(CLAIMS["A1"], tuple(findings)).overall == "reproduced"
+    mixed = Entry(CLAIMS["A1"], (judge(CLAIMS["A1"], picture[:1])[0], *findings[:2]))
+    assert mixed.overall == "reproduced by 2 of 3 measures, not tested here by 1"
+    assert mixed.telling == findings[0] and len(mixed.others) == 2
+
+
+def test_missing_records_are_named_claim_by_claim(picture):
+    nothing = {entry.claim.id: entry for entry in ledger([])}
+    assert nothing["A4"].telling.sentence == "Not tested here: full precision and RTN at 8-8-8 were not run."
+    assert nothing["C2"].overall == NOT_TESTED and nothing["B6"].overall == "reproduced"  # memory needs no record
+    assert "QLoRA at 4-16-16 were not run." in ledger_table(ledger(picture))
+
+
+def test_the_frame_holds_plain_numbers(entries):
+    frame = ledger_frame(entries)
+    assert len(frame) == sum(len(entry.findings) for entry in entries)
+    explodes = frame[(frame["claim"] == "A6") & (frame["measure"] == "perplexity on C4")].iloc[0]
+    assert explodes["effect"] == pytest.approx(math.exp(1.2)) and explodes["paper"] == pytest.approx(151.4 / 10.4)
+    assert (explodes["above"], explodes["below"]) == (2.0, math.inf)
+    decided = frame[frame["verdict"] == INCONCLUSIVE]
+    assert (decided["surely_low"] <= decided["low"]).all() and (decided["smallest"] > 0).all()
+    assert frame.loc[frame["claim"] == "A5", "effect"].isna().all()
+
+
+def positions(svg):
+    circle = float(re.search(r'circle .*?cx="([\d.]+)"', svg)[1])
+    diamond = re.search(r'class="(paper|recalled)" d="M([\d.]+) ', svg)
+    return circle, diamond and (diamond[1], float(diamond[2]))
+
+
+def test_a_picture_is_to_scale():
+    effect = Effect(Interval(3.0, 2.0, 4.0, surely=(1.0, 5.0)), ACCURACY, "lost", above=0)
+    svg = picture(effect, PaperNumber(6.0, ACCURACY))
+    circle, diamond = positions(svg)
+    assert circle == WIDTH / 2 and diamond == ("paper", WIDTH - 8)
+    assert 'aria-label="3.0 [2.0, 4.0] points lost; the claim holds above 0.0 points; the paper: 6.0 points"' in svg
+    assert 'class="holds" x="8.0" y="6" width="232.0"' in svg  # from zero to the right end
+    assert positions(picture(effect, PaperNumber(6.0, ACCURACY, recalled=True)))[1][0] == "recalled"
+    assert positions(picture(effect, PaperNumber(6.0, COST)))[1] is None
+
+
+def test_ratios_have_a_log_scale_and_infinity_no_picture():
+    effect = Effect(Interval(4.0, 2.0, 8.0), TIMES, "as many", above=1)
+    assert positions(picture(effect, PaperNumber(16.0, TIMES)))[0] == WIDTH / 2
+    assert picture(Effect(Interval(math.inf, 2.0, math.inf), PERPLEXITY, "lost", above=0), None) == ""
+
+
+def test_words_are_escaped_and_texts_stay_inside():
+    effect = Effect(Interval(3.0, 2.0, 4.0), ACCURACY, '<b> & "quoted"', below=5)
+    svg = picture(effect, None)
+    assert "&lt;b&gt; &amp; &quot;quoted&quot;" in svg and "<b>" not in svg
+    assert f'<text x="{WIDTH}" y="39" text-anchor="end">' in svg
+
+
+def test_the_overview_shows_every_claim_and_nothing_overlaps(entries, tmp_path):
+    figure = overview(entries)
+    figure.savefig(tmp_path / "x.png", dpi=50)
+    (ax,) = figure.axes
+    assert figure.get_suptitle().startswith("Of 31 claims of three papers: ")
+    assert figure.get_suptitle().endswith("not tested here") and ax.get_xlabel() and ax.get_ylabel() and figure.legends
+    labels = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
+    assert labels == [f"{entry.claim.id}  {entry.claim.statement}" for entry in entries]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for texts in (ax.texts, ax.get_yticklabels()):
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+        for a, b in itertools.combinations(boxes, 2):
+            assert min(a.y1, b.y1) - max(a.y0, b.y0) <= 1
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_an_interval_lies_right_of_the_bound_if_and_only_if_the_claim_is_reproduced(entries):
+    (ax,) = overview(entries).axes
+    drawn = {line.get_color() for line in ax.lines}
+    assert {"#0B5C2E", "#8A6500"} <= drawn
+    for line in ax.lines:
+        ends = np.asarray(line.get_xdata())
+        if len(ends) == 2 and line.get_color() == "#0B5C2E":
+            assert (ends > 0).all() and (ends <= LIMIT).all()
+        if len(ends) == 2 and line.get_color() == "#8A6500":
+            assert ends.min() <= 0 <= ends.max()  # a range with two ends may be seen from its upper one

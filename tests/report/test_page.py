@@ -1,0 +1,175 @@
+"""What a reader must find on the page, and that nothing on it comes from elsewhere."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from studylib.evidence.claims import CLAIMS
+from studylib.evidence.effects import VERDICTS
+from studylib.evidence.judging import judge
+from studylib.report import tables
+from studylib.report.figures import comparisons as figures
+from studylib.report.ledger import ledger, ledger_table
+from studylib.report.page import PAPERS, SUMMARY, summary, write_report
+from studylib.report.recipes import SIZES, recommendations
+from studylib.study import notebooks as batch
+from studylib.study.notebooks import NOTEBOOKS
+from studylib.study.records import arm_key, read_records
+
+
+@pytest.fixture(scope="module")
+def output(picture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output")
+    drawn = {"bit_allocation": figures.bit_allocation(picture), "recovery": figures.recovery(picture)}
+    batch.publish(folder, "04_ptq_vs_qat", picture, drawn, tables.scoreboard(picture))
+    batch.publish(folder, "00_claims", picture, {"overview": drawn["recovery"]}, tables.scoreboard(picture))
+    notebooks = [folder / "04_ptq_vs_qat.ipynb", folder / "00_claims.ipynb"]
+    for notebook in notebooks:
+        notebook.with_suffix(".html").touch()
+    write_report(folder, picture, notebooks, "study run --notebooks 04 00")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(output):
+    return (output / "report.html").read_text()
+
+
+class Reader(html.parser.HTMLParser):
+    VOID = frozenset({"meta", "img", "br", "link"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.links, self.images, self.pictures, self.heads, self.text = [], [], [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
+        self.images += [attributes] if tag == "img" else []
+        self.pictures += [attributes] if tag == "svg" else []
+        self.heads += [attributes] if tag == "th" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(page):
+    reader = Reader(page)
+    assert not reader.open  # every element is closed
+    assert all(link.startswith(("data:", "04_ptq_vs_qat", "00_claims", "#")) for link in reader.links)
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(set(ids)) == len(ids)
+    assert set(CLAIMS) <= {link[1:] for link in reader.links if link.startswith("#")} <= set(ids)
+    assert {"04_ptq_vs_qat.html", "00_claims.html", "00_claims/overview.png"} <= set(reader.links)
+    assert not re.search(r"url\(|@import|<script|http-equiv|https?://", page)
+    assert len(reader.images) == 3 + 1 and all(len(image["alt"]) > 30 for image in reader.images)
+    assert len(page) < 5_000_000
+
+
+def test_the_sections_stand_in_their_order(page):
+    sections = ["ledger", "recipe", *(paper.name for paper in PAPERS), "reading", "methods", "data", "machine"]
+    places = [page.index(f'<h2 id="{name}">') for name in [*sections, "deviations", "cost", "again"]]
+    assert places == sorted(places)
+    overview, recovery = (page.index(f'href="{name}.png"') for name in ("00_claims/overview", "04_ptq_vs_qat/recovery"))
+    assert places[0] < overview < places[1] and places[2] < recovery < places[3]
+
+
+def test_every_notebook_and_claim_has_a_place():
+    shown = [number for paper in PAPERS for number in paper.notebooks] + list(SUMMARY)
+    assert sorted(shown) == [path.stem[:2] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    assert all(sum(claim.startswith(paper.letter) for paper in PAPERS) == 1 for claim in CLAIMS)
+
+
+def test_the_ledger_is_read_without_eyes_or_colours(page, picture):
+    reader, judged = Reader(page), [finding for entry in ledger(picture) for finding in entry.findings]
+    text = " ".join(" ".join(reader.text).split())
+    assert all("scope" in head for head in reader.heads)
+    shown = [finding for finding in judged if finding.effect]
+    assert len(reader.pictures) == len(shown) > 10
+    for svg, finding in zip(reader.pictures, shown, strict=False):
+        assert svg["role"] == "img" and "the claim holds" in svg["aria-label"]
+        assert finding.effect.what and finding.effect.what in text
+    table = page[page.index('<table class="ledger"') : page.index("</table>")]
+    counts = [table.count(f"</span> {verdict}") for verdict in VERDICTS]
+    assert sum(counts) >= len(CLAIMS) and counts[0] and counts[3]
+    # The telling finding stands in the row; details hold the others, each with its own verdict.
+    assert table.count("<details><summary>") == sum(len(entry.findings) > 1 for entry in ledger(picture))
+
+
+def test_the_page_says_what_was_found_and_on_what(page, picture):
+    text = " ".join(" ".join(Reader(page).text).split())
+    for claim in ("A1", "A2", "A3", "A4", "A6"):
+        for finding in judge(CLAIMS[claim], picture):
+            assert finding.sentence in text
+        assert CLAIMS[claim].rule in text
+    for said in ("tiny <random>", "c0ffee", "study run --notebooks 04 00", "66.7 [64.", "2.13.0", "AVX2, 2 threads"):
+        assert said in text
+    assert f"{sum(sum(r.cost['seconds'].values()) for r in picture) / 60:.2f} minutes over all arms" in text
+
+
+def test_the_recipe_follows_the_ledger(page, picture):
+    (found,) = recommendations(picture)
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert all(sentence in text for sentence in (found.headline, *found.details, SIZES))
+    assert page.index('id="ledger"') < page.index('id="recipe"') < page.index('id="LLM-QAT"')
+    assert any(image["alt"].startswith(found.headline) for image in Reader(page).images)
+    (within,) = recommendations(picture, 5)
+    section = f"## Which recipe for this model\n\n**{within.family.title}.** {within.headline}"
+    assert section in summary(picture, 5)
+
+
+def test_readme_and_report_show_the_reference_results():
+    reference = NOTEBOOKS.parent / "results" / "reference"
+    (report,) = reference.glob("*/report.html")
+    notebooks = [path.parent.with_suffix(".ipynb") for path in report.parent.glob("*/published.json")]
+    records = batch.used_records(report.parent, notebooks, reference / "records")
+    assert {record.key for record in records} == {path.stem for path in (reference / "records").glob("*.json")}
+    read = Reader(report.read_text(encoding="utf-8"))
+    files = [report.parent / link for link in read.links if not link.startswith(("data:", "#"))]
+    assert files and all(file.is_file() for file in files)
+    text = " ".join(" ".join(read.text).split())
+    for sentence in (finding.sentence for entry in ledger(records) for finding in entry.findings):
+        assert sentence in text, f"{report} is not up to date; `study report --output {report.parent}` makes it again"
+    readme, page = ((folder / "README.md").read_text() for folder in (NOTEBOOKS.parent, reference))
+    for found, text in ((ledger_table(ledger(records)), readme), (summary(records), page)):
+        assert found in text, f"it is not up to date and must hold:\n{found}"
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
+    assert shown and all((NOTEBOOKS.parent / path).is_file() for path in shown)
+    for published in reference.glob("*/*/published.json"):
+        keys = json.loads(published.read_text())["records"]
+        assert all((reference / "records" / f"{key}.json").is_file() for key in keys)
+
+
+def test_what_readme_says_of_benchmarks_that_quick_leaves_out_is_on_record():
+    (record,) = read_records(NOTEBOOKS.parent / "results" / "reference" / "left-out")
+    assert arm_key(record.arm) == record.key and record.arm.method == "full-precision"
+    said = {"arc_easy": "(55%;", "piqa": "PIQA 55%", "openbookqa": "OpenBookQA 27.5%", "mmlu": "MMLU 12.5%"}
+    said |= {"triviaqa": "TriviaQA 0%"}
+    readme = " ".join((NOTEBOOKS.parent / "README.md").read_text().split())
+    assert set(said) == set(record.arm.evaluation.tasks) and all(words in readme for words in said.values())
+    for task, words in said.items():
+        assert f"{100 * record.metrics[f'accuracy/{task}']:g}%" in words
+
+
+def test_published_files(output, picture):
+    folder = output / "04_ptq_vs_qat"
+    assert {path.name for path in folder.iterdir()} == {
+        "bit_allocation.png",
+        "bit_allocation.svg",
+        "recovery.png",
+        "recovery.svg",
+        "table.csv",
+        "published.json",
+    }
+    published = json.loads((folder / "published.json").read_text())
+    assert published["records"] == [record.key for record in picture]
+    assert published["figures"]["recovery"].startswith("Won back of the perplexity on Wikipedia that RTN")

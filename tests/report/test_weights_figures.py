@@ -1,0 +1,86 @@
+"""Figures and tables of formats, fine-tuning and memory: what they must have whatever the numbers."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from studylib.evidence.published import PUBLISHED, against_papers
+from studylib.config.settings import Format
+from studylib.config.budgets import EXECUTIONS
+from studylib.report.figures import memory as memory_figures
+from studylib.report.figures import weights as weight_figures
+
+
+@pytest.fixture
+def records(make_record, tuned):
+    return [make_record("full-precision", loss=2.9, accuracy=0.6), *tuned]
+
+
+def flat(figure):
+    FigureCanvasAgg(figure).draw()
+    assert all(ax.get_xlabel() for ax in figure.axes) and figure.legends
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def test_rows_name_every_arm_and_the_best_of_each_width(records):
+    panels = weight_figures.tuning_panels(records)
+    assert [panel.name for panel in panels] == ["perplexity/responses", "perplexity/wikipedia", "accuracy/mean"]
+    figure = weight_figures.rows(records, panels)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "QA-LoRA at 3-16-16" in labels and "QLoRA at 4-16-16 (affine Int4)" in labels
+    assert "and QLoRA at 3-16-16 (L4Q at 3-16-16 is 16% [16%, 16%] worse)" in flat(figure)
+
+
+def test_the_table_of_formats_counts_and_compares(records):
+    table = weight_figures.format_table(records).set_index("Format")
+    assert table.loc["NF4 + DQ", "Bits, formula"] == "4.127" and table.loc["NF4", "Bits, stored"] == "4.500"
+    assert table.loc["NF4", "Error, N(0,1)"] == "0.0728" and table.loc["NF4", "Error, weights, %"] == "12.5"
+    assert table.loc["Int4", "Perplexity on Wikipedia: cost"].startswith("35%")
+    assert not table.isna().any(axis=None)
+
+
+def test_figures_of_formats_say_what_they_found(records):
+    assert flat(weight_figures.format_frontier(records)) == "Perplexity on Wikipedia by number format"  # no affine one
+    assert "at four bits: NF4 12.5%" in flat(weight_figures.error_by_layer(records))
+    for draw in (weight_figures.format_frontier, weight_figures.error_by_layer):
+        assert "No weights were rounded" in draw(records[:1]).get_suptitle()
+
+
+def test_formats_are_told_apart_by_colour_for_levels_and_marker_for_scales(make_record):
+    formats = [Format("nf"), Format("nf", double=True), Format("affine", 3, double=True), Format("affine", 4, 32)]
+    made = [make_record("encoded", f"{f.bits}-16-16", changes={"format": f}) for f in formats]
+    figure = weight_figures.format_frontier(made)
+    (legend,) = figure.legends
+    named = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+    assert list(named) == ["NF", "affine Int", "block 64", "DQ", "block 32", "best for its size"]
+    drawn = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_marker() != "None"]
+    looks = [("NF", "block 64"), ("NF", "DQ"), ("affine Int", "block 32"), ("affine Int", "DQ")]
+    assert drawn == [(named[levels].get_color(), named[scales].get_marker()) for levels, scales in looks]
+
+
+def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_faster(make_record):
+    record = make_record("4-bit kernel", "4-16-16", changes={"format": Format("affine", 4)})
+    assert "Nothing was timed" in weight_figures.decoding_times([]).get_suptitle()
+    scores = {f"seconds/own/{kind}": [0.01 * (at + 1)] * 4 for at, kind in enumerate(EXECUTIONS)}
+    figure = weight_figures.decoding_times([dataclasses.replace(record, scores=record.scores | scores)])
+    assert flat(figure) == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(EXECUTIONS)
+
+
+def test_plans_stand_beside_what_was_measured(fp32):
+    frame = memory_figures.measured_beside_planned("tiny-random", ["lora", "l4q", "qat"], 4, 32, 4, 2, 32)
+    assert (frame["planned"] == frame["total"]).all() and len(frame) == 6
+    shown = memory_figures.readable_memory(frame)
+    assert set(shown["Plan / measured"]) == {"1.000"} and list(shown["Method"])[::2] == ["LoRA", "L4Q", "QAT"]
+    assert "plans are off by at most 0.0%" in flat(memory_figures.memory_bars(frame))
+
+
+def test_the_papers_gigabytes_have_a_row_each(monkeypatch):
+    rows = [row for row in PUBLISHED if row.model == "llama-7b" and row.claim in ("B6", "C3")]
+    rows.append(next(row for row in PUBLISHED if row.gigabytes is None))
+    monkeypatch.setattr(memory_figures, "against_papers", lambda: against_papers(rows))
+    table = memory_figures.papers_table()
+    assert isinstance(table, pd.DataFrame) and len(table) == len(rows) and table["Paper, GB"].iloc[-1] == "–"
+    assert "published numbers are met to a tenth" in flat(memory_figures.papers_figure())

@@ -1,0 +1,294 @@
+"""Exported models: transformers loads what the record scored, in as few bits, or it is refused beforehand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from studylib.config.profiles import profile
+from studylib.data import models
+from studylib.config.budgets import Evaluation
+from studylib.evaluate.scores import score
+from studylib.methods import deploy as merging
+from studylib.methods import tuned
+from studylib.config.settings import Adapter
+from studylib.config.settings import Format
+from studylib.config.settings import Grid
+from studylib.quant.grids import quantize
+from studylib.config.settings import Scheme
+from studylib.quant.layers import decoder_linears
+from studylib.study import export
+from studylib.study import run as experiments
+from studylib.study.records import DIVERGED, Store, arm_key
+
+EVALUATION = Evaluation(("wikipedia",), windows=4, length=32, pairs=2)
+BUDGET = dataclasses.replace(profile("smoke"), evaluation=EVALUATION)
+NF4 = Format("nf", 4, 32, double=True)
+
+
+def arm(method, bits="4-16-16", model="tiny-random", **fields):
+    return BUDGET.arm(model, method, bits, **fields)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "results")
+
+
+def exported(arm, store, folder):
+    """The record, what `export` says of it, and the files' tensors."""
+    (record,) = experiments.run([arm], store.folder)
+    found = export.export(record, store, folder)
+    assert not list(folder.parent.glob("*.partial-*"))
+    assert found.bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    (file,) = folder.glob("*.safetensors")
+    return record, found, load_file(file)
+
+
+WEIGHTS = {
+    "rtn": arm("rtn"),
+    "3 bits": arm("rtn", "3-16-16"),
+    "8 bits": arm("rtn", "8-16-16"),
+    "groups": arm("rtn", scheme=Scheme("asymmetric", weight_group=32)),
+    "statsq": arm("rtn", scheme=Scheme("statsq")),
+    "gptq": arm("gptq"),
+    "awq": arm("awq"),
+    "smoothquant": arm("smoothquant", "8-16-16"),
+    "llm-qat": arm("llm-qat"),
+    "lsq": arm("llm-qat", scheme=Scheme("lsq")),
+    "affine": arm("encoded", "2-16-16", format=Format("affine", 2, 32)),
+    "double": arm("encoded", format=Format("int", 4, 32, double=True)),
+    "qat": arm("qat", format=Format("affine", 4, 32)),
+    "merged": arm("lora", "16-16-16", merge=merging.MERGED_QUANTIZED, format=Format("affine", 4, 32)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_integers_come_back_as_the_weights_that_were_scored(fp32, store, tmp_path, name):
+    record, found, tensors = exported(WEIGHTS[name], store, tmp_path / "model")
+    assert found.container == export.INTEGERS
+    deployed, tokenizer = experiments.deployed(record.arm, store)
+    assert score(deployed, tokenizer, EVALUATION)[0] == {
+        name: value for name, value in record.metrics.items() if name.startswith("perplexity/")
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.arange(32)[None]
+    assert torch.isfinite(loaded(tokens).logits).all()  # the first pass unpacks
+    for name, linear in decoder_linears(deployed).items():
+        back = loaded.get_submodule(name).weight
+        assert torch.allclose(back, linear.weight, rtol=1e-5, atol=1e-6 * linear.weight.abs().max().item()), name
+    bits = int(record.arm.bits.split("-")[0]) if record.arm.bits != "16-16-16" else 4
+    for name, linear in decoder_linears(deployed).items():
+        stored = tensors[f"{name}.weight" if f"{name}.weight" in tensors else f"{name}.weight_packed"]
+        assert 8 * stored.nbytes == bits * linear.weight.numel()
+    for name, value in found.metrics.items():  # embeddings and norms were rounded to bf16
+        assert value == pytest.approx(record.metrics[name], rel=2e-3)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("text").input_ids == tokenizer("text").input_ids
+
+
+@pytest.mark.parametrize("bits", ["8-8-8", "4-8-16"])
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric"])
+def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, grid, capfd):
+    record, found, tensors = exported(arm("rtn", bits, scheme=Scheme(grid)), store, tmp_path / "model")
+    assert "arning" not in capfd.readouterr().err.replace("WARNING", "warning")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.arange(32)[None]
+    rounded = loaded(tokens).logits
+    plain, _ = experiments.deployed(arm("rtn", "4-16-16" if bits[0] == "4" else "8-16-16", scheme=Scheme(grid)), store)
+    away = (rounded - plain(tokens).logits).abs().mean()
+    own = (experiments.deployed(record.arm, store)[0](tokens).logits - plain(tokens).logits).abs().mean()
+    assert 0.5 * own < away < 2 * own
+    summary = export.summary(record, found)
+    assert ("max|x|" in summary) == (grid == "symmetric")
+    assert ("Key/value cache: 16 bits here, 8 in the record" in summary) == (bits == "8-8-8")
+    assert any(tensor.dtype == torch.int32 for tensor in tensors.values()) == (bits == "4-8-16")
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        arm("encoded", format=NF4),
+        arm("encoded", format=Format("nf", 4, 32)),
+        arm("encoded", format=Format("fp-bnb", 4, 32)),
+        arm("qlora", format=NF4, merge=merging.REQUANTIZED),
+    ],
+    ids=lambda wanted: wanted.title,
+)
+def test_four_bit_floats_go_to_bitsandbytes(fp32, store, tmp_path, wanted):
+    record, found, tensors = exported(wanted, store, tmp_path / "model")
+    assert found.container == export.FOUR_BIT
+    names = decoder_linears(models.load_model("tiny-random"))
+    assert all(tensors[f"{name}.weight"].dtype == torch.uint8 for name in names)
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=5e-3)
+
+
+@pytest.fixture
+def folder_model(tmp_path):
+    """A model like tiny-random as a folder that transformers can load, with widths that blocks of 64 divide."""
+    folder, config = tmp_path / "base", models.load_config("tiny-random")
+    config.intermediate_size = 192
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models.skeleton(config).save_pretrained(folder)
+    models.load_tokenizer("tiny-random").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "lora", "bits": "16-16-16"},
+        {"method": "qlora", "format": Format("nf", double=True)},
+        {"method": "qlora", "format": Format("fp-bnb"), "adapter": Adapter(4, 8, kind="dora")},
+        {"method": "qlora", "format": Format("nf"), "adapter": Adapter(layers="q_proj+v_proj")},
+    ],
+    ids=["16 bits", "NF4 and double quantization", "FP4 and DoRA", "some layers"],
+)
+def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, folder_model, fields):
+    record, found, tensors = exported(arm(model=folder_model, **fields), store, tmp_path / "model")
+    assert found.container == export.BESIDE
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert 2 * sum(tensor.numel() for tensor in tensors.values()) < found.bytes
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=1e-4)
+    card = (tmp_path / "model" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "model"))
+    names = {}
+    exec(code, names)  # as a reader would
+    assert torch.isfinite(names["model"](torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "rtn"},
+        {"method": "encoded", "format": Format("nf", 4, 32)},
+        {"method": "qlora", "format": Format("nf", 4, 32), "merge": merging.DEQUANTIZED},
+    ],
+    ids=export.CONTAINERS[:2] + export.CONTAINERS[3:],
+)
+def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, fields):
+    config = Qwen2Config(**shape | {"intermediate_size": 64}, tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.skeleton(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "base")
+    models.load_tokenizer("tiny-random").save_pretrained(tmp_path / "base")
+    record, found, tensors = exported(arm(model=str(tmp_path / "base"), **fields), store, tmp_path / "model")
+    assert sum(name.endswith("bias") for name in tensors) == 6 and "lm_head.weight" in tensors
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=2e-3)
+
+
+def test_merged_into_16_bits(fp32, store, tmp_path):
+    record, found, tensors = exported(arm("qlora", format=NF4, merge=merging.DEQUANTIZED), store, tmp_path / "model")
+    assert found.container == export.SIXTEEN and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    for name, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[name], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (arm("full-precision", "16-16-16"), "it is the model as it was loaded"),
+        (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("gptq+lora", format=Format("affine", 4, 32)), "take an arm that is merged"),
+        (arm("qlora", "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
+        (arm("qlora", format=NF4, adapter=Adapter(4, 4, kind="pissa")), "take an arm that is merged"),
+        (arm("qlora", format=Format("nf")), "take an arm that is merged"),  # tiny-random is in no file
+        (arm("encoded", "3-16-16", format=Format("nf", 3, 64)), "neither compressed-tensors nor bitsandbytes has NF3"),
+        (arm("rtn", "16-8-16"), "its weights are not quantized"),
+        (arm("llm-qat", "4-8-16", scheme=Scheme("lsq")), "by their largest magnitude, not by 'lsq'"),
+    ],
+    ids=lambda value: getattr(value, "title", None),
+)
+def test_what_no_container_holds_is_refused_with_the_reason(wanted, message):
+    with pytest.raises(ValueError, match=f"^record: .*cannot be exported; .*{message}"):
+        export.container(wanted)
+
+
+def test_nothing_is_written_over_and_nothing_is_left_half(store, tmp_path, monkeypatch, make_record):
+    (record,) = experiments.run([WEIGHTS["rtn"]], store.folder)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match=r"output: .*there exists; give a new folder"):
+        export.export(record, store, tmp_path / "there")
+    with pytest.raises(ValueError, match="is diverged; there is no model to write"):
+        export.export(make_record("rtn", "4-16-16", status=DIVERGED), store, tmp_path / "new")
+    with pytest.raises(ValueError, match=r"output: .*model would be in no folder"):
+        export.export(record, store, tmp_path / "none" / "model")
+    other = record.provenance | {"model": record.provenance["model"] | {"sha256": "00" * 32}}
+    with pytest.raises(ValueError, match="is of other weights than tiny-random has now"):
+        export.export(dataclasses.replace(record, provenance=other), store, tmp_path / "new")
+    monkeypatch.setattr(export, "score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.export(record, store, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "there"]
+
+
+def test_what_was_trained_is_used_and_checkpoints_are_left_as_they_were(fp32, store, tmp_path, monkeypatch):
+    adapted, distilled = arm("qlora", format=NF4, merge=merging.REQUANTIZED), WEIGHTS["llm-qat"]
+    experiments.run([adapted], store.folder)
+    experiments.run([distilled], store.folder, keep_checkpoints=True)
+    before = sorted(path.name for path in (store.folder / "checkpoints").rglob("*"))
+    monkeypatch.setattr(tuned, "fine_tune", lambda *_, **__: 1 / 0)
+    experiments.deployed(adapted, store)
+    experiments.deployed(distilled, store)
+    assert sorted(path.name for path in (store.folder / "checkpoints").rglob("*")) == before != []
+    further = arm("llm-qat", "8-16-16")
+    store.checkpoint_folder(arm_key(further)).mkdir()  # what a killed export leaves
+    experiments.deployed(further, store)
+    assert sorted(path.name for path in (store.folder / "checkpoints").rglob("*")) == before
+
+
+def test_replaced_weights_are_not_exported_as_the_record_s(store, tmp_path, folder_model):
+    (record,) = experiments.run([arm("rtn", model=folder_model)], store.folder)
+    changed = models.load_model(folder_model)
+    changed.model.norm.weight.data *= 2
+    changed.save_pretrained(folder_model)
+    models._files_sha256.cache_clear()
+    with pytest.raises(ValueError, match=r"is of other weights than .*base has now"):
+        export.export(record, store, tmp_path / "model")
+    with pytest.raises(RuntimeError, match=r"the weights of .* have changed"):
+        experiments.deployed(record.arm, store)
+
+
+@given(
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["symmetric", "asymmetric", "statsq"]),
+    group=st.sampled_from([None, 8, 32]),
+    seed=st.integers(0, 2**16),
+    scale=st.floats(1e-6, 1e4),
+    offset=st.floats(-3, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_grid_is_found_from_the_weights_alone(bits, kind, group, seed, scale, offset):
+    grid = Grid(bits, kind, group)
+    weight = scale * (torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) + offset)
+    weight[0] = 0
+    rounded = quantize(weight, grid).dequantize()
+    step, zero = export.integer_grid(rounded, grid)
+    rows = rounded.unflatten(1, (-1, group or 64))
+    codes = rows / step[..., None] + zero[..., None]
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert (codes.round() - codes).abs().max() < 2e-3
+    assert low <= codes.round().min() and codes.round().max() <= high and low <= zero.min() and zero.max() <= high
+    back = (codes.round() - zero[..., None]) * step[..., None]
+    assert torch.allclose(back, rows, rtol=1e-5, atol=1e-5 * rounded.abs().max().item())
+
+
+def test_weights_on_no_grid_are_refused():
+    with pytest.raises(ValueError, match="4 of 4 groups lie on no symmetric 4-bit grid"):
+        export.integer_grid(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), Grid(4))
+    with pytest.raises(ValueError, match="1 of 2 groups lie on no asymmetric 2-bit grid"):
+        export.integer_grid(torch.tensor([[0.0, 1, 2, 3], [0.5, 1.7, 2, 3]]), Grid(2, "asymmetric"))
+    assert np.isclose(export.integer_grid(torch.tensor([[-4.0, 1, 3]]), Grid(3))[0].item(), 1)  # GPTQ's lowest level
