@@ -15,6 +15,8 @@ study: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
 lab: .venv/ready

@@ -1,5 +1,4 @@
-"""The command `study`: run notebooks in batch, list, show, export and verify records, report, plan the memory of a
-training."""
+"""The command `study`: run notebooks in batch, list, show, export, verify and clear results, report, plan memory."""
 
 import argparse
 import json
@@ -7,10 +6,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from studylib.data.sources import SourceError
+if TYPE_CHECKING:
+    from studylib.study.records import Record
+
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+
+PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
     "output": "--results, in which each run has its folder"
 }  # notebook parameters that `study run` sets from its own options
@@ -39,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     _results(run)
     listing = commands.add_parser("list", help="list the records of a results folder")
     _results(listing)
+    clean = commands.add_parser(
+        "clean", help="remove what records do not need: kept models, text, checkpoints, adapters"
+    )
+    clean.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)} (all)"
+    )
+    _results(clean)
     show = commands.add_parser("show", help="show one record")
     show.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
     _results(show)
@@ -67,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--method", default="qlora", help="lora, qlora, qa-lora, qat-lora, l4q or qat (default: qlora)")
     plan.add_argument("--bits", type=int, default=4, help="of the weights (default: 4)")
-    plan.add_argument("--block", type=int, default=64, help="weights that share a scale (default: 64)")
+    plan.add_argument("--group", type=int, default=64, help="weights that share a scale (default: 64)")
     plan.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
     plan.add_argument("--batch", type=int, default=1, help="sequences in one step (default: 1)")
     plan.add_argument("--sequence", type=int, default=512, metavar="TOKENS", help="their length (default: 512)")
@@ -96,11 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    from studylib.study.records import RecordError
 
     try:
         return _COMMANDS[options.command](options, arguments)
-    except (ValueError, RecordError, SourceError) as error:
+    except ValueError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -121,15 +131,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     from studylib.config import profiles
     from studylib.data import models
-    from studylib.report import page as report
-    from studylib.report import recipes, tables
+    from studylib.report import page, recipes, tables
     from studylib.study import notebooks as batch
-    from studylib.study import run as experiments
+    from studylib.study import schedule
     from studylib.study.records import Store
 
     recipes.check_budget(options.budget_mb)
     budget = profiles.profile(options.profile)
-    experiments.check_jobs(options.jobs)
+    schedule.check_jobs(options.jobs)
     notebooks = batch.find_notebooks(options.notebooks)
     further = {}
     for text in options.set:
@@ -178,9 +187,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     records = batch.used_records(output, executed, store.folder / "records")
     if not records:
         raise ValueError(f"results: {store.folder} holds no records of {options.model} at the {options.profile} budget")
-    page = report.write_report(output, records, executed, shlex.join(["study", *arguments]), options.budget_mb)
+    written = page.write_report(output, records, executed, shlex.join(["study", *arguments]), options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
-    print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {page}")
+    print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
     return 0
 
 
@@ -194,31 +203,35 @@ def _folder_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def _compute_together(notebooks: list[Path], assigned: dict[Path, dict], results: Path, jobs: int) -> Path | None:
+def _compute_together(
+    notebooks: list[Path], assigned: dict[Path, dict[str, Any]], results: Path, jobs: int
+) -> Path | None:
     """Compute the arms of all notebooks before the first is executed, so that no job waits between two notebooks.
 
     Returns the first notebook that cannot say what its arms are; then nothing is computed.
     """
     from studylib.study import notebooks as batch
-    from studylib.study import run as experiments
+    from studylib.study import schedule
 
     wanted = []
     for notebook in notebooks:
         try:
-            wanted += batch.planned(notebook, assigned[notebook])
+            arms = batch.wanted_arms(notebook, assigned[notebook])
+            schedule.check_all(arms, results)
         except Exception:  # whatever it is, executed it shows that at its place
             return notebook
+        wanted += arms
     keep_checkpoints = any(own.get("keep_checkpoints", False) for own in assigned.values())
     print(f"{len(dict.fromkeys(wanted))} arms of {', '.join(n.stem for n in notebooks)}", file=sys.stderr)
     try:
-        experiments.run(wanted, results, keep_checkpoints, jobs)
+        schedule.run(wanted, results, keep_checkpoints, jobs)
     except Exception as error:
         print(f"study: {error}; the notebook that needs this arm computes it again", file=sys.stderr)
     return None
 
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.report import page as report
+    from studylib.report import page
     from studylib.study import notebooks as batch
 
     notebooks = sorted(path.parent.with_suffix(".ipynb") for path in options.output.glob("*/published.json"))
@@ -226,10 +239,10 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ValueError(f"output: {options.output} holds no notebook's results; `study run` makes some")
     records = batch.used_records(options.output, notebooks, options.output.resolve().parent / "records")
     if options.format == "md":
-        print(report.summary(records, options.budget_mb))
+        print(page.summary(records, options.budget_mb))
     else:
         command = shlex.join(["study", *arguments])
-        print(report.write_report(options.output, records, notebooks, command, options.budget_mb))
+        print(page.write_report(options.output, records, notebooks, command, options.budget_mb))
     return 0
 
 
@@ -237,7 +250,7 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config.words import listed
     from studylib.study.machine import environment
     from studylib.study.records import read_records
-    from studylib.study.verify import TOGETHER, verify
+    from studylib.study.verify import TOGETHER, verify_records
 
     records = list(read_records(options.reference / "records"))
     if not records:
@@ -246,7 +259,7 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
     if there != here:
         print(f"Computed in {there} there and in {here} here: what differs by rounding, as another seed would, passes.")
-    found = verify(records, options.arms, options.minutes, options.results.resolve(), options.jobs)
+    found = verify_records(records, options.arms, options.minutes, options.results.resolve(), options.jobs)
     for difference in found:
         print(difference.text())
     failed = sum(not difference.passed for difference in found)
@@ -267,7 +280,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
             batch=options.batch,
             length=options.sequence,
             rank=options.rank,
-            block=options.block,
+            group=options.group,
             checkpointing=options.checkpointing,
         )
     )
@@ -275,21 +288,46 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.study.records import read_records
+    from studylib.methods.arms import title
+    from studylib.study.records import model_file, read_records
 
-    records = list(read_records(options.results / "records"))
+    skipped: list[Exception] = []
+    records = list(read_records(options.results / "records", skipped.append))
+    for error in skipped:
+        print(f"study: {error}", file=sys.stderr)
     if not records:
         raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
+    kept = 0
     for record in records:
         perplexities = "  ".join(
             f"{name.split('/')[1]} {value:.4g}"
             for name, value in record.metrics.items()
             if name.startswith("perplexity/") and value is not None
         )
+        model, note = model_file(options.results, record.key), ""
+        if model.exists():
+            kept += model.stat().st_size
+            note = f"  model kept, {_size(model.stat().st_size)}"
         print(
-            f"{record.key}  {record.arm.model}  {record.arm.title}  seed {record.arm.seed}  {record.status}  "
-            f"{perplexities}"
+            f"{record.key}  {record.arm.model}  {title(record.arm)}  seed {record.arm.seed}  {record.status}  "
+            f"{perplexities}{note}"
         )
+    if kept:
+        print(f"study: kept models take {_size(kept)}; `study clean` frees it", file=sys.stderr)
+    return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _clean(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.study.records import clean
+
+    freed = clean(options.results, options.parts)
+    for part, (files, size, busy) in freed.items():
+        print(f"{part}: {files} files, {_size(size)}" + (f"; {busy} in use are left" if busy else ""))
+    print(f"{_size(sum(size for _, size, _ in freed.values()))} freed in {options.results}; all records are left.")
     return 0
 
 
@@ -302,20 +340,24 @@ def _show(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.study.export import export, summary
+    from studylib.study.export import export_model, summary
     from studylib.study.records import Store
 
     record = _find(options)
-    print(summary(record, export(record, Store(options.results.resolve()), options.output.resolve())))
+    print(summary(record, export_model(record, Store(options.results.resolve()), options.output.resolve())))
     return 0
 
 
-def _find(options: argparse.Namespace):
-    """The record that the user means, of the results folder or else of the reference."""
-    from studylib.study.records import read_record
+def _find(options: argparse.Namespace) -> "Record":
+    """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
+    of the reference."""
+    from studylib.study.records import read_record, short_key
 
+    found: list[Path] = []
     for folder in (options.results, REFERENCE):
-        found = [path for path in sorted((folder / "records").glob("*.json")) if path.stem.startswith(options.record)]
+        files = sorted((folder / "records").glob("*.json"))
+        wanted = options.record
+        found = [path for path in files if short_key(path).startswith(wanted[:12]) or path.stem.startswith(wanted)]
         if found:
             break
     if len(found) != 1:
@@ -332,5 +374,6 @@ _COMMANDS = {
     "export": _export,
     "report": _report,
     "verify": _verify,
+    "clean": _clean,
     "plan": _plan,
 }

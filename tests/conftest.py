@@ -11,12 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this 
 
 from studylib.config.budgets import Evaluation
 from studylib.config.profiles import profile
+from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
-from studylib.config.settings import Adapter
-from studylib.config.settings import Format
+from studylib.methods.arms import build_arm
 from studylib.quant.formats import bits_per_parameter
-from studylib.config.settings import Scheme
-from studylib.study.records import FINISHED, Record, arm_key
+from studylib.study.records import FINISHED, Record, arm_key, digest
 
 torch.set_num_threads(1)
 
@@ -71,7 +70,7 @@ def make_record():
     def make(
         method, bits="16-16-16", loss=3.0, accuracy=0.5, seed=0, status=FINISHED, spread=0.1, changes=None, **fields
     ):
-        arm = BUDGET.arm("tiny-random", method, bits, seed, **(changes or {}))
+        arm = build_arm(BUDGET, "tiny-random", method, bits, seed, **(changes or {}))
         scores, metrics = {}, {"bytes/weights": 1e6 * int(bits.split("-")[0]), "bytes/cache_per_token": 100.0}
         for at, corpus in enumerate(arm.evaluation.corpora):
             noise = np.random.default_rng(at).normal(size=32)
@@ -91,7 +90,7 @@ def make_record():
         statistics = dict.fromkeys(("entropy", "loss"), 2.5) | dict.fromkeys(("distinct_2", "distinct_4"), 0.9)
         statistics |= {"repetition": 0.1, "vocabulary": 0.4}
         record = Record(
-            key=f"{arm_key(arm)[:12]}{seed:04d}",
+            key=digest(arm_key(arm), str(seed)),
             arm=arm,
             status=status,
             metrics=metrics,
@@ -110,7 +109,10 @@ def make_record():
                 "python": "3.11.7",
                 "hardware": {"processor": "AVX2", "cores": 2, "memory_bytes": 2**34, "accelerator": None},
                 "compute_dtype": "float32",
-                "code": {"torch": "2.13.0", "transformers": "5.17.0", "lm-eval": "0.4.13"},
+                "source": "ef" * 32,
+                "libraries": {"torch": "2.13.0", "transformers": "5.17.0", "lm-eval": "0.4.13"},
+                "numerics": {"models": 1},
+                "contents": {},
                 "model": {"name": "tiny <random>", "note": "a note", "sha256": "ab" * 32},
                 "corpora": dict.fromkeys(arm.evaluation.corpora, "cd" * 32),
                 "finished": "2026-01-01T00:00:00Z",
@@ -171,7 +173,13 @@ def tuned(make_record):
     for bits, worse in ((4, 0.0), (3, 0.2)):
         variants += [
             (method, f"{bits}-16-16", loss + worse, {"format": Format("affine", bits)})
-            for method, loss in (("l4q", 2.75), ("qlora", 2.85), ("qa-lora", 2.9), ("qat-lora", 2.87), ("gptq+lora", 2.95))
+            for method, loss in (
+                ("l4q", 2.75),
+                ("qlora", 2.85),
+                ("qa-lora", 2.9),
+                ("qat-lora", 2.87),
+                ("gptq+lora", 2.95),
+            )
         ]
     return records + [
         make_record(method, bits, loss, 0.55 - (loss - 2.75) * 0.5, seed, spread=0.02, changes=changes)

@@ -11,10 +11,11 @@ import pytest
 from papermill import PapermillExecutionError
 
 from studylib.cli import REFERENCE, _folder_name, main
+from studylib.methods.arms import title
 from studylib.report import tables
 from studylib.study import notebooks as batch
-from studylib.study import run as experiments
-from studylib.study.records import Store, arm_key, read_record
+from studylib.study import schedule
+from studylib.study.records import Store, arm_key, read_record, read_records
 
 STUDY = str(Path(sys.executable).with_name("study"))
 SMOKE = ("--profile", "smoke", "--model", "tiny-random")
@@ -59,10 +60,10 @@ def test_the_arms_of_all_notebooks_are_computed_before_the_first_is_executed(fin
     assigned = batch.assign_parameters(
         shared, {"model": "tiny-random", "profile": "smoke", "results": str(finished[0]), "output": str(output)}
     )
-    planned = {path: {arm_key(arm) for arm in batch.planned(path, assigned[path])} for path in shared}
-    assert planned == {path: set(batch.read_published(output, path.stem)["records"]) for path in shared}
+    wanted = {path: {arm_key(arm) for arm in batch.wanted_arms(path, assigned[path])} for path in shared}
+    assert wanted == {path: set(batch.read_published(output, path.stem)["records"]) for path in shared}
     before, _, after = finished[1].stderr.partition("01_sampling_strategy  (tiny-random, smoke)")
-    assert f"{len(set().union(*planned.values()))} arms of 01_sampling_strategy, 02_dist" in before
+    assert f"{len(set().union(*wanted.values()))} arms of 01_sampling_strategy, 02_dist" in before
     assert "100%" in before and "tok/s" not in after.partition("08_low_bit_execution  (")[0]
 
 
@@ -82,10 +83,10 @@ def test_executed_notebooks_hold_their_results(output):
 
 def test_records_are_shared_between_notebooks(finished, output):
     keys = [set(batch.read_published(output, path.stem)["records"]) for path in batch.find_notebooks([])]
-    paths = {path.stem: path for path in (finished[0] / "records").glob("*.json")}
-    assert set.union(*keys) == set(paths)
+    found = {record.key: record for record in read_records(finished[0] / "records")}
+    assert set.union(*keys) == set(found)
     distilled, everywhere = (
-        {read_record(paths[key]).arm.title for key in set.intersection(*chosen)} for chosen in (keys[:4], keys)
+        {title(found[key].arm) for key in set.intersection(*chosen)} for chosen in (keys[:4], keys)
     )
     assert distilled == {"full precision", "RTN 4-8-4", "LLM-QAT 4-8-4"} and everywhere == {"full precision"}
     # All generated data but the chat's and those of four strategies are one set; each real corpus is another.
@@ -97,11 +98,12 @@ def test_list_and_show(finished, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(list((finished[0] / "records").glob("*.json")))
     (line,) = [line for line in lines if "  LLM-QAT 4-8-4  " in line]
-    assert "seed 0  finished" in line and "wikipedia" in line
+    assert "seed 0  finished" in line and "wikipedia" in line and "model kept, " in line
+    assert not any("model kept" in line for line in lines if "  RTN " in line)
     assert main(["show", line.split()[0][:8], "--results", str(finished[0])]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["arm"]["bits"] == "4-8-4" and record["metrics"]["perplexity/c4"] > 1
-    assert record["provenance"]["code"]["torch"] and record["cost"]["seconds"]["train"] > 0
+    assert record["provenance"]["libraries"]["torch"] and record["cost"]["seconds"]["train"] > 0
 
 
 def test_export(finished, tmp_path, capsys):
@@ -147,13 +149,13 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
     executed = []
 
     def fail(arm, *rest):
-        raise RuntimeError(f"{arm.title} found no memory")
+        raise RuntimeError(f"{title(arm)} found no memory")
 
     def stop(notebook, *rest):
         executed.append(notebook.stem)
         raise PapermillExecutionError(0, 1, "", "RuntimeError", "found no memory again", [])
 
-    monkeypatch.setattr(experiments, "carry_out", fail)
+    monkeypatch.setattr(schedule, "carry_out", fail)
     monkeypatch.setattr(batch, "execute", stop)
     assert main(["run", "--notebooks", "02", "03", *SMOKE, "--results", str(tmp_path)]) == 1
     told = capfd.readouterr().err
@@ -262,9 +264,10 @@ def test_records_that_are_not_there(tmp_path, finished, capsys):
     assert "no record in" in capsys.readouterr().err
     assert main(["show", "", "--results", str(finished[0])]) == 2
     assert "records in" in capsys.readouterr().err
-    published = next((REFERENCE / "records").glob("*.json")).stem
-    assert main(["show", published, "--results", str(finished[0])]) == 0
-    assert json.loads(capsys.readouterr().out)["key"] == published
+    published = read_record(next((REFERENCE / "records").glob("*.json")))
+    for name in (published.key, published.key[:8], published.file_name.removesuffix(".json")):
+        assert main(["show", name, "--results", str(finished[0])]) == 0
+        assert json.loads(capsys.readouterr().out)["key"] == published.key
     assert main(["list", "--results", str(tmp_path / "none")]) == 2
     assert "none holds no records" in capsys.readouterr().err
 
@@ -282,7 +285,7 @@ def test_plan(capsys):
         (["--model", "gpt9"], "model: 'gpt9' is not known"),
         (["--model", "llama-7b", "--method", "lora+"], "method: 'lora+' is not known; use one of lora, qlora"),
         (["--model", "llama-7b", "--bits", "5"], "bits: 5 is not allowed for 'nf'; use 2 or 3 or 4"),
-        (["--model", "llama-7b", "--block", "48"], "block: 48 does not divide the input width 4096"),
+        (["--model", "llama-7b", "--group", "48"], "group: 48 does not divide the row length 4096"),
         (["--model", "llama-7b", "--rank", "0"], "rank: 0 is not allowed; use 1 or more"),
         (
             ["--model", "llama-7b", "--sequence", "4096"],
@@ -299,4 +302,25 @@ def test_a_plan_that_makes_no_sense_is_one_clear_line(capsys, arguments, message
 def test_help_names_every_command():
     done = study("--help")
     assert done.returncode == 0
-    assert all(f"    {name} " in done.stdout for name in ("run", "list", "show", "export", "report", "verify", "plan"))
+    assert all(f"    {name} " in done.stdout for name in ("run", "list", "show", "export", "report", "verify", "clean", "plan"))
+
+
+def test_the_command_is_a_module_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "studylib", "show", "llm-qat_4-8-4_seed0"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["arm"]["method"] == "llm-qat", done.stderr
+
+
+def test_foreign_files_do_not_stop_a_listing(tmp_path, capsys, picture):
+    for record in picture:
+        Store(tmp_path).save(record)
+    folder = tmp_path / "records"
+    (folder / "old.json").write_text(json.dumps({"key": "ab", "arm": {}}))
+    (folder / "cut.json").write_text(next(folder.glob("rtn*.json")).read_text()[:500])
+    assert main(["list", "--results", str(tmp_path)]) == 0
+    shown, told = capsys.readouterr()
+    assert len(shown.splitlines()) == len(picture)
+    lines = told.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"study: {folder}") for line in lines)
+    assert "an older format, 1" in lines[1] and "cannot be read as a record" in lines[0]

@@ -21,10 +21,10 @@ from llmcompressor.observers import Observer
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver
 from transformers import AutoModelForCausalLM
 
+from studylib.config.budgets import ZERO_SHOT, Evaluation
 from studylib.data import corpora, models
 from studylib.data.sources import fetch
 from studylib.evaluate import scores as evaluation
-from studylib.config.budgets import ZERO_SHOT, Evaluation
 from studylib.evaluate.scores import score
 from studylib.methods import calibration as ptq
 from studylib.quant.layers import decoder_linears

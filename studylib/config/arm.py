@@ -88,18 +88,43 @@ def _adapter() -> TypeAdapter[Arm]:
     return TypeAdapter(Arm)
 
 
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's names for a field that there is not
+TEXTS = {"Sampling": Sampling, "RealText": RealText}  # what `data` may be
+
+
 def _one_line(error: ValidationError) -> str:
     """The first thing that is wrong: where it is, what is there, what is allowed."""
-    first = error.errors()[0]
-    names = [str(part) for part in first["loc"] if str(part) not in ("Sampling", "RealText")]
+    errors = error.errors()
+
+    def wrong(text: str) -> tuple[int, int]:
+        found = [one["type"] in UNKNOWN for one in errors if text in one["loc"]]
+        return sum(found), len(found)
+
+    not_meant = max(reversed(TEXTS), key=wrong)  # of the two, the one that fewer of the given fields belong to
+    first = next(one for one in errors if not_meant not in one["loc"])
+    names = [str(part) for part in first["loc"] if part not in TEXTS]
     where = ".".join(["arm", *names])
     if first["type"] == "value_error":
         return f"{where}: {first['ctx']['error']}" if names else str(first["ctx"]["error"])
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where.rpartition('.')[0]}: unknown field {names[-1]!r}"
+    if first["type"] in UNKNOWN:
+        allowed = ", ".join(field.name for field in dataclasses.fields(_class_at(first["loc"][:-1])))
+        return f"{where.rpartition('.')[0]}: unknown field {names[-1]!r}; allowed are {allowed}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where.rpartition('.')[0]}: the field {names[-1]!r} is missing"
     return f"{where}: {first['input']!r} is not allowed; {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def _class_at(path: tuple[int | str, ...]) -> type:
+    """The dataclass that the fields of an arm on this path lead to."""
+    found: type = Arm
+    for part in path:
+        if part in TEXTS:
+            found = TEXTS[str(part)]
+        else:
+            hint = typing.get_type_hints(found)[str(part)]
+            options = [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
+            found = typing.cast(type, options[0])
+    return found
 
 
 def _chosen(value: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 GREEDY, CHAT = "greedy", "chat"
 GREEDY_TOKENS = {"sampled": (0,), "hybrid-3": (3,), "hybrid-4": (4,), "hybrid-5": (5,), "hybrid": (3, 4, 5), CHAT: (0,)}
 STRATEGIES = (GREEDY, *GREEDY_TOKENS)
+SMOLLM2, TINY = MODELS = ("smollm2-135m", "tiny-random")  # that have a name of ours (see data.models)
 CORPORA = ("wikipedia", "c4")
 ALPACA = "alpaca"
 LABELS, KL, REVERSE_KL, SYMMETRIC_KL = LOGIT_LOSSES = ("labels", "kl", "reverse-kl", "symmetric-kl")

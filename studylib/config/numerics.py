@@ -1,8 +1,8 @@
 """What numbers mean: a version for each component that results pass through, raised by hand when they change.
 
 A record is found again by its arm, by the contents of the files that the arm names, and by these versions: code can be
-moved and reworded freely, on any Python and any build of a library. Golden values (tests/golden) fail where numbers move
-and the version does not; CONTRIBUTING says how to raise one.
+moved and reworded freely, on any Python and any build of a library. Golden values (tests/golden) fail where numbers
+move and the version does not; CONTRIBUTING says how to raise one.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,8 @@
-"""Named budgets that arms are built from (methods.arms.build): how much data, training and evaluation a method may spend."""
+"""Named budgets that arms are built from (methods.arms): how much data, training and evaluation a method may spend."""
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from studylib.config.budgets import ZERO_SHOT, Decoding, Evaluation, Instructions, Sampling, Training, Tuning
 from studylib.config.settings import DEFAULT_GROUP
@@ -31,7 +32,7 @@ class Profile:
             return self
         if steps < 0:
             raise ValueError(f"extend: {steps} is not allowed; use 0 or more")
-        longer = {
+        longer: dict[str, Any] = {
             name: dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
             for name, own in (("training", self.training), ("tuning", self.tuning))
         }

@@ -161,8 +161,8 @@ class Format:
     "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "affine": 2^b integers from min to max with a zero point of b
     bits, over a range that includes 0 (see Grid for both); 2, 3, 4 or 8 bits.
     group: neighbours in a row that share a scale (QLoRA calls them a block); None for one scale an output channel.
-    double: scales are stored in 8 bits (QLoRA, section 3, "double quantization"). scale_bits: 32 or 16, the floating type
-    of scales that are not.
+    double: scales are stored in 8 bits (QLoRA, section 3, "double quantization"). scale_bits: 32 or 16, the floating
+    type of scales that are not.
     """
 
     kind: str

@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from studylib.config.budgets import SMOLLM2, TINY
 from studylib.data.sources import ARCHIVES, cache_folder, fetch, file_sha256
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SMOLLM2, TINY = "smollm2-135m", "tiny-random"
 NOTES = {
     SMOLLM2: "SmolLM2-135M-Instruct from a GGUF file: its weights were once rounded to Q4_1 and are dequantized here",
     TINY: "a two-layer Llama with random weights, for smoke runs: its numbers mean nothing",

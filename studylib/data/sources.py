@@ -22,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 
-class SourceError(RuntimeError):
+class SourceError(ValueError):
     """An archive that cannot be had or used; the message names it and what to do."""
 
 

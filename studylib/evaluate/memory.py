@@ -59,7 +59,8 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, context: int = 2048) 
     )
 
 
-CONFIGURATIONS = {  # of SHAPES. LLaMA: arXiv 2302.13971, table 2, mlp sizes from the released weights; OpenLLaMA: its config.json
+# Of SHAPES. LLaMA: arXiv 2302.13971, table 2, mlp sizes from the released weights; OpenLLaMA: its config.json.
+CONFIGURATIONS = {
     "llama-7b": _llama(4096, 11008, 32, 32),
     "llama-13b": _llama(5120, 13824, 40, 40),
     "llama-33b": _llama(6656, 17920, 60, 52),
@@ -214,7 +215,8 @@ def _check(model: PreTrainedModel, batch: int, length: int, least: int = 2) -> N
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The configuration of one of CONFIGURATIONS, a config.json or the folder of one, or a model that models.load_config knows.
+    """The configuration of one of CONFIGURATIONS, a config.json or the folder of one, or a model that
+    models.load_config knows.
 
     ValueError for a name that leads to none.
     """

@@ -1,0 +1,8 @@
+"""From records to verdicts: measures, intervals, the papers' claims and the rules that they are judged by.
+
+What is offered here is listed in __init__.pyi, and imported when it is asked for.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,24 +3,19 @@
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from studylib.config.arm import Arm
-from studylib.methods.base import METHODS
-from studylib.evaluate.memory import TITLES
-from studylib.methods.arms import corpus_title
+from studylib.config.budgets import EXECUTIONS, OWN, TIMED_LAYERS, ZERO_SHOT, Evaluation, RealText
 from studylib.config.profiles import Profile
 from studylib.config.words import listed, number, points
-from studylib.config.budgets import ZERO_SHOT, Evaluation
-from studylib.evidence.statistics import Interval, paired_bootstrap, perplexity, stratified_mean
-from studylib.config.settings import BitWidths
-from studylib.config.budgets import EXECUTIONS, OWN
-from studylib.quant.kernel import LAYERS
-from studylib.study.records import FINISHED, Record, arm_key
-from studylib.config.budgets import RealText
+from studylib.evidence.statistics import Array, Interval, paired_bootstrap, perplexity, stratified_mean
+from studylib.methods.arms import CHANGES, Setting, corpus_title, order, seedless, setting
+from studylib.methods.base import METHODS
+from studylib.study.records import Record, arm_key, contents
 
 TASK_TITLES = {
     "boolq": "BoolQ",
@@ -37,29 +32,9 @@ TASK_TITLES = {
 CONTEXT = 2048  # tokens whose cache counts as memory: the sequence length of LLM-QAT's paper
 RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 2,000
 
-Contrast = Callable[..., np.ndarray]
-
-
-class Setting(NamedTuple):
-    """What is compared: a method at a bit setting, and in words what of it is not as by default (arms.Arm.variant)."""
-
-    method: str
-    bits: str
-    variant: str = ""
-
-    @classmethod
-    def of(cls, arm: Arm) -> "Setting":
-        return cls(arm.method, arm.bits, arm.variant)
-
-    @property
-    def title(self) -> str:
-        if self.method == "encoded":
-            return self.variant
-        at = f" at {self.bits}" if self.method != "full-precision" else ""
-        return TITLES[self.method] + at + (f" ({self.variant})" if self.variant else "")
-
-
-FULL = Setting("full-precision", "16-16-16")
+Contrast = Callable[..., Any]  # of arrays [...], a value of each cell
+Kind = Literal["perplexity", "accuracy", "share", "bits", "seconds", "bytes"]  # of numbers that arms are compared by
+FULL = setting("full-precision", "16-16-16")
 
 
 @dataclass(frozen=True)
@@ -83,13 +58,23 @@ class Cell:
         return self.setting.title
 
     @property
+    def arm(self) -> Arm:
+        """That of its first seed."""
+        return (*self.records, *self.diverged)[0].arm
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it learned from instructions."""
+        return self.arm.tuning is not None
+
+    @property
     def seeds(self) -> list[int]:
         return [record.arm.seed for record in self.records]
 
-    def scores(self, name: str, seed: int | None = None) -> np.ndarray:
+    def scores(self, name: str, seed: int | None = None) -> Array:
         """Scores of the items [n], averaged over the finished seeds; of one seed where given and the cell has it."""
         chosen = [record for record in self.records if record.arm.seed == seed] or self.records
-        return np.mean([record.scores[name] for record in chosen], axis=0)
+        return np.asarray(np.mean(np.array([record.scores[name] for record in chosen], dtype=float), axis=0))
 
 
 Cells = dict[Setting, Cell]
@@ -104,109 +89,133 @@ def gather(records: Sequence[Record]) -> Cells:
     that differ in more than the seed at one setting.
     """
     unique: list[Record] = []
-    found: dict[Arm, list[dict]] = defaultdict(list)
+    found: dict[Arm, list[dict[str, list[float | None]]]] = defaultdict(list)
     for record in records:
         if record.scores not in found[record.arm]:
             found[record.arm].append(record.scores)
             unique.append(record)
-    records = unique
-    for what, value_of in (("model", lambda arm: arm.model), ("evaluation", lambda arm: _shared(arm.evaluation))):
-        values = list(dict.fromkeys(value_of(record.arm) for record in records))
+    wholes: list[tuple[str, Callable[[Arm], Any]]] = [
+        ("model", lambda arm: arm.model),
+        ("evaluation", lambda arm: _shared(arm.evaluation)),
+    ]
+    for what, value_of in wholes:
+        values = list(dict.fromkeys(value_of(record.arm) for record in unique))
         if len(values) > 1:
             raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
     grouped: dict[Setting, list[Record]] = {}
-    for record in sorted(records, key=_order):
+    for record in sorted(unique, key=lambda record: order(record.arm)):
         grouped.setdefault(Setting.of(record.arm), []).append(record)
-    for setting, group in grouped.items():
-        if len({seedless(record.arm) for record in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
-            raise ValueError(f"records: there are different arms of {setting.title}; only seeds may differ")
+    for own, group in grouped.items():
+        if len({_compared(seedless(r.arm)) for r in group}) > 1 or len({r.arm.seed for r in group}) < len(group):
+            raise ValueError(f"records: there are different arms of {own.title}; only seeds may differ")
     return {
-        setting: Cell(
-            setting,
-            tuple(record for record in group if record.status == FINISHED),
-            tuple(record for record in group if record.status != FINISHED),
+        own: Cell(
+            own,
+            tuple(record for record in group if record.finished),
+            tuple(record for record in group if not record.finished),
         )
-        for setting, group in grouped.items()
+        for own, group in grouped.items()
     }
 
 
 def _shared(evaluation: Evaluation) -> Evaluation:
+    """What all arms are scored on, without the few-shot tasks that only some are."""
     return replace(evaluation, tasks=tuple(task for task in evaluation.tasks if task in ZERO_SHOT))
+
+
+@functools.cache
+def _compared(arm: Arm) -> Arm:
+    """The arm as it is compared, whichever few-shot tasks it was scored on."""
+    return replace(arm, evaluation=_shared(arm.evaluation))
 
 
 def of_profile(records: Sequence[Record], model: str, budget: Profile) -> list[Record]:
     """The records of `model` that the profile's own notebooks could have made, a setting and seed once.
 
-    Of several, the one of the present code is taken, else the one that finished last. Few-shot tasks may differ.
+    Records of files that hold something else now are left out. Of several, the one that would be found now (see
+    records.arm_key) is taken, else the one that finished last. Few-shot tasks may differ.
     """
-    ranked = sorted(records, key=lambda r: (r.key == arm_key(r.arm), r.provenance["finished"]))
-    found = {_unevaluated(record.arm): record for record in ranked if _made_by(budget, model, record.arm)}
-    return list(found.values())
+    own = [record for record in records if _made_by(budget, model, record.arm) and _is_of_present_files(record)]
+    ranked = sorted(own, key=lambda record: (_is_found(record), record.provenance["finished"]))
+    return list({_compared(record.arm): record for record in ranked}.values())
 
 
-def _unevaluated(arm: Arm) -> Arm:
-    """The arm as it is compared, whichever few-shot tasks it was scored on."""
-    return replace(arm, evaluation=_shared(arm.evaluation))
+def _is_of_present_files(record: Record) -> bool:
+    """Whether what the arm names by a path has the contents that it had; what is gone cannot be told."""
+    try:
+        return bool(contents(record.arm) == record.provenance.get("contents", {}))
+    except ValueError:
+        return True
+
+
+def _is_found(record: Record) -> bool:
+    try:
+        return record.key == arm_key(record.arm)
+    except ValueError:  # a file that is gone, or a method that is not registered
+        return False
 
 
 def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
-    """Whether the arm is one of the model that differs from the budget's own in what its variant names, and no more."""
-    changes = {"scheme": arm.scheme, "format": arm.format, "adapter": arm.adapter, "merge": arm.merge}
+    """Whether the arm is one of the model that differs from the budget's own in what settings name, and no more."""
+    if arm.model != model or _shared(arm.evaluation) != _shared(budget.evaluation):
+        return False
+    tuning = budget.tuning
+    if arm.method in METHODS:
+        tuning = replace(tuning, learning_rate=tuning.learning_rate * METHODS[arm.method].relative_rate)
+    data: Any = budget.sampling
     if isinstance(arm.data, RealText):
-        changes["corpus"] = arm.data.corpus
-    elif arm.data:
-        changes["sampling"] = {name: getattr(arm.data, name) for name in ("strategy", "top_k", "temperature")}
-    if arm.training:
-        named = ("loss", "temperature", "scale", "mask", "masters")
-        changes["training"] = {name: getattr(arm.training, name) for name in named}
-    if arm.tuning:
-        changes["tuning"] = {name: getattr(arm.tuning, name) for name in ("checkpointing", "paged")}
-    same = budget.arm(model, arm.method, arm.bits, arm.seed, **changes)
-    return _unevaluated(arm) == _unevaluated(same)
+        data = RealText(arm.data.corpus, data.count, data.length)
+    usual = {
+        "data": data,
+        "training": budget.training,
+        "instructions": budget.instructions,
+        "tuning": tuning,
+        "decoding": budget.decoding,
+    }
+    return all(_is_as_usual(name, getattr(arm, name), part) for name, part in usual.items())
 
 
-def _order(record: Record) -> tuple:
-    bits = BitWidths.parse(record.arm.bits)
-    method = METHODS.index(record.arm.method)
-    return method > 0, -bits.weights, -bits.activations, -bits.cache, method, record.arm.variant != "", record.arm.seed
-
-
-@functools.cache
-def seedless(arm: Arm) -> str:
-    """The arm without its seed and the tasks beyond ZERO_SHOT: equal for arms that differ in no more."""
-    fields = asdict(arm)
-    fields["evaluation"]["tasks"] = _shared(arm.evaluation).tasks
-    for source in ("data", "instructions"):
-        if fields[source]:
-            fields[source]["seed"] = 0
-    return str(fields)
+def _is_as_usual(name: str, own: Any, usual: Any) -> bool:
+    """Whether a part of an arm is the budget's, but for the seed and what settings name."""
+    if own is None:
+        return True
+    free = {field.rpartition(".")[2] for field in CHANGES if field.startswith(f"{name}.")} | {"seed"}
+    kept = {field.name: getattr(own, field.name) for field in fields(own) if field.name in free}
+    return bool(own == replace(usual, **kept))
 
 
 @dataclass(frozen=True)
 class Measure:
     """A number that arms are compared by.
 
-    name: "perplexity/<corpus>", "perplexity/text" (geometric mean over the corpora) or "perplexity/responses";
-    "accuracy/mean" (zero-shot tasks, each weighing the same) or "accuracy/<task>", in %; "share/<of what>", in %;
-    "bits", stored bits a weight; "seconds/<model>", of a decoded token, whose parts are execution.EXECUTIONS.
-    parts: the scores behind it. sizes: items of each part. family: how many comparisons are judged by it at once.
+    kind and of: "perplexity" of a corpus, of "text" (geometric mean over the corpora) or of "responses"; "accuracy", in
+    %, of a task or as "mean" (zero-shot tasks, each weighing the same); "share", in %, of something; stored "bits" a
+    weight; "seconds" of a model's decoded token, whose parts are EXECUTIONS; planned "bytes".
+    parts: the scores behind it. sizes: items of each part. short: the title where there is little room, if another.
+    family: how many comparisons are judged by it at once.
     """
 
-    name: str
+    kind: Kind
+    of: str
     title: str
-    parts: tuple[str, ...]
-    sizes: tuple[int, ...]
+    parts: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    short: str = ""
     family: int = 1
 
     @property
+    def name(self) -> str:
+        """For columns: "perplexity/wikipedia", "bits"."""
+        return f"{self.kind}/{self.of}" if self.of else self.kind
+
+    @property
     def is_perplexity(self) -> bool:
-        return self.name.startswith("perplexity/")
+        return self.kind == "perplexity"
 
     @property
     def short_title(self) -> str:
         """For an axis, which has no room for how many tasks a mean is of."""
-        is_mean = self.name == "accuracy/mean" and len(self.parts) > 1
-        return self.title.partition(" on ")[0] if is_mean else self.title
+        return self.short or self.title
 
     def covers(self, cell: Cell) -> bool:
         """Whether the cell has finished records that were scored on it."""
@@ -218,15 +227,15 @@ class Measure:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.name.startswith("accuracy/")
+        return self.kind == "accuracy"
 
-    def loss(self, reference: np.ndarray, value: np.ndarray) -> np.ndarray:
+    def loss(self, reference: Any, value: Any) -> Any:
         """How much worse `value` is than `reference`, in the measure's unit; negative if better."""
         return reference - value if self.higher_is_better else value - reference
 
     def text(self, value: float) -> str:
         """The value as people read it: one decimal of a percentage, three digits of others."""
-        return points(value) if self.name.startswith(("accuracy/", "share/")) else number(value)
+        return points(value) if self.kind in ("accuracy", "share") else number(value)
 
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
         """95% interval of contrast(value of each cell), resampling the items that all of them were scored on.
@@ -267,14 +276,14 @@ class Measure:
         values = [self.value(contrast, *cells, seed=seed) for seed in seeds]
         return (min(values), max(values)) if len(values) > 1 else None
 
-    def _scores(self, cell: Cell, seed: int | None = None) -> np.ndarray:
+    def _scores(self, cell: Cell, seed: int | None = None) -> Array:
         return np.concatenate([cell.scores(part, seed) for part in self.parts])
 
-    def _statistic(self) -> tuple[np.ndarray | None, Callable[[np.ndarray], np.ndarray]]:
+    def _statistic(self) -> tuple[Array | None, Callable[[Array], Array]]:
         if self.is_perplexity and len(self.parts) == 1:
             return None, perplexity
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        mean, unit = stratified_mean(strata), 1 if self.name == "bits" else 100
+        mean, unit = stratified_mean(strata), 1 if self.kind == "bits" else 100
         if self.is_perplexity:
             return strata, lambda losses: perplexity(mean(losses)[..., None])
         return strata, lambda scores: unit * mean(scores)
@@ -293,34 +302,36 @@ def accuracy_title(tasks: Sequence[str]) -> str:
 
 def measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
-    record = next((record for record in records if record.status == FINISHED), None)
-    if record is None:
-        return []
-    evaluation = record.arm.evaluation
-    found = [
-        Measure(
-            f"perplexity/{corpus}",
-            f"perplexity on {corpus_title(corpus)}",
-            (f"loss/{corpus}",),
-            (len(record.scores[f"loss/{corpus}"]),),
-        )
-        for corpus in evaluation.corpora
-    ]
-    tasks = [task for task in evaluation.tasks if task in ZERO_SHOT]
-    if tasks:
-        title = accuracy_title(tasks) + (f" on {len(tasks)} zero-shot tasks" if len(tasks) > 1 else "")
-        found.append(_accuracy("mean", title, tasks, record))
-    return found
+    return perplexities(records) + accuracies(records)
 
 
 def perplexities(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus."""
-    return [measure for measure in measures(records) if measure.is_perplexity]
+    record = _finished(records)
+    if record is None:
+        return []
+    found = []
+    for corpus in record.arm.evaluation.corpora:
+        part = f"loss/{corpus}"
+        title = f"perplexity on {corpus_title(corpus)}"
+        found.append(Measure("perplexity", corpus, title, (part,), (len(record.scores[part]),)))
+    return found
 
 
 def accuracies(records: Sequence[Record]) -> list[Measure]:
     """The mean accuracy on the zero-shot tasks."""
-    return [measure for measure in measures(records) if not measure.is_perplexity]
+    record = _finished(records)
+    tasks = [] if record is None else [task for task in record.arm.evaluation.tasks if task in ZERO_SHOT]
+    if record is None or not tasks:
+        return []
+    short = accuracy_title(tasks)
+    title = short + (f" on {len(tasks)} zero-shot tasks" if len(tasks) > 1 else "")
+    return [replace(_accuracy("mean", title, tasks, record), short=short)]
+
+
+def _finished(records: Sequence[Record]) -> Record | None:
+    """The first that did."""
+    return next((record for record in records if record.finished), None)
 
 
 def text_measures(records: Sequence[Record]) -> list[Measure]:
@@ -328,59 +339,78 @@ def text_measures(records: Sequence[Record]) -> list[Measure]:
     each = perplexities(records)
     if not each:
         return []
-    title = f"perplexity on {listed([measure.title.removeprefix('perplexity on ') for measure in each])}"
-    parts, sizes = (tuple(getattr(measure, name)[0] for measure in each) for name in ("parts", "sizes"))
-    return [Measure("perplexity/text", title, parts, sizes)]
+    title = f"perplexity on {listed([corpus_title(measure.of) for measure in each])}"
+    parts, sizes = tuple(measure.parts[0] for measure in each), tuple(measure.sizes[0] for measure in each)
+    return [Measure("perplexity", "text", title, parts, sizes)]
 
 
 def response_measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity of held-out Alpaca responses, a pair counting as one item; empty where none were scored."""
-    record = next((record for record in records if record.status == FINISHED and record.arm.evaluation.pairs), None)
+    record = _finished([record for record in records if record.arm.evaluation.pairs])
     if record is None:
         return []
     title = "perplexity of held-out Alpaca responses"
-    return [Measure("perplexity/responses", title, ("loss/responses",), (record.arm.evaluation.pairs,))]
+    return [Measure("perplexity", "responses", title, ("loss/responses",), (record.arm.evaluation.pairs,))]
 
 
-def weight_measures(records: Sequence[Record]) -> list[Measure]:
-    """What encoded weights were scored on: neurons that are not normal, stored bits; empty where no arm has them."""
+def learned(records: Sequence[Record]) -> list[Measure]:
+    """What fine-tuning is for: the responses that were held out, and the zero-shot tasks."""
+    return response_measures(records) + accuracies(records)
+
+
+def normality(records: Sequence[Record]) -> list[Measure]:
+    """The share of neurons whose weights fail a test for normality; empty where no arm has it."""
     record = next((record for record in records if "non_normal" in record.scores), None)
     if record is None:
         return []
     title = "share of neurons whose weights are not normal, %"
-    return [
-        Measure("share/non_normal", title, ("non_normal",), (len(record.scores["non_normal"]),)),
-        Measure("bits", "stored bits a weight", ("bits",), (1,)),
-    ]
+    return [Measure("share", "non_normal", title, ("non_normal",), (len(record.scores["non_normal"]),))]
+
+
+def stored_bits(records: Sequence[Record]) -> list[Measure]:
+    """Bits of a weight, counted from what is stored; empty where no arm has them."""
+    if not any("bits" in record.scores for record in records):
+        return []
+    return [Measure("bits", "", "stored bits a weight", ("bits",), (1,))]
+
+
+def training_times(records: Sequence[Record]) -> list[Measure]:
+    """How long trainings took, where all ran on accelerators."""
+    accelerators = [r.provenance["hardware"]["accelerator"] for r in records if r.arm.tuning]
+    return [Measure("seconds", "", "time of training")] if accelerators and all(accelerators) else []
 
 
 def decoding_measures(records: Sequence[Record]) -> list[Measure]:
     """The time of a decoded token, of each model that was timed; empty where none was."""
-    record = next((record for record in records if record.arm.decoding and record.status == FINISHED), None)
-    if record is None:
+    record = _finished([record for record in records if record.arm.decoding])
+    if record is None or record.arm.decoding is None:
         return []
     found, settings = [], record.arm.decoding
     for name in (OWN, *settings.shapes):
-        title = "time of a token" + ("" if name == OWN else f" in {LAYERS} layers of {name}")
+        title = "time of a token" + ("" if name == OWN else f" in {TIMED_LAYERS} layers of {name}")
         parts = tuple(f"seconds/{name}/{kind}" for kind in EXECUTIONS)
-        found.append(Measure(f"seconds/{name}", title, parts, (settings.rounds,) * len(parts)))
+        found.append(Measure("seconds", name, title, parts, (settings.rounds,) * len(parts)))
     return found
 
 
 def speedup(measure: Measure, cell: Cell, fast: str, slow: str) -> Interval:
-    """How many times as fast a decoded token is in one of execution.EXECUTIONS as in another: the ratio of the medians
-    of their rounds, which took turns."""
-    times = [cell.scores(f"{measure.name}/{kind}") for kind in (fast, slow)]
+    """How many times as fast a decoded token is in one of EXECUTIONS as in another: the ratio of the medians of their
+    rounds, which took turns."""
+    parts = dict(zip(EXECUTIONS, measure.parts, strict=True))
     return paired_bootstrap(
-        lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), *times, family=measure.family, multiplies=True
+        lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1),
+        cell.scores(parts[fast]),
+        cell.scores(parts[slow]),
+        family=measure.family,
+        multiplies=True,
     )
 
 
 def task_measures(records: Sequence[Record]) -> list[Measure]:
     """The accuracy on each task alone; few-shot tasks only where some arm was scored on them."""
-    found = {}
+    found: dict[str, Measure] = {}
     for record in records:
-        if record.status == FINISHED:
+        if record.finished:
             found |= {
                 task: _accuracy(task, TASK_TITLES[task], [task], record)
                 for task in record.arm.evaluation.tasks
@@ -391,10 +421,10 @@ def task_measures(records: Sequence[Record]) -> list[Measure]:
 
 def _accuracy(name: str, title: str, tasks: Sequence[str], record: Record) -> Measure:
     parts = tuple(f"accuracy/{task}" for task in tasks)
-    return Measure(f"accuracy/{name}", title, parts, tuple(len(record.scores[part]) for part in parts))
+    return Measure("accuracy", name, title, parts, tuple(len(record.scores[part]) for part in parts))
 
 
-def identity(value: np.ndarray) -> np.ndarray:
+def identity(value: Any) -> Any:
     """The contrast of a single cell: its value."""
     return value
 
@@ -410,19 +440,21 @@ def won_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> tuple[Interv
     return loss, measure.interval(won_back_share, full, rtn, qat)
 
 
-def won_back_share(full: np.ndarray, rtn: np.ndarray, qat: np.ndarray) -> np.ndarray:
+def won_back_share(full: Array, rtn: Array, qat: Array) -> Array:
     """1 where LLM-QAT is as good as full precision, 0 where it is as bad as RTN. Worked: 26, 82, 47: 35/56."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (rtn - qat) / (rtn - full)
+        return np.asarray((rtn - qat) / (rtn - full))
 
 
 def megabytes(cell: Cell) -> float:
     """MB (10^6 bytes) of weights and a cache of CONTEXT tokens."""
     sizes = cell.records[0].metrics
-    return (sizes["bytes/weights"] + CONTEXT * sizes["bytes/cache_per_token"]) / 1e6
+    weights, cache = sizes["bytes/weights"], sizes["bytes/cache_per_token"]
+    assert weights is not None and cache is not None  # as of every arm that finished
+    return (weights + CONTEXT * cache) / 1e6
 
 
-def frontier(measure: Measure, shown: list[Cell], sizes: np.ndarray) -> list[int]:
+def frontier(measure: Measure, shown: Sequence[Cell], sizes: Array) -> list[int]:
     """Indices of the cells that none is as small and as good as, in the order of size; the first of equal ones."""
     losses = [measure.loss(0, measure.value(identity, cell)) for cell in shown]
     found, least = [], np.inf

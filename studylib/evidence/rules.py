@@ -1,14 +1,18 @@
 """The rules that claims are judged by: from the numbers of a claim's arms to an effect, a verdict and a sentence."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
+from studylib.config.budgets import ADAPTED, EXECUTIONS, PACKED
 from studylib.config.words import listed, nats, number, percent, points
-from studylib.evidence.effects import (
+from studylib.evidence.measures import Cell, Contrast, Measure, identity, speedup, won_back, won_back_share
+from studylib.evidence.statistics import Interval, paired_bootstrap
+from studylib.evidence.verdicts import (
     ACCURACY,
     BITS,
     COST,
@@ -21,12 +25,10 @@ from studylib.evidence.effects import (
     TIMES,
     WON_BACK,
     Effect,
+    Outcome,
     Unit,
 )
-from studylib.evidence.measures import Cell, Measure, identity, speedup, won_back, won_back_share
-from studylib.evidence.statistics import Interval, paired_bootstrap
-from studylib.config.budgets import ADAPTED, EXECUTIONS
-from studylib.quant.kernel import PACKED
+from studylib.methods.arms import method_title
 from studylib.study.records import Record
 
 POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
@@ -37,14 +39,6 @@ SAVED_BITS = 0.01  # tolerance of a number of bits that a paper derives
 EXPLODES = 2.0  # "explodes": at least this many times full precision's perplexity
 
 
-class Outcome(NamedTuple):
-    """What a rule finds. effect: where a claim has several parts, that of the part which decides the verdict."""
-
-    effect: Effect
-    verdict: str
-    text: str
-
-
 def together(effects: Sequence[Effect], text: str) -> Outcome:
     """What a claim's parts, the most telling first, say together: reproduced only if all are, not if any is not."""
     verdicts = [effect.verdict for effect in effects]
@@ -53,43 +47,44 @@ def together(effects: Sequence[Effect], text: str) -> Outcome:
 
 
 def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
+    """Whether training wins back more than MOST of what rounding to nearest loses."""
     loss, share = won_back(measure, full, rtn, qat)
     if share is None:
-        lost = Effect(loss, _unit(measure), f"lost by RTN at {rtn.bits}", above=0)
-        text = f"RTN at {rtn.bits} loses {lost.text}, which is not clearly above zero"
-        return Outcome(lost, INCONCLUSIVE, f"{text}: what share of it LLM-QAT wins back cannot be told.")
+        lost = Effect(loss, _unit(measure), f"lost by {rtn.title}", above=0)
+        text = f"{rtn.title} loses {lost.text}, which is not clearly above zero"
+        return Outcome(lost, INCONCLUSIVE, f"{text}: what share of it {_name(qat)} wins back cannot be told.")
     # The share's interval is only shown: the rule is linear, so that no division can blow it up.
     rule = measure.interval(lambda f, r, q: measure.loss(q, r) - MOST * measure.loss(f, r), full, rtn, qat)
     values = ", ".join(f"{cell.title} {measure.text(measure.value(identity, cell))}" for cell in (full, rtn, qat))
     seeds = _seeds(measure, won_back_share, percent, full, rtn, qat)
-    text = f"{values}: LLM-QAT wins back {share.text(percent)} of what RTN loses{seeds}."
-    shown = Effect(share, WON_BACK, f"of RTN at {rtn.bits}, won back by LLM-QAT", above=MOST)
+    text = f"{values}: {_name(qat)} wins back {share.text(percent)} of what {_name(rtn)} loses{seeds}."
+    shown = Effect(share, WON_BACK, f"of {rtn.title}, won back by {_name(qat)}", above=MOST)
     return Outcome(shown, Effect(rule, PERPLEXITY, "", above=0).verdict, text)
 
 
 def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: Cell | None) -> Outcome:
     """Whether four bits for the cache cost RTN much, and more than four bits for the `weights`; and LLM-QAT less."""
-    cost = _worse(measure, eight, four, f"lost by RTN from {eight.bits} to {four.bits}")
+    cost = _worse(measure, eight, four, f"lost by {_name(four)} from {eight.bits} to {four.bits}")
     cost = replace(cost, above=_tolerance(measure))
-    where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by RTN"), above=0)
-    text = f"with RTN, {_is(four.bits, cost, eight.bits, _tolerated(measure))}; "
+    where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by {_name(four)}"), above=0)
+    text = f"with {_name(four)}, {_is(four.bits, cost, eight.bits, _tolerated(measure))}; "
     text += f"{_is(four.bits, where, weights.bits)}."
     if qat is None:
-        text += f" LLM-QAT at {four.bits} was not run, so only this part of the claim is tested."
+        text += f" {method_title('llm-qat')} at {four.bits} was not run, so only this part of the claim is tested."
         return together([cost, where], text)
 
-    def gained(r, q):
+    def gained(r: Any, q: Any) -> Any:
         return measure.loss(q, r)
 
     found = measure.interval(gained, four, qat)
-    gain = Effect(found, _unit(measure), f"gained by LLM-QAT over RTN at {four.bits}", above=0, of=qat.setting)
-    text += f" LLM-QAT wins back {gain.text}{_seeds(measure, gained, measure.text, four, qat)}."
+    gain = Effect(found, _unit(measure), f"gained by {_name(qat)} over {four.title}", above=0, of=qat.setting)
+    text += f" {_name(qat)} wins back {gain.text}{_seeds(measure, gained, measure.text, four, qat)}."
     return together([cost, where, gain], text)
 
 
 def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4: Cell | None) -> Outcome:
     effect = replace(_worse(measure, qat, rtn), below=_tolerance(measure))
-    text = _is(f"RTN at {rtn.bits}", effect, "LLM-QAT", _tolerated(measure))
+    text = _is(rtn.title, effect, _name(qat), _tolerated(measure))
     if rtn_4 and qat_4:
         text += f"; {_is(f'at {rtn_4.bits} it', _worse(measure, qat_4, rtn_4), '', _tolerated(measure))}"
     return together([effect], f"{text}.")
@@ -164,7 +159,7 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
 
     def behind(own: Record, other: Record, at: float) -> float:
         ours, theirs = (record.curve[int(at * len(record.curve))]["loss"] for record in (own, other))
-        return theirs - ours
+        return math.nan if ours is None or theirs is None else theirs - ours
 
     found, seeds, decided = _by_seed(measure, partial(behind, at=0.5), fast, slow)
     began, *_ = _by_seed(measure, partial(behind, at=0), fast, slow)
@@ -207,8 +202,10 @@ def _by_seed(
 
 def generalises(measure: Measure, generated: Cell, wikipedia: Cell, c4: Cell) -> Outcome:
     """Real text is compared where it was not trained on: elsewhere, and on the tasks."""
-    own = {"perplexity/wikipedia": wikipedia, "perplexity/c4": c4}.get(measure.name)
-    return is_best(measure, generated, *(cell for cell in (wikipedia, c4) if cell is not own))
+    others = [
+        cell for cell in (wikipedia, c4) if not measure.is_perplexity or cell.setting["data.corpus"] != measure.of
+    ]
+    return is_best(measure, generated, *others)
 
 
 def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy: Cell) -> Outcome:
@@ -223,10 +220,10 @@ def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy:
 
 def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eight_smooth: Cell) -> Outcome:
     gain, other = (
-        _worse(measure, smooth, cell, f"lost without SmoothQuant by LLM-QAT at {cell.bits}")
+        _worse(measure, smooth, cell, f"lost without SmoothQuant by {cell.title}")
         for cell, smooth in ((four, four_smooth), (eight, eight_smooth))
     )
-    text = f"without SmoothQuant, {_is(f'LLM-QAT at {four.bits}', gain)}; "
+    text = f"without SmoothQuant, {_is(four.title, gain)}; "
     text += f"{_is(f'at {eight.bits} it', other, '', _tolerated(measure))}."
     return together([replace(gain, above=0), replace(other, below=_tolerance(measure))], text)
 
@@ -289,6 +286,11 @@ def _short(cell: Cell) -> str:
     return cell.setting.variant or cell.title
 
 
-def _seeds(measure: Measure, contrast, form: Callable[[float], str], *cells: Cell) -> str:
+def _name(cell: Cell) -> str:
+    """Of the method, where it needs no bits."""
+    return method_title(cell.method)
+
+
+def _seeds(measure: Measure, contrast: Contrast, form: Callable[[float], str], *cells: Cell) -> str:
     found = measure.over_seeds(contrast, *cells)
     return f" (single seeds: {form(found[0])} to {form(found[1])})" if found else ""

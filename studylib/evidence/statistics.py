@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import ndtri, stdtrit
+from numpy.typing import ArrayLike, NDArray
 
+Array = NDArray[Any]
 CELLS = 2**22  # resampled numbers held at once
 LARGEST = 700.0  # logarithm of what is written of intervals that are wider than a float can say
 LEVEL = 0.95
@@ -36,33 +37,39 @@ class Interval:
         half of the cases would be told, plus the normal quantile of POWER times the standard error, which is taken from
         the lower side of the interval as if estimates were normal. 0 where nothing varies.
         """
-        error = (self.estimate - self.low) / ndtri((1 + LEVEL) / 2)
-        return float(self.estimate - self.bounds[0] + ndtri(POWER) * error)
+        error = (self.estimate - self.low) / _normal_quantile((1 + LEVEL) / 2)
+        return float(self.estimate - self.bounds[0] + _normal_quantile(POWER) * error)
 
     def mapped(self, increasing: Callable[[float], float]) -> "Interval":
         """The interval of an increasing function of the estimate."""
-        surely = self.surely and tuple(map(increasing, self.surely))
-        return Interval(*map(increasing, (self.estimate, self.low, self.high)), surely)
+        surely = self.surely and (increasing(self.surely[0]), increasing(self.surely[1]))
+        return Interval(increasing(self.estimate), increasing(self.low), increasing(self.high), surely)
 
     def text(self, form: Callable[[float], str]) -> str:
         """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"."""
         return f"{form(self.estimate)} [{form(self.low)}, {form(self.high)}]"
 
 
-def perplexity(losses: np.ndarray) -> np.ndarray:
+def _normal_quantile(share: float) -> float:
+    from scipy.special import ndtri
+
+    return float(ndtri(share))
+
+
+def perplexity(losses: Array) -> Array:
     """exp of the mean loss (nats) over the last axis; infinite where it overflows."""
     with np.errstate(over="ignore"):
-        return np.exp(np.mean(losses, axis=-1))
+        return np.asarray(np.exp(np.mean(losses, axis=-1)))
 
 
-def stratified_mean(strata: ArrayLike) -> Callable[[np.ndarray], np.ndarray]:
+def stratified_mean(strata: ArrayLike) -> Callable[[Array], Array]:
     """A statistic over the last axis: the mean over strata of the mean inside each (every task weighs the same)."""
     masks = [np.asarray(strata) == label for label in np.unique(strata)]
     return lambda scores: np.mean([scores[..., mask].mean(-1) for mask in masks], axis=0)
 
 
 def paired_bootstrap(
-    statistic: Callable[..., np.ndarray],
+    statistic: Callable[..., Any],
     *samples: ArrayLike,
     strata: ArrayLike | None = None,
     draws: int = 10_000,
@@ -82,7 +89,7 @@ def paired_bootstrap(
     perplexities and their ratios do, so that it is widened on a log scale.
     Raises ValueError for samples that are empty, of unequal length or not finite.
     """
-    arrays = [np.atleast_2d(np.asarray(sample, dtype=np.float64)) for sample in samples]
+    arrays: list[Array] = [np.atleast_2d(np.asarray(sample, dtype=np.float64)) for sample in samples]
     n = arrays[0].shape[-1] if arrays else 0
     seeds = max((len(array) for array in arrays), default=1)
     if n == 0 or any(array.ndim > 2 or array.shape[1] != n or len(array) not in (1, seeds) for array in arrays):
@@ -98,7 +105,7 @@ def paired_bootstrap(
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(0)
     means, values, most = [array.mean(0) for array in arrays], [], max(1, CELLS // n)
-    measured = (lambda *scores: np.log(statistic(*scores))) if multiplies else statistic
+    measured: Callable[..., Any] = (lambda *scores: np.log(statistic(*scores))) if multiplies else statistic
     for at in range(0, draws, most):
         rows = min(draws - at, most)
         index = np.empty((rows, n), dtype=np.intp)
@@ -107,7 +114,7 @@ def paired_bootstrap(
         values.append(measured(*(mean[index] for mean in means)))
     estimate = float(measured(*means))
     of_seeds = [float(measured(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
-    z = ndtri((1 + LEVEL) / 2)
+    z = _normal_quantile((1 + LEVEL) / 2)
     ends = np.quantile(np.concatenate(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     errors = np.maximum((estimate - ends) * [1, -1], 0) / z * np.sqrt(n / max(1, n - 1))
     if all(np.isin(array, (0, 1)).all() for array in arrays):
@@ -118,9 +125,7 @@ def paired_bootstrap(
     return found.mapped(lambda x: math.exp(min(x, LARGEST))) if multiplies else found
 
 
-def _error_of_an_item(
-    statistic: Callable[..., np.ndarray], samples: Sequence[np.ndarray], groups: Sequence[np.ndarray]
-) -> float:
+def _error_of_an_item(statistic: Callable[..., Any], samples: Sequence[Array], groups: Sequence[Array]) -> float:
     """What the statistic changes by where one right answer of each group becomes wrong, or one wrong right: the root of
     the sum of squares, by the sample that changes it most."""
     estimate, changes = statistic(*samples), np.zeros((len(groups), len(samples)))
@@ -132,7 +137,7 @@ def _error_of_an_item(
     return float(np.linalg.norm(np.abs(changes).max(1)))
 
 
-def _widened(estimate: float, errors: np.ndarray, level: float, n: int, of_seeds: list[float]) -> tuple[float, float]:
+def _widened(estimate: float, errors: Array, level: float, n: int, of_seeds: list[float]) -> tuple[float, float]:
     """The interval at `level`, of standard errors below and above, as wide as n items and len(of_seeds) seeds ask for.
 
     The errors are those of a percentile interval made good for its variance, too small by (n - 1) / n; Student's t
@@ -141,6 +146,8 @@ def _widened(estimate: float, errors: np.ndarray, level: float, n: int, of_seeds
     sum (Satterthwaite 1946). To resample two or three seeds instead, as the hierarchical bootstrap does, leaves out the
     true value in one case of four. Percentiles further out are not drawn: they rest on a few draws of thousands.
     """
+    from scipy.special import stdtrit  # a third of a second, which importing this module need not take
+
     items, seeds = float(np.mean(errors)) ** 2, np.var(of_seeds, ddof=1) / len(of_seeds) if len(of_seeds) > 1 else 0.0
     if items + seeds == 0:
         return estimate, estimate

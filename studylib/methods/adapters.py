@@ -12,15 +12,13 @@ from transformers import PreTrainedModel
 from studylib.config.settings import ALL, DORA, LOFTQ, PISSA, Adapter, Format
 from studylib.data import models
 from studylib.methods.base import METHODS
-from studylib.methods.lora import FineTuned
+from studylib.methods.lora import BITSANDBYTES, FineTuned, in_bitsandbytes
 from studylib.quant.formats import EncodedLinear, encode
 from studylib.quant.layers import decoder_linears
-from studylib.quant.storage import PEFT_ADAPTER, Codes
+from studylib.quant.storage import PEFT_ADAPTER, Codes, DeployedLinear
 
 LOFTQ_STEPS = 5  # LoftQ, section 4: "we perform 5 iterations"
 OVERSAMPLED = 8  # directions more than the rank, for the accuracy of the last ones
-BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
-BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,14 @@ def attach(
 ) -> PreTrainedModel:
     """Prepare a transformers model (fp32, as loaded) in place for fine-tuning; what requires gradients is what trains.
 
-    method: one of methods.lora, or its name. seed draws the adapters. tokens [N, T]: what a base is calibrated on, for a
-    method that needs it.
+    method: one of methods.lora, or its name. seed draws the adapters. tokens [N, T]: what a base is calibrated on, for
+    a method that needs it.
     Trained parameters are fp32; frozen ones bf16 where the hardware computes in bf16: run it under models.autocast.
     Raises ValueError, and changes nothing, for anything that does not fit together.
     """
     linears = decoder_linears(model)
-    if hasattr(model, "adaptation") or any(type(linear) is not nn.Linear for linear in linears.values()):
+    plain = (nn.Linear, DeployedLinear)  # what is deployed can be adapted anew, from its dense weights
+    if hasattr(model, "adaptation") or any(type(linear) not in plain for linear in linears.values()):
         raise ValueError("the model is quantized or adapted already; load it anew")
     own = find_tuned(method) if isinstance(method, str) else method
     own.check_parts(format, adapter)
@@ -67,6 +66,9 @@ def attach(
                 f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {min(linear.weight.shape)} "
                 "singular values"
             )
+    for name, linear in linears.items():
+        if isinstance(linear, DeployedLinear):
+            model.set_submodule(name, linear.plain())
     model.requires_grad_(False)
     own.prepare(model, format, adapter, names, seed, tokens)
     compact(model)
@@ -135,6 +137,7 @@ def split(weight: Tensor, format: Format | None, adapter: Adapter) -> tuple[Tens
     if adapter.kind == PISSA:
         product, a, b = _largest(weight, adapter)
         return weight - product, a, b
+    assert format is not None
     for _ in range(LOFTQ_STEPS):
         base = weight - product
         product, a, b = _largest(weight - encode(base, format).decode(), adapter)
@@ -155,12 +158,6 @@ def _largest(weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
     return adapter.scaling * b @ a, a, b
 
 
-def in_bitsandbytes(format: Format) -> bool:
-    """Whether bitsandbytes stores it: NF4 and its own FP4, in its block sizes."""
-    known = format.bits == 4 and format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
-    return known and format.scale_bits == 32
-
-
 def four_bit(linear: nn.Linear, format: Format) -> nn.Linear:
     """bitsandbytes' Linear4bit with the rounded weight of `linear`."""
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -174,13 +171,23 @@ def four_bit(linear: nn.Linear, format: Format) -> nn.Linear:
         module=layer,
     ).to(linear.weight.device)  # this rounds
     layer.bias = linear.bias
-    # Else the first forward pass in eval mode would repack the codes for a kernel without gradients, for good.
-    layer.support_avx512bf16_for_cpu = False
-    return layer
+    return unrepacked(layer)
+
+
+def unrepacked(model: nn.Module) -> nn.Module:
+    """The model with bitsandbytes' layers as they store their codes.
+
+    On processors with AVX512-BF16 the first forward pass in eval mode would else repack them, for good, for a kernel
+    without gradients that takes no number of outputs which 32 does not divide.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def bitsandbytes_weight(layer: nn.Module) -> Tensor:
-    """The weight, fp32 [out, in], that bitsandbytes' layer stands for; as it is on a device where nothing is rounded."""
+    """The weight, fp32 [out, in], that bitsandbytes' layer stands for; as it is where nothing is rounded."""
     if getattr(layer.weight, "quant_state", None) is None:
         return layer.weight.float()
     from bitsandbytes.functional import dequantize_4bit

@@ -37,7 +37,7 @@ MERGE_TITLES = {
 }
 
 
-def build(
+def build_arm(
     budget: Profile,
     model: str,
     method: str,
@@ -55,8 +55,8 @@ def build(
 ) -> Arm:
     """The arm of a method at a budget; adapter: by default the usual one, for methods that have one.
 
-    corpus: real text in place of generated; sampling, training, tuning: fields to change. Raises ValueError for a method
-    that is not known, or what does not go together.
+    corpus: real text in place of generated; sampling, training, tuning: fields to change. Raises ValueError for a
+    method that is not known, or what does not go together.
     """
     own = find(method)
     parts: dict[str, Any] = dict.fromkeys(PARTS)
@@ -233,7 +233,7 @@ def order(arm: Arm) -> tuple[Any, ...]:
 @functools.cache
 def seedless(arm: Arm) -> Arm:
     """The arm with seed 0: equal for arms that differ in no more."""
-    changes = {
+    changes: dict[str, Any] = {
         name: dataclasses.replace(part, seed=0)
         for name, part in (("data", arm.data), ("instructions", arm.instructions))
         if part is not None

@@ -39,9 +39,9 @@ class Work:
 
     model: full precision, fp32, as it was loaded; `apply` turns it in place into what is scored. data: the windows
     [N, T] that it is calibrated or trained on and what was found out about them, for an arm that names some. load: the
-    model anew. checkpoints: the folder of this training's last state; keep: leave the end of it there. trained: a file for
-    what a fine-tuning trained, which arms share that differ in deployment alone. progress: told of finished work, in
-    tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are recorded.
+    model anew. checkpoints: the folder of this training's last state; keep: leave the end of it there. trained: a file
+    for what a fine-tuning trained, which arms share that differ in deployment alone. progress: told of finished work,
+    in tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are recorded.
     """
 
     arm: Arm
@@ -70,10 +70,10 @@ class Method(ABC):
     source: where it is described. look: how it is drawn.
     needs: the parts of an arm (config.arm.PARTS) that it cannot do without; takes: those that it may have besides, and
     "scheme". rounds: whether it leaves anything in low bits.
-    numerics: the components of config.numerics that it passes through besides those that its arm's parts imply; version:
-    its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the adapters'.
-    few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of them (None: all that a profile has).
-    checks_weights: whether the rounding error of each layer is recorded.
+    numerics: the components of config.numerics that it passes through besides those that its arm's parts imply;
+    version: its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the
+    adapters'. few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of them (None: all that a
+    profile has). checks_weights: whether the rounding error of each layer is recorded.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Method(ABC):
             )
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:  # noqa: B027
-        """Raise ValueError unless it can be applied to the model; `skeleton`: that, without numbers, quantized freely."""
+        """Raise ValueError unless it can be applied to the model; `skeleton`: that, without numbers."""
 
     def usual_format(self, bits: int = 4, group: int | None = 64, double: bool = True) -> Format | None:
         """How it keeps its base by default, for a method that has one: integers; `double` for formats that can."""

@@ -9,6 +9,7 @@ import copy
 import io
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def _weight_grid(model: nn.Module, bits: BitWidths, group: int | None = None, sy
 
 
 @torch.no_grad()
-def _calibrate(model: nn.Module, tokens: Tensor, pipeline: type, *modifiers) -> nn.Module:
+def _calibrate(model: nn.Module, tokens: Tensor, pipeline: type, *modifiers: Any) -> nn.Module:
     """What llm-compressor's `oneshot` does, without its traces: all but the weights happens to a copy that shares them,
     which is returned.
 

@@ -52,7 +52,8 @@ def merge(
         raise ValueError("the model has no adapter to merge; it was not prepared by attach, or is merged already")
     if how not in MERGES:
         raise ValueError(f"merge: {how!r} is not known; use one of {', '.join(MERGES)}")
-    made.method.check_merge(how, format or made.format)
+    wanted = format or made.format
+    made.method.check_merge(how, wanted)
     quantized = made.format is not None
     if how in FROM_ORIGINAL and quantized and original is None:
         raise ValueError(f"original: missing; {how!r} adds to the weights of the model as it was loaded")
@@ -67,10 +68,11 @@ def merge(
             if _adapted(layer) and made.adapter is not None and made.adapter.kind in (PISSA, LOFTQ):
                 _, a, b = split(base, made.format, made.adapter)
                 base = base - made.adapter.scaling * b @ a
-        beside = _beside(layer) if _adapted(layer) else None
+        beside = _beside(layer, base, made) if _adapted(layer) else None
         weight = base if beside is None else beside.added_to(base, trained_on)
         if how in PACKED:
-            beside, codes = None, encode(weight, format or made.format)
+            assert wanted is not None  # see check_merge
+            beside, codes = None, encode(weight, wanted)
             weight = codes.decode()
         elif how in (DEQUANTIZED, MERGED_16):
             beside, codes, weight = None, None, _bf16(weight)
@@ -91,7 +93,7 @@ def _adapted(layer: nn.Module) -> bool:
 
 
 def _base(layer: nn.Module, format: Format | None) -> tuple[Tensor, Codes | None]:
-    """The dense weight, fp32 [out, in], of a layer of any method without peft's adapter, and its codes, if it has some."""
+    """The dense weight, fp32 [out, in], of a layer of any method without peft's adapter, and its codes, if any."""
     if _adapted(layer):
         layer = layer.base_layer
     if hasattr(layer, "dense"):
@@ -101,12 +103,14 @@ def _base(layer: nn.Module, format: Format | None) -> tuple[Tensor, Codes | None
     return layer.weight.float(), None
 
 
-def _beside(layer: nn.Module) -> Beside:
-    """peft's adapter beside a layer, rounded to bf16 as it is deployed."""
+def _beside(layer: nn.Module, base: Tensor, made: Adaptation) -> Beside:
+    """peft's adapter beside a layer, rounded to bf16 as it is deployed; with the 16-bit base that PiSSA left."""
+    assert made.adapter is not None
+    changed = made.format is None and made.adapter.kind == PISSA
     a, b = (part[PEFT_ADAPTER].weight.bfloat16() for part in (layer.lora_A, layer.lora_B))
     dora = layer.use_dora[PEFT_ADAPTER]
     magnitude = layer.lora_magnitude_vector[PEFT_ADAPTER].weight.bfloat16() if dora else None
-    return Beside(a, b, layer.scaling[PEFT_ADAPTER], magnitude)
+    return Beside(a, b, layer.scaling[PEFT_ADAPTER], magnitude, base if changed else None)
 
 
 def _bf16(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class LLMQAT(Method):
     name, title, source = "llm-qat", "LLM-QAT", "arXiv 2305.17888"
     papers, look = (LLM_QAT_PAPER,), Look("#0072B2", "o")
     needs, takes = frozenset({"data", "training"}), frozenset({"scheme"})
-    few_shot_at = ("4-8-4",)
+    few_shot_at: tuple[str, ...] = ("4-8-4",)
 
     def check(self, arm: Arm) -> None:
         super().check(arm)

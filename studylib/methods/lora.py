@@ -6,7 +6,7 @@ Each prepares the base and what is trained; learning, keeping and deploying is t
 import dataclasses
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from studylib.config.arm import Arm
 from studylib.config.settings import (
@@ -27,10 +27,13 @@ from studylib.methods.base import L4Q_PAPER, QLORA_PAPER, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from studylib.train.log import Log
+
+
+BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
+BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class FineTuned(Method):
@@ -41,7 +44,7 @@ class FineTuned(Method):
     beside the base; a method without trains what is deployed, and there is one way to do that.
     """
 
-    papers = (L4Q_PAPER,)
+    papers: tuple[str, ...] = (L4Q_PAPER,)
     needs = frozenset({"instructions", "tuning", "adapter", "format"})
     numerics: tuple[str, ...] = ("formats",)
     few_shot = ("mmlu",)
@@ -54,16 +57,16 @@ class FineTuned(Method):
     def prepare(
         self,
         model: "PreTrainedModel",
-        format: Format | None,
-        adapter: Adapter | None,
+        format: Any,
+        adapter: Any,
         names: list[str],
         seed: int,
-        tokens: "Tensor | None",
+        tokens: Any,
     ) -> None:
         """Put base and adapters in place; what requires gradients afterwards is what trains.
 
-        names: the linear layers that get an adapter. tokens [N, T]: what a base is calibrated on. The model's parameters
-        are fp32 and frozen.
+        format, adapter: as the method needs them, else None. names: the linear layers that get an adapter. tokens
+        [N, T]: what a base is calibrated on, for a method that needs data. The model's parameters are fp32 and frozen.
         """
 
     def check(self, arm: Arm) -> None:
@@ -75,25 +78,25 @@ class FineTuned(Method):
         """Raise ValueError unless format and adapter go with this method."""
         for name, given in (("format", format), ("adapter", adapter)):
             if (given is None) == (name in self.needs):
-                raise ValueError(f"{name}: {'missing' if given is None else 'not allowed'} for {self.name!r}")
+                wrong = f"{given.title} is not allowed" if isinstance(given, Format) else "not allowed"
+                raise ValueError(f"{name}: {'missing' if given is None else wrong} for {self.name!r}")
         if self.formats is not None and format is not None:
             if format.kind not in self.formats:
-                raise ValueError(
-                    f"format: {format.kind!r} is not allowed for {self.name!r}; use {' or '.join(map(repr, self.formats))}"
-                )
+                allowed = " or ".join(map(repr, self.formats))
+                raise ValueError(f"format: {format.kind!r} is not allowed for {self.name!r}; use {allowed}")
             if format.double or format.scale_bits != 32:
                 raise ValueError(f"format: {format.title} is not allowed for {self.name!r}; use fp32 scales")
         if adapter is None:
             return
-        for name, given, allowed in (
+        for name, chosen, fits in (
             ("kind", adapter.kind, adapter.kind in self.kinds),
             ("init", adapter.init, adapter.init in self.inits),
             ("dropout", adapter.dropout, not adapter.dropout or self.drops_out),
             ("layers", adapter.layers, adapter.layers == ALL or self.chooses_layers),
         ):
-            if not allowed:
+            if not fits:
                 default = getattr(Adapter(), name)
-                raise ValueError(f"{name}: {given!r} is not allowed for {self.name!r}; use {default!r}")
+                raise ValueError(f"{name}: {chosen!r} is not allowed for {self.name!r}; use {default!r}")
 
     def check_merge(self, how: str, format: Format | None) -> None:
         """Raise ValueError unless what it trained can be deployed in this way (see methods.deploy.merge)."""
@@ -164,7 +167,9 @@ class LoRA(FineTuned):
     def as_trained(self, arm: Arm) -> Arm:
         return dataclasses.replace(super().as_trained(arm), format=None)
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.methods.adapters import attach_lora
 
         attach_lora(model, format, adapter, names, seed)
@@ -182,7 +187,9 @@ class QLoRA(FineTuned):
         """NormalFloat, double quantized or not."""
         return Format("nf", bits, group, double)
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.methods.adapters import attach_lora
 
         attach_lora(model, format, adapter, names, seed)
@@ -196,7 +203,9 @@ class GPTQLoRA(FineTuned):
     needs = FineTuned.needs | {"data"}
     formats = ("int", "affine")
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.methods.adapters import inject
         from studylib.methods.calibration import gptq
 
@@ -211,7 +220,9 @@ class QALoRA(FineTuned):
     look, formats, keeps_adapter = Look("#E69F00", "v"), ("affine",), False
     relative_rate = 0.2
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.quant.adapted import qa_lora_model
 
         qa_lora_model(model, format, adapter, names, seed)
@@ -224,7 +235,9 @@ class QATLoRA(FineTuned):
     look, formats, numerics = Look("#56B4E9", "p"), ("affine",), ("formats", "learned grids")
     relative_rate = 0.3
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.data import models
         from studylib.methods.adapters import inject
         from studylib.quant.adapted import learned_grid_model, train_grids
@@ -243,13 +256,15 @@ class L4Q(FineTuned):
     relative_rate = 0.3
     few_shot_at = ("4-16-16",)
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.methods.adapters import compact
         from studylib.quant.l4q import l4q_model
 
         compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
-        given = {"group": format.group, "rank": adapter.rank, "alpha": adapter.alpha, "init": adapter.init}
-        l4q_model(model, format.bits, **given, seed=seed)
+        rank, alpha, init = adapter.rank, adapter.alpha, adapter.init
+        l4q_model(model, format.bits, group=format.group, rank=rank, alpha=alpha, init=init, seed=seed)
 
 
 class QAT(FineTuned):
@@ -261,9 +276,17 @@ class QAT(FineTuned):
     formats, keeps_adapter = ("int", "affine"), False
     relative_rate = 0.05
 
-    def prepare(self, model, format, adapter, names, seed, tokens) -> None:
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
         from studylib.quant.layers import decoder_linears, quantize_model
 
         quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.group))
         for linear in decoder_linears(model).values():
             linear.weight.requires_grad_(True)
+
+
+def in_bitsandbytes(format: Format) -> bool:
+    """Whether bitsandbytes stores it: NF4 and its own FP4, in its block sizes."""
+    known = format.bits == 4 and format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
+    return known and format.scale_bits == 32

@@ -1,4 +1,4 @@
-"""The methods that train nothing: full precision, rounding, SmoothQuant, GPTQ, AWQ, number formats, the 4-bit kernel."""
+"""The methods that train nothing: full precision, rounding, SmoothQuant, GPTQ, AWQ, formats, the 4-bit kernel."""
 
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,7 @@ class RoundedWeights(Method):
     def apply(self, work: Work) -> None:
         from studylib.quant.formats import decode_model, encode_model
 
+        assert work.arm.format is not None
         with work.phase("quantize"):
             decode_model(encode_model(work.model, work.arm.format))
 
@@ -124,6 +125,7 @@ class FourBitKernel(Method):
         from studylib.quant.formats import encode_model
         from studylib.quant.kernel import int4_model
 
+        assert work.arm.format is not None
         with work.phase("quantize"):
             work.model = int4_model(encode_model(work.model.cpu(), work.arm.format), models.compute_dtype())
 

@@ -1,10 +1,12 @@
 """Weight-only number formats with a scale for each group: NormalFloat, 4-bit floats, integers; stored in real bytes.
 
-QLoRA (arXiv 2305.14314), section 3: a weight is cut into groups of neighbours (blocks), each is divided by its largest magnitude, and every
-number becomes the code of the nearest of 2^b levels in -1..1. Double quantization stores the scales in 8 bits as well.
+QLoRA (arXiv 2305.14314), section 3: a weight is cut into groups of neighbours (blocks), each is divided by its largest
+magnitude, and every number becomes the code of the nearest of 2^b levels in -1..1. Double quantization stores the
+scales in 8 bits as well.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,12 +142,12 @@ class _Multiply(torch.autograd.Function):
     """x W^T with W decoded anew for either pass: nothing is kept but the layer itself. W gets no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: "EncodedLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: "EncodedLinear") -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.codes().decode(x.dtype))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient @ ctx.layer.codes().decode(gradient.dtype), None
 
 
@@ -159,7 +161,7 @@ class _Decoded(Tensor):
         return self.detach()
 
     @data.setter
-    def data(self, value: Tensor):
+    def data(self, value: Tensor) -> None:
         raise ValueError("weight: an encoded layer cannot take another weight; use decode_model before merging")
 
 
@@ -170,8 +172,9 @@ STORED = {integer: stored for stored, integer in INTEGERS.items()}
 class EncodedLinear(nn.Linear):
     """A frozen linear layer that stores an encoded weight and decodes it whenever it computes.
 
-    input [..., in] -> [..., out], in the input's type, or autocast's. Buffers "stored_...", named as in Codes: their bits
-    seen as integers, so that `model.to(torch.bfloat16)` does not round scales. `weight`: decoded, in the type it had.
+    input [..., in] -> [..., out], in the input's type, or autocast's. Buffers "stored_...", named as in Codes: their
+    bits seen as integers, so that `model.to(torch.bfloat16)` does not round scales. `weight`: decoded, in the type it
+    had.
     """
 
     def __init__(self, linear: nn.Linear, format: Format):
@@ -182,7 +185,7 @@ class EncodedLinear(nn.Linear):
         stored = encode(linear.weight, format)
         for name, tensor in stored.tensors.items():
             self.register_buffer(f"stored_{name}", tensor.view(INTEGERS[tensor.dtype]))
-        self._tables = {"low": stored.low, "levels": stored.levels, "scale_levels": stored.scale_levels}
+        self._tables: dict[str, Any] = {"low": stored.low, "levels": stored.levels, "scale_levels": stored.scale_levels}
 
     def codes(self) -> Codes:
         """The weight as it is stored; shares the memory of the buffers."""

@@ -7,6 +7,7 @@ Scales are always fp32, so that codes stay inside their range whatever the type 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: round to the grid. Backward: the identity, or zero where |x| >= mask or where x was clipped."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, grid: Grid, mask: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid, mask: float | None) -> Tensor:
         rows = grid.rows(x)
         scale, zero = choose_scale(rows, grid)
         passed = None if mask is None else x.abs() < mask
@@ -105,7 +106,7 @@ class _StraightThrough(torch.autograd.Function):
         return _values(_levels(rows, scale, zero, grid), scale, zero).reshape(x.shape).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.masked:
             (passed,) = ctx.saved_tensors
             gradient = gradient * passed
@@ -119,14 +120,14 @@ class _LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.grid = grid
         rows = grid.rows(x)
         return _values(_levels(rows, step, None, grid), step, None).reshape(x.shape).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x, step), grid = ctx.saved_tensors, ctx.grid
         scaled = grid.rows(x).float() / step
         inside = scaled.abs() <= grid.high

@@ -21,10 +21,10 @@ ROWS = 16  # and what the number of outputs must be a multiple of: PyTorch's ker
 class Int4Linear(nn.Linear):
     """A frozen linear layer of 4-bit integers, multiplied as they are stored: input [..., in] -> output [..., out].
 
-    stored: the weight's codes. What is kept: `packed`, two codes a byte, and `grid` [in // group, out, 2], for each group
-    the scale and the number that code 8 stands for, in `dtype`, the type that it computes in (bf16 rounds them; fp32
-    changes nothing). adapter: A [rank, in] and B [out, rank] of LoRA, its scaling in B, computed beside it in `dtype`.
-    The kernel is made for few rows of input, as when one token is decoded at a time.
+    stored: the weight's codes. What is kept: `packed`, two codes a byte, and `grid` [in // group, out, 2], for each
+    group the scale and the number that code 8 stands for, in `dtype`, the type that it computes in (bf16 rounds them;
+    fp32 changes nothing). adapter: A [rank, in] and B [out, rank] of LoRA, its scaling in B, computed beside it in
+    `dtype`. The kernel is made for few rows of input, as when one token is decoded at a time.
     Raises ValueError for codes that are no plain 4-bit integers, a group that is none of GROUPS, an `out` that is no
     multiple of ROWS, or codes that are not on the CPU.
     """
@@ -33,8 +33,10 @@ class Int4Linear(nn.Linear):
         self, stored: Codes, bias: Tensor | None, dtype: torch.dtype, adapter: tuple[Tensor, Tensor] | None = None
     ):
         nn.Module.__init__(self)
-        if stored.bits != BITS or stored.levels is not None or stored.mean is not None:
-            raise ValueError(f"bits: the 4-bit kernel takes integers of {BITS} bits with plain scales, not these codes")
+        if stored.bits != BITS:
+            raise ValueError(f"bits: {stored.bits} is not allowed; the 4-bit kernel takes {BITS}")
+        if stored.levels is not None or stored.mean is not None:
+            raise ValueError("codes: tables and double quantization are not allowed; the 4-bit kernel takes integers")
         self.out_features, self.in_features = stored.shape
         self.group = self.in_features // stored.groups
         check_kernel(self.out_features, self.group)
@@ -82,13 +84,15 @@ def check_format(format: Format | None) -> None:
     """Raise ValueError unless the kernel multiplies what is stored in `format`."""
     if format is None or format.kind not in INTEGER_FORMATS or format.bits != BITS or format.double:
         raise ValueError(
-            f"format: {format and format.title} is not allowed; the 4-bit kernel takes 'int' and 'affine' with plain scales"
+            f"format: {format and format.title} is not allowed; the 4-bit kernel takes 'int' and 'affine' with plain "
+            "scales"
         )
 
 
-def check_executable(model: nn.Module, format: Format) -> None:
+def check_executable(model: nn.Module, format: Format | None) -> None:
     """Raise ValueError unless the kernel takes every linear layer of the decoder in `format`; on any device."""
     check_format(format)
+    assert format is not None
     for name, linear in decoder_linears(model).items():
         try:
             check_kernel(linear.out_features, format.group or linear.in_features)
@@ -112,6 +116,8 @@ def int4_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             continue
         inside |= set(layer.modules())
         try:
+            if hasattr(base, "format"):
+                check_format(base.format)
             adapter = None if base is layer else _adapter(layer)
             replaced[name] = Int4Linear(base.codes(), getattr(base, "base", base).bias, dtype, adapter)
         except ValueError as error:

@@ -11,6 +11,7 @@ Trained are A, B, s and b. QN = -2^(bits-1) and QP = 2^(bits-1) - 1, so -8..7 at
 import hashlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def _after(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 @_after.register_fake
-def _(weight, gradient):
+def _(weight: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -111,7 +112,19 @@ class _JointlyQuantized(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scale, offset, bias, bits: int, scaling: float, dtype: torch.dtype):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_A, lora_B, scale, offset)
         ctx.bits, ctx.scaling, ctx.dtype = bits, scaling, dtype
         low, high = levels_of(bits)
@@ -122,7 +135,7 @@ class _JointlyQuantized(torch.autograd.Function):
             return F.linear(x.to(dtype), quantized, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, scale, offset = ctx.saved_tensors
         low, high = levels_of(ctx.bits)
         needs_x, needs_weight, *_, needs_bias = ctx.needs_input_grad[:7]
@@ -202,7 +215,7 @@ class L4QLinear(nn.Linear):
     def codes(self) -> Codes:
         """The integers that the layer multiplies with. ValueError where weight, adapter or grid are not finite."""
         scale, offset = _nonzero(self.scale), self.offset.detach()
-        with torch.autocast(scale.device.type, enabled=False):
+        with torch.autocast("cpu" if scale.is_meta else scale.device.type, enabled=False):  # meta: to be counted
             w = _scaled(self.weight, self.lora_A, self.lora_B, scale, offset, self.scaling)
         if not (w.isfinite().all() and offset.isfinite().all()):
             raise ValueError("the weight, its adapter or its grid hold NaN or infinity; the training has diverged")

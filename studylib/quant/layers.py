@@ -1,5 +1,8 @@
 """Quantized linear layers, and how an unmodified transformers model is turned into one made of them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,7 +87,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def _attend_to_quantized_keys(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention whose rotated keys [B, H, T, D] are quantized, each token by itself."""
     rows = key.transpose(1, 2)  # (B, T, H, D)
@@ -197,8 +200,8 @@ def _mean_magnitudes(model: nn.Module, linears: dict[str, nn.Linear], tokens: Te
     """mean |input| and mean |output| of each layer over `tokens`."""
     found = {}
 
-    def watch(name: str):
-        def hook(module, inputs, output):
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             found[name] = [x.abs().mean(dtype=torch.float32) for x in (inputs[0], output)]
 
         return hook

@@ -1,6 +1,7 @@
 """Weights as they are stored: packed codes with what turns them into numbers, counted, kept in a file and read back.
 
-Every layer in low bits answers `codes()`. What a model takes, what is exported and what is kept of it is read from there.
+Every layer in low bits answers `codes()`. What a model takes, what is exported and what is kept of it is read
+from there.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ SCALES_IN_GROUP = 256  # double quantization: scales that share an fp32 number
 PEFT_ADAPTER = "default"  # peft's name for the only adapter of a model
 EXTRA_BUFFERS = ("bias", "lora_A", "lora_B")  # of a layer that multiplies integers, beside its codes
 TABLES = ("levels", "scale_levels")
+STEPS = ("activation_step", "output_step")  # learned, of activations and cache: one number each
 FLOAT_BYTES = 2  # what is not quantized is counted, and kept, in 16 bits
 
 
@@ -99,7 +101,7 @@ class Codes:
         zero: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> "Codes":
-        """From whole numbers [out, in] of low..low + 2^bits - 1, and scale, zero point and offset [out, groups(, 1)]."""
+        """From whole numbers [out, in] of low..low + 2^bits - 1, and scale, zero and offset [out, groups(, 1)]."""
         return cls(
             bits,
             (integers.shape[0], integers.shape[1]),
@@ -134,7 +136,7 @@ class Codes:
     @property
     def scale(self) -> Tensor:
         """Of each group, [out, groups], fp32 (fp64 where it is stored so)."""
-        if self.mean is None:
+        if self.outer is None or self.mean is None or self.scale_levels is None:
             found = self.scales.to(torch.promote_types(self.scales.dtype, torch.float32))
         else:
             outer = self.outer.repeat_interleave(SCALES_IN_GROUP)[: len(self.scales)]
@@ -170,16 +172,17 @@ class Codes:
 @dataclass(frozen=True)
 class Beside:
     """An adapter that is deployed beside a weight: A [rank, in], B [out, rank], bf16, W + scaling B A; under DoRA the
-    length of each row, magnitude [out]."""
+    length of each row, magnitude [out]. base [out, in]: W in 16 bits, where it is not the model's own (PiSSA)."""
 
     a: Tensor
     b: Tensor
     scaling: float
     magnitude: Tensor | None = None
+    base: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
+        """What is stored beside the base, by name."""
         pair = {"a": self.a, "b": self.b}
         return pair if self.magnitude is None else pair | {"magnitude": self.magnitude}
 
@@ -217,13 +220,23 @@ class DeployedLinear(nn.Linear):
     def codes(self) -> Codes | None:
         return self.stored
 
+    def plain(self) -> nn.Linear:
+        """A plain layer of this dense weight, which it shares."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
 
 def coded_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Codes]]:
-    """The outermost layers that answer codes(), by name, with them."""
+    """The outermost layers that answer codes(), by name, with them. ValueError, with the name, where one diverged."""
     inside: set[nn.Module] = set()
     for name, layer in model.named_modules():
-        if layer not in inside and hasattr(layer, "codes") and callable(layer.codes):
-            stored = layer.codes()
+        codes = getattr(layer, "codes", None)
+        if layer not in inside and callable(codes):
+            try:
+                stored = codes()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             if stored is not None:
                 inside |= set(layer.modules())
                 yield name, layer, stored
@@ -232,14 +245,14 @@ def coded_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Codes]]:
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights: codes as they are stored, adapters beside them and all else at 16 bits (tied once).
 
-    Worked: a [64, 64] weight at 4 bits with an fp32 scale a row: 2048 + 256 bytes; NF4 in groups of 64 the same; by L4Q in
-    groups of 32: 2048 + 128 groups * 8.
+    Worked: a [64, 64] weight at 4 bits with an fp32 scale a row: 2048 + 256 bytes; NF4 in groups of 64 the same; by
+    L4Q in groups of 32: 2048 + 128 groups * 8.
     """
     total, counted = 0, set()
     for _, layer, stored in coded_layers(model):
         total += stored.nbytes
-        counted |= {id(parameter) for name, parameter in layer.named_parameters() if name == "weight"}
-        total += sum(buffer.numel() * FLOAT_BYTES for name, buffer in layer.named_buffers() if name in EXTRA_BUFFERS)
+        counted |= {id(own) for name, own in layer.named_parameters() if name.rpartition(".")[2] != "bias"}
+        total += sum(buffer.nbytes for name, buffer in layer.named_buffers() if name in EXTRA_BUFFERS)
     for layer in model.modules():
         if isinstance(layer, DeployedLinear) and layer.beside:
             total += layer.beside.nbytes
@@ -254,26 +267,33 @@ def sixteen_bits(model: nn.Module) -> torch.dtype:
 
 def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
     """Write a deployed model to the safetensors file `path`, whole: codes, adapters, and what else differs from
-    `original`, the model as it is loaded, in 16 bits; about what stored_bytes counts."""
+    `original`, the model as it is loaded, in 16 bits; about what stored_bytes counts.
+
+    How activations and the cache are rounded is not in the file, but for learned steps. Raises ValueError, and writes
+    nothing, where codes have diverged.
+    """
     layers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    coded = {name: stored for name, _, stored in coded_layers(model)}
-    for name, stored in coded.items():
+    for name, _, stored in coded_layers(model):
         tables = {part: getattr(stored, part) for part in TABLES if getattr(stored, part) is not None}
         tensors |= {f"{name}/{part}": tensor for part, tensor in (stored.tensors | tables).items()}
         layers[name] = {"bits": stored.bits, "shape": list(stored.shape), "low": stored.low}
+    dtype, before = sixteen_bits(original), dict(original.named_parameters())
     for name, layer in model.named_modules():
         if isinstance(layer, DeployedLinear) and layer.beside:
             beside = layer.beside
             tensors |= {f"{name}/beside.{part}": tensor for part, tensor in beside.tensors.items()}
-            layers.setdefault(name, {})["scaling"] = beside.scaling
-    dtype, before = sixteen_bits(original), dict(original.named_parameters())
+            if beside.base is not None:
+                tensors[f"{name}/beside.base"] = beside.base.to(dtype)
+            layers.setdefault(name, {"shape": list(layer.weight.shape)})["scaling"] = beside.scaling
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        kept = parameter.detach().to(dtype)
         if owner in layers and name == f"{owner}.weight":
             continue
-        if name not in before or not torch.equal(kept, before[name].detach().to(dtype)):
+        if name not in before:  # what a layer learned beside its weight is in its codes, but for these
+            if name.rpartition(".")[2] in STEPS:
+                tensors[name] = parameter.detach()
+        elif not torch.equal(kept := parameter.detach().to(dtype), before[name].detach().to(dtype)):
             tensors[name] = kept
     tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     with written_whole(path) as partial:
@@ -282,28 +302,45 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def restore_model(model: nn.Module, path: Path) -> nn.Module:
-    """Put what `keep_model` wrote into a model as it is loaded, in place: DeployedLinear where there are codes.
+    """Put what `keep_model` wrote into a model as it is loaded, in place: DeployedLinear where there are codes, in the
+    type of the weights that they replace.
 
-    Raises ValueError for a file that does not belong to this model.
+    A layer that rounds its inputs already (see layers.quantize_model, with 16 bits for the weights) goes on to do so.
+    Raises ValueError, and changes nothing, for a file that does not belong to this model.
     """
-    with safe_open(path, "pt") as file:
-        layers = json.loads((file.metadata() or {}).get("layers", "null"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            layers = json.loads((file.metadata() or {}).get("layers", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no kept model ({error})") from error
     if layers is None:
         raise ValueError(f"{path} is no kept model")
-    own, linears = dict(model.named_parameters()), dict(model.named_modules())
+    own, linears, parts = dict(model.named_parameters()), dict(model.named_modules()), {}
     for name, layout in layers.items():
-        if name not in linears:
-            raise ValueError(f"{path} is of another model, which has a layer {name!r}")
-        parts = {key.partition("/")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}/")}
-        pair = {key.removeprefix("beside."): parts.pop(key) for key in list(parts) if key.startswith("beside.")}
-        beside = Beside(**pair, scaling=layout["scaling"]) if pair else None
-        stored = Codes(layout["bits"], tuple(layout["shape"]), low=layout["low"], **parts) if parts else None
-        base = linears[name].weight.float() if stored is None else stored.decode()
-        weight = base if beside is None else beside.added_to(base)
-        model.set_submodule(name, DeployedLinear(weight, linears[name].bias, stored, beside))
+        linear, shape = linears.get(name), layout["shape"]
+        if not isinstance(linear, nn.Linear) or list(linear.weight.shape) != shape:
+            raise ValueError(f"{path} is of another model, which has a layer {name!r} of shape {shape}")
+        parts[name] = {key.partition("/")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}/")}
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"{path} is of another model, which has {name!r} of shape {list(tensor.shape)}")
+    for name, layout in layers.items():
+        linear = linears[name]
+        found = {key: tensor.to(linear.weight.device) for key, tensor in parts[name].items()}
+        pair = {key.removeprefix("beside."): found.pop(key) for key in list(found) if key.startswith("beside.")}
+        beside = Beside(**pair, scaling=layout["scaling"]) if pair else None
+        stored = Codes(layout["bits"], tuple(layout["shape"]), low=layout["low"], **found) if found else None
+        if stored is not None:
+            base = stored.decode()
+        else:
+            base = (linear.weight if beside is None or beside.base is None else beside.base).float()
+        weight = (base if beside is None else beside.added_to(base)).to(linear.weight.dtype)
+        if hasattr(linear, "stored"):
+            linear.weight.copy_(weight)
+            linear.stored = stored
+        else:
+            model.set_submodule(name, DeployedLinear(weight, linear.bias, stored, beside))
+    for name, tensor in tensors.items():
         own[name].copy_(tensor)
     return model.requires_grad_(False).eval()

@@ -5,22 +5,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from studylib.config.words import EMPTY
 from studylib.evidence.claims import CLAIMS
-from studylib.evidence.effects import (
+from studylib.evidence.verdicts import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     NOT_TESTED,
     REPRODUCED,
     VERDICTS,
+    Claim,
     Effect,
+    Finding,
     PaperNumber,
+    judge,
 )
-from studylib.evidence.judging import Claim, Finding, judge
 from studylib.study.records import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SYMBOLS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", INCONCLUSIVE: "?", NOT_TESTED: EMPTY}
 WIDTH, HEIGHT, EDGE = 240, 42, 8  # of a picture, and what stays free at its ends
@@ -78,17 +82,19 @@ def ledger_table(entries: Sequence[Entry]) -> str:
     return "\n".join(rows)
 
 
-def ledger_frame(entries: Sequence[Entry]) -> pd.DataFrame:
+def ledger_frame(entries: Sequence[Entry]) -> "pd.DataFrame":
     """One row for each finding, as plain numbers in the effect's own unit (shares as such), NaN where there is none.
 
     Columns: claim, statement, measure, verdict; effect, low, high (95%), surely_low, surely_high (the interval that the
-    verdict rests on), of (what it is, in words); above, below (where the claim holds); smallest (see effects.Effect);
+    verdict rests on), of (what it is, in words); above, below (where the claim holds); smallest (see verdicts.Effect);
     paper (its own effect, where it can be compared), paper_text.
     """
+    import pandas as pd
+
     return pd.DataFrame([_row(entry, finding) for entry in entries for finding in entry.findings])
 
 
-def _row(entry: Entry, finding: Finding) -> dict:
+def _row(entry: Entry, finding: Finding) -> dict[str, Any]:
     row = {"claim": entry.claim.id, "statement": entry.claim.statement}
     row |= {"measure": finding.measure, "verdict": finding.verdict}
     names = ("effect", "low", "high", "surely_low", "surely_high", "of", "above", "below", "smallest", "paper")

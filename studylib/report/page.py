@@ -7,64 +7,46 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import pandas as pd
-from PIL import Image
-
-from studylib.evaluate.memory import TITLES
-from studylib.methods.arms import corpus_title
+from studylib.config.arm import Arm
+from studylib.config.files import write_whole
 from studylib.config.words import number
-from studylib.evidence.effects import NOT_TESTED, VERDICTS
-from studylib.evidence.judging import FAMILY
-from studylib.evidence.measures import Cell, accuracies, gather
+from studylib.evidence.claims import BY_PAPER
+from studylib.evidence.measures import FULL, Cell, accuracies, gather
 from studylib.evidence.statistics import POWER
+from studylib.evidence.verdicts import FAMILY, NOT_TESTED, VERDICTS
+from studylib.methods.arms import Setting, corpus_title, method_title
+from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER
 from studylib.report import recipes
-from studylib.report.figures.recipes import frontier_figure
 from studylib.report.ledger import SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
 from studylib.study.notebooks import read_published
 from studylib.study.records import Record
-from studylib.config.files import write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
-class Paper:
-    """letter: what its claims begin with. methods, notebooks (their numbers): whose arms and figures its page shows."""
+class Section:
+    """Of a paper on the page. notebooks: the numbers of those whose figures it shows."""
 
-    letter: str
-    name: str
+    paper: str
     source: str
     what: str
-    methods: tuple[str, ...]
     notebooks: tuple[str, ...]
 
 
-PAPERS = (
-    Paper(
-        "A",
-        "LLM-QAT",
+SECTIONS = (
+    Section(
+        LLM_QAT_PAPER,
         "arXiv 2305.17888",
         "quantization-aware training towards the full-precision model, without data",
-        ("full-precision", "rtn", "smoothquant", "gptq", "awq", "llm-qat", "smoothquant+llm-qat"),
         ("04", "03", "02", "01"),
     ),
-    Paper(
-        "B",
-        "QLoRA",
-        "arXiv 2305.14314",
-        "adapters trained on a frozen 4-bit base",
-        ("full-precision", "encoded", "lora", "qlora"),
-        ("06", "07"),
-    ),
-    Paper(
-        "C",
-        "L4Q",
-        "arXiv 2402.04902",
-        "adapter and quantization trained as one",
-        ("full-precision", "4-bit kernel", "lora", "qlora", "gptq+lora", "qa-lora", "qat-lora", "l4q", "qat"),
-        ("05", "08"),
-    ),
+    Section(QLORA_PAPER, "arXiv 2305.14314", "adapters trained on a frozen 4-bit base", ("06", "07")),
+    Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "08")),
 )
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
 
@@ -77,6 +59,8 @@ def write_report(
     records: all that they used, of one model and one evaluation. command: what makes this report again.
     budget: MB that the recommended recipe may take.
     """
+    import jinja2
+
     output, name = Path(output), records[0].provenance["model"]["name"]
     entries, board = ledger(records), scoreboard(records)
     environment = jinja2.Environment(
@@ -87,14 +71,20 @@ def write_report(
         note=records[0].provenance["model"]["note"],
         arm=records[0].arm,
         corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
-        trained=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.training), None),
-        tuned=next((r.arm for r in sorted(records, key=lambda r: r.arm.variant) if r.arm.tuning), None),
+        trained=_plainest([record.arm for record in records if record.arm.training]),
+        tuned=_plainest([record.arm for record in records if record.arm.tuning]),
         seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
         entries=entries,
-        papers=[
-            (paper, _claims(paper, entries), _arms(paper, board), _figures(output, notebooks, paper.notebooks))
-            for paper in PAPERS
+        sections=[
+            (
+                section,
+                _claims(section.paper, entries),
+                _arms(records, board, section.paper),
+                _figures(output, notebooks, section.notebooks),
+            )
+            for section in SECTIONS
         ],
+        further=_arms(records, board),
         overview=_figures(output, notebooks, SUMMARY),
         recipes=[_recipe(found) for found in recipes.recommendations(records, budget)],
         recipes_title=recipes.TITLE,
@@ -120,14 +110,29 @@ def write_report(
     return path
 
 
-def _claims(paper: Paper, entries: Sequence[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry.claim.id.startswith(paper.letter)]
+def _plainest(arms: Sequence[Arm]) -> Arm | None:
+    """The first of those that differ in the least from what their method does by default."""
+    return min(arms, key=lambda arm: len(Setting.of(arm).changes), default=None)
 
 
-def _arms(paper: Paper, board: pd.DataFrame) -> str:
-    """The table of the paper's methods; empty where none was run."""
-    own = board[board["method"].isin([TITLES[method] for method in paper.methods])]
-    return as_html(readable(own.reset_index(drop=True), tasks=False)) if len(own) else ""
+def _claims(paper: str, entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.claim in BY_PAPER[paper]]
+
+
+def _arms(records: Sequence[Record], board: "pd.DataFrame", paper: str | None = None) -> str:
+    """The table of the methods of a paper, or of those that are of none, beside full precision; empty where none of
+    them was run. board: the scoreboard of all records."""
+    methods = [setting.method for setting in gather(records)]  # of its rows
+    own = [paper in _papers(name) if paper else not _papers(name) for name in methods]
+    if not any(own):
+        return ""
+    shown = board[[mine or name == FULL.method for mine, name in zip(own, methods, strict=True)]]
+    return as_html(readable(shown.reset_index(drop=True), tasks=False))
+
+
+def _papers(method: str) -> set[str]:
+    """Those of PAPERS that the method belongs to."""
+    return set(METHODS[method].papers).intersection(PAPERS) if method in METHODS else set()
 
 
 def summary(records: Sequence[Record], budget: float | None = None) -> str:
@@ -135,9 +140,9 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
     entries, board = ledger(records), scoreboard(records)
     found = [ledger_table(entries), ""]
     found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
-    for paper in PAPERS:
-        found.append(f"## {paper.name} ({paper.source})\n")
-        for entry in _claims(paper, entries):
+    for section in SECTIONS:
+        found.append(f"## {section.paper} ({section.source})\n")
+        for entry in _claims(section.paper, entries):
             if any(finding.verdict != NOT_TESTED for finding in entry.findings):
                 found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {entry.claim.rule}."]
                 found += [f"  - {finding.sentence}" for finding in entry.findings]
@@ -145,7 +150,9 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
     return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
 
 
-def _recipe(found: recipes.Recommendation) -> dict:
+def _recipe(found: recipes.Recommendation) -> dict[str, str]:
+    from studylib.report.figures.recipes import frontier_figure  # matplotlib, which the page's text needs not
+
     svg, table = io.BytesIO(), recipes.frontier_table(found)
     frontier_figure(found).savefig(svg, format="svg")
     return {
@@ -160,7 +167,7 @@ def _recipe(found: recipes.Recommendation) -> dict:
 
 def _rates(records: Sequence[Record]) -> str:
     """The learning rate of each method that was fine-tuned."""
-    rates = {TITLES[r.arm.method]: r.arm.tuning.learning_rate for r in records if r.arm.tuning}
+    rates = {method_title(r.arm.method): r.arm.tuning.learning_rate for r in records if r.arm.tuning}
     return ", ".join(f"{rate:g} ({title})" for title, rate in rates.items())
 
 
@@ -183,6 +190,8 @@ def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) ->
 
 def _webp(png: Path) -> str:
     """A picture without loss in a third of the bytes, in base64."""
+    from PIL import Image
+
     smaller = io.BytesIO()
     with Image.open(png) as image:
         image.convert("RGB").save(smaller, "webp", lossless=True, method=2)
@@ -191,7 +200,7 @@ def _webp(png: Path) -> str:
 
 def _cost(cell: Cell) -> dict[str, str]:
     runs = (*cell.records, *cell.diverged)
-    seconds = Counter()
+    seconds: Counter[str] = Counter()
     for record in runs:
         seconds.update(record.cost["seconds"])
     return {
@@ -224,7 +233,7 @@ def _machine(records: Sequence[Record]) -> dict[str, str]:
         "Products computed in": _all_values(records, "compute_dtype"),
         "Commit": f"{_all_values(records, 'commit')} (changes not committed: {_all_values(records, 'dirty')})",
         "Python": _all_values(records, "python"),
-        **{name: _all_values(records, "code", name) for name in ("torch", "transformers", "lm-eval")},
+        **{name: _all_values(records, "libraries", name) for name in ("torch", "transformers", "lm-eval")},
         "Finished": f"{min(finished)} to {max(finished)}",
     }
 
@@ -233,7 +242,7 @@ def _all_values(records: Sequence[Record], *path: str) -> str:
     """A part of the provenance: all values that occur."""
     found = []
     for record in records:
-        value = record.provenance
+        value: Any = record.provenance
         for name in path:
             value = value[name]
         found.append(value if isinstance(value, str) else json.dumps(value))

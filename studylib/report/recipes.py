@@ -4,19 +4,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-from studylib.config.arm import TUNED, Arm
-from studylib.methods.arms import corpus_title
+from studylib.config.arm import Arm
+from studylib.config.budgets import RealText
 from studylib.config.words import capital, listed, number, percent, points
 from studylib.evidence.measures import (
     CONTEXT,
     FULL,
     Cell,
     Measure,
-    Setting,
     accuracies,
     frontier,
     gather,
@@ -27,11 +26,15 @@ from studylib.evidence.measures import (
 )
 from studylib.evidence.rules import SHARE
 from studylib.evidence.statistics import Interval
+from studylib.methods.arms import corpus_title, setting
 from studylib.report.tables import as_markdown
-from studylib.study.export import container
+from studylib.study.containers import container
 from studylib.study.records import Record, seconds_alone
-from studylib.config.budgets import RealText
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+LORA = setting("lora", "16-16-16")  # what fine-tuned models are compared with
 TITLE = "Which recipe for this model"
 SIZES = (
     f"Sizes are those of the weights, adapters included, and of a cache of {CONTEXT:,} tokens; 1 MB is 10⁶ bytes. "
@@ -59,7 +62,7 @@ class Candidate:
 
     @property
     def arm(self) -> Arm:
-        return self.cell.records[0].arm
+        return self.cell.arm
 
     @property
     def size(self) -> float:
@@ -135,17 +138,17 @@ def families(records: Sequence[Record]) -> list[Family]:
     cells = gather(records).values()
     accuracy = next(iter(accuracies(records)), None)
     found = []
-    for title, tuned, setting, known in (
+    for title, tuned, usual, known in (
         ("To keep what the model can do", False, FULL, text_measures(records)),
-        ("Fine-tuned on instructions", True, Setting("lora", "16-16-16"), response_measures(records)),
+        ("Fine-tuned on instructions", True, LORA, response_measures(records)),
     ):
-        own = [cell for cell in cells if (cell.method in TUNED) == tuned]
+        own = [cell for cell in cells if cell.tuned == tuned]
         for measure in known:
             finished = [cell for cell in own if measure.covers(cell) and not cell.diverged]
             candidates = tuple(Candidate(cell, _minutes(cell, records)) for cell in finished)
             if candidates:
                 best = min(candidates, key=lambda candidate: measure.value(identity, candidate.cell))
-                reference = next((c for c in candidates if c.cell.setting == setting), best)
+                reference = next((c for c in candidates if c.cell.setting == usual), best)
                 diverged = tuple(cell for cell in own if cell.diverged)
                 found.append(Family(title, measure, candidates, reference, accuracy, diverged))
     return found
@@ -219,7 +222,7 @@ def _headline(family: Family, budget: float | None, best: Candidate) -> str:
 def _worse_than_guessing(family: Family) -> list[str]:
     best = family.reference
     vocabulary = best.cell.records[0].provenance["model"].get("vocabulary", math.inf)  # older records have none
-    if best.cell.bits != "16-16-16" or family.loss(best) < vocabulary:
+    if best.cell.bits != FULL.bits or family.loss(best) < vocabulary:
         return []
     return [
         f"All of this is meaningless: {best.title} has a {family.measure.title} of {number(family.loss(best))}, more "
@@ -301,8 +304,10 @@ def _size(candidate: Candidate) -> str:
     return f"{number(candidate.size)} MB"
 
 
-def frontier_table(found: Recommendation) -> pd.DataFrame:
+def frontier_table(found: Recommendation) -> "pd.DataFrame":
     """A row for each candidate of the frontier, and for the cheapest of equals, as text; the smallest first."""
+    import pandas as pd
+
     family, accuracy = found.family, found.family.accuracy
     chosen = family.frontier()
     chosen += [found.cheapest] if found.cheapest and found.cheapest not in chosen else []

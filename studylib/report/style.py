@@ -4,10 +4,9 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from adjustText import adjust_text
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -17,32 +16,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator, StrMethodFormatter
 
-from studylib.evaluate.memory import TITLES
 from studylib.config.words import capital
 from studylib.evidence.measures import FULL, Cell, Cells, Measure, identity
-from studylib.evidence.statistics import Interval
+from studylib.evidence.statistics import Array, Interval
+from studylib.methods.arms import method_title
+from studylib.methods.base import METHODS, Look
 
-# Okabe and Ito's colours for all kinds of colour vision; marker and filling tell the methods apart in grey.
-COLOURS = {
-    "full-precision": "#000000",
-    "rtn": "#D55E00",
-    "smoothquant": "#E69F00",
-    "gptq": "#009E73",
-    "awq": "#CC79A7",
-    "llm-qat": "#0072B2",
-    "smoothquant+llm-qat": "#56B4E9",
-    "encoded": "#D55E00",
-    "4-bit kernel": "#009E73",
-    "lora": "#666666",
-    "qlora": "#0072B2",
-    "gptq+lora": "#009E73",
-    "qa-lora": "#E69F00",
-    "qat-lora": "#56B4E9",
-    "l4q": "#D55E00",
-    "qat": "#CC79A7",
-}
-MARKERS = dict(zip(TITLES, "Ds^vPoXsPho^vpXP", strict=True))
-HOLLOW = ("rtn", "smoothquant", "gptq", "awq", "encoded")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -118,32 +97,44 @@ def set_title(figure: Figure, text: str) -> None:
 
 
 def finish(figure: Figure, title: str, cells: Cells, *further: Line2D) -> None:
-    present = [method for method in TITLES if any(cell.method == method for cell in cells.values())]
+    """Give the figure its title, and a legend of the methods of `cells` and of `further`."""
     handles = [
-        Line2D([], [], color=COLOURS[method], marker=MARKERS[method], mfc=fill_of(method), ls="", label=TITLES[method])
-        for method in present
+        Line2D([], [], **marker_style(method), ls="", label=method_title(method)) for method in present_methods(cells)
     ]
     figure.legend(handles=[*handles, *further], loc="outside lower center", ncols=5, title="Bars: 95% intervals")
     set_title(figure, title)
 
 
-def fill_of(method: str) -> str:
-    return "#FFFFFF" if method in HOLLOW else COLOURS[method]
+def present_methods(cells: Cells) -> list[str]:
+    """The names of the methods of `cells` in the order of tables and legends; last, those that are not registered."""
+    names, known = dict.fromkeys(cell.method for cell in cells.values()), list(METHODS)
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def look_of(method: str) -> Look:
+    """How a method is drawn; as any other is, where it is not registered here."""
+    return METHODS[method].look if method in METHODS else Look()
+
+
+def marker_style(method: str) -> dict[str, Any]:
+    """Colour, marker and filling; marker and filling tell methods apart in grey."""
+    look = look_of(method)
+    return {"color": look.colour, "marker": look.marker, "mfc": "#FFFFFF" if look.hollow else look.colour}
 
 
 def draw_point(ax: Axes, x: float, y: float, method: str, found: Interval, axis: str, limit: float) -> None:
     """A marker with its interval along `axis`, cut at `limit`; an arrow head where the value itself lies beyond it."""
-    beyond = found.estimate > limit
+    beyond, style = found.estimate > limit, marker_style(method)
     if not beyond:
         low, high = max(0, found.estimate - found.low), max(0, min(found.high, limit) - found.estimate)
-        bar = {f"{axis}err": [[low], [high]], "color": COLOURS[method], "lw": 1.2, "capsize": 2, "zorder": 2}
+        bar = {f"{axis}err": [[low], [high]], "color": style["color"], "lw": 1.2, "capsize": 2, "zorder": 2}
         ax.errorbar(x, y, **bar, alpha=0.4 if axis == "y" else 1)  # points of equal size stand behind each other
-    marker = {"x": ">", "y": "^"}[axis] if beyond else MARKERS[method]
-    ax.plot(x, y, marker=marker, ms=5.5, color=COLOURS[method], mfc=fill_of(method), ls="", zorder=3)
+    if beyond:
+        style["marker"] = {"x": ">", "y": "^"}[axis]
+    ax.plot(x, y, **style, ms=5.5, ls="", zorder=3)
 
 
 def draw_row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: float) -> None:
-    colour = COLOURS[cell.method]
     if not cell.records:
         say_diverged(ax, cell, row)
         return
@@ -157,14 +148,14 @@ def draw_row_point(ax: Axes, cell: Cell, measure: Measure, row: float, limit: fl
         textcoords="offset points",
         va="center",
         fontsize=7.5,
-        color=colour,
+        color=look_of(cell.method).colour,
         path_effects=[HALO],
     )
 
 
 def say_diverged(ax: Axes, cell: Cell, row: float) -> None:
-    ax.text(0.99, row, f"{TITLES[cell.method]} diverged", transform=ax.get_yaxis_transform(), ha="right", va="center",
-            fontsize=7.5, color=COLOURS[cell.method])  # fmt: skip
+    ax.text(0.99, row, f"{method_title(cell.method)} diverged", transform=ax.get_yaxis_transform(), ha="right",
+            va="center", fontsize=7.5, color=look_of(cell.method).colour)  # fmt: skip
 
 
 def name_rows(ax: Axes, names: Sequence[str], **style) -> None:
@@ -199,6 +190,8 @@ def draw_best(ax: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
 
 def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float], line: Line2D | None = None) -> None:
     """Move labels away from each other, from the points (x, y) and from `line`, with a thin one to where they stood."""
+    from adjustText import adjust_text  # a second, which few figures need
+
     if line:
         ax.figure.draw_without_rendering()  # before that, limits and lengths on the page are not settled
         x, y = np.concatenate([np.column_stack([x, y]), _places_along(line)]).T
@@ -207,7 +200,7 @@ def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[floa
     adjust_text(texts, x=x, y=y, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.8), iter_lim=1000)
 
 
-def _places_along(line: Line2D) -> np.ndarray:
+def _places_along(line: Line2D) -> Array:
     """(n, 2): positions in data coordinates, evenly spaced on the page."""
     to_page = line.axes.transData
     corners = to_page.transform(line.get_xydata())

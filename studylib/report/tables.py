@@ -1,16 +1,14 @@
 """The scoreboard: one row for each method and setting, as numbers (CSV) and as text (terminal, Markdown, HTML)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from studylib.evaluate.memory import TITLES
-from studylib.methods.arms import corpus_title, data_title
-from studylib.config.words import EMPTY, capital, number, points
 from studylib.config.budgets import ZERO_SHOT
+from studylib.config.words import EMPTY, capital, number, points
 from studylib.evidence.measures import (
     TASK_TITLES,
     Cell,
@@ -22,13 +20,44 @@ from studylib.evidence.measures import (
     response_measures,
     task_measures,
 )
+from studylib.methods.arms import Setting, corpus_title, data_title, method_title
 from studylib.study.records import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WORDS = ("Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
 
 
-def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
-    """One row for each setting, ordered as comparison.gather does; plain numbers, NaN where there is none.
+def frame(records: Iterable[Record]) -> "pd.DataFrame":
+    """One row for each record as it is, in their order; plain numbers, NaN where there is none.
+
+    Columns: key, model, method, bits, variant, seed, status; every metric by its name (see evaluate.scores); seconds of
+    all phases together, peak_bytes.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "key": record.key,
+                "model": record.arm.model,
+                "method": record.arm.method,
+                "bits": record.arm.bits,
+                "variant": Setting.of(record.arm).variant,
+                "seed": record.arm.seed,
+                "status": record.status,
+                **{name: np.nan if value is None else value for name, value in record.metrics.items()},
+                "seconds": sum(record.cost["seconds"].values()),
+                "peak_bytes": record.cost["peak_bytes"],
+            }
+            for record in records
+        ]
+    )
+
+
+def scoreboard(records: Sequence[Record]) -> "pd.DataFrame":
+    """One row for each setting, ordered as measures.gather does; plain numbers, NaN where there is none.
 
     Columns: method, bits, variant, seeds (finished), diverged (seeds), bytes/weights, bytes/cache_per_token; for each
     corpus, for the Alpaca responses and for "accuracy/mean" (%, over the zero-shot tasks) the estimate, .../low and
@@ -36,16 +65,18 @@ def scoreboard(records: Sequence[Record]) -> pd.DataFrame:
     .../highest_seed; accuracy/<task> (%); training_minutes (mean over seeds). A cell without a finished seed has no
     measures.
     """
+    import pandas as pd
+
     cells = gather(records).values()
     several = any(len(cell.records) + len(cell.diverged) > 1 for cell in cells)
     main, tasks = measures(records) + response_measures(records), task_measures(records)
     return pd.DataFrame([_row(cell, main, tasks, several) for cell in cells])
 
 
-def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -> dict:
-    sizes = (*cell.records, *cell.diverged)[0].metrics
-    row = {
-        "method": TITLES[cell.method],
+def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -> dict[str, Any]:
+    sizes = {name: np.nan if value is None else value for name, value in _first(cell).metrics.items()}
+    row: dict[str, Any] = {
+        "method": method_title(cell.method),
         "bits": cell.bits,
         "variant": cell.setting.variant,
         "seeds": len(cell.records),
@@ -66,8 +97,14 @@ def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -
     return row | {"training_minutes": np.mean(minutes) if minutes else np.nan}
 
 
-def readable(board: pd.DataFrame, tasks: bool = True) -> pd.DataFrame:
+def _first(cell: Cell) -> Record:
+    return (*cell.records, *cell.diverged)[0]
+
+
+def readable(board: "pd.DataFrame", tasks: bool = True) -> "pd.DataFrame":
     """The scoreboard as text, "26.7 [24.9, 28.6]" for estimate and 95% interval; single tasks if `tasks`."""
+    import pandas as pd
+
     shown = pd.DataFrame({"Method": board["method"], "W-A-KV": board["bits"]})
     if board["variant"].any():
         shown["Variant"] = board["variant"]
@@ -93,7 +130,7 @@ def readable(board: pd.DataFrame, tasks: bool = True) -> pd.DataFrame:
     return shown
 
 
-def _cell(row: pd.Series, name: str, form) -> str:
+def _cell(row: "pd.Series", name: str, form: Callable[[float], str]) -> str:
     if not row["seeds"]:
         return "diverged"
     text = f"{form(row[name])} [{form(row[f'{name}/low'])}, {form(row[f'{name}/high'])}]"
@@ -101,13 +138,15 @@ def _cell(row: pd.Series, name: str, form) -> str:
     return text if np.isnan(lowest) else f"{text}, seeds {form(lowest)} to {form(row[f'{name}/highest_seed'])}"
 
 
-def data_statistics(records: Sequence[Record]) -> pd.DataFrame:
+def data_statistics(records: Sequence[Record]) -> "pd.DataFrame":
     """One row for each data set that arms were trained on, as text: what it is like under the full-precision model."""
-    rows = {}
+    import pandas as pd
+
+    rows: dict[str, list[dict[str, float]]] = {}
     for cell in gather(records).values():
         for record in cell.records:
             if record.arm.training and record.data:
-                name = data_title(record.arm.data)
+                name = data_title(record.arm)
                 rows.setdefault(name, []).append(record.data["statistics"] | {"tokens": record.cost["tokens"]["data"]})
     shown = []
     for name, found in rows.items():
@@ -129,10 +168,10 @@ def data_statistics(records: Sequence[Record]) -> pd.DataFrame:
 
 def samples(records: Sequence[Record]) -> str:
     """The beginning of each data set's first windows, as Markdown."""
-    blocks = {}
+    blocks: dict[str, str] = {}
     for cell in gather(records).values():
         if cell.records and cell.records[0].arm.training:
-            name = data_title(cell.records[0].arm.data)
+            name = data_title(cell.arm)
             texts = [f"**{name}**", *map(_quoted, cell.records[0].data["samples"])]
             blocks.setdefault(name, "\n\n".join(texts))
     return "\n\n".join(blocks.values())
@@ -143,7 +182,7 @@ def _quoted(text: str) -> str:
     return f"{ticks}text\n{text}\n{ticks}"
 
 
-def as_markdown(shown: pd.DataFrame) -> str:
+def as_markdown(shown: "pd.DataFrame") -> str:
     """A Markdown table of text (readable's result), numbers to the right."""
     lines = [list(shown), [_ruler(name) for name in shown], *shown.values.tolist()]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -153,7 +192,7 @@ def _ruler(column: str) -> str:
     return "---" if column in WORDS else "---:"
 
 
-def as_text(shown: pd.DataFrame) -> str:
+def as_text(shown: "pd.DataFrame") -> str:
     """Columns of text (readable's result) for a terminal."""
     lines = [list(shown), *shown.values.tolist()]
     widths = [max(len(line[column]) for line in lines) for column in range(shown.shape[1])]
@@ -166,10 +205,10 @@ def as_text(shown: pd.DataFrame) -> str:
     )
 
 
-def as_html(shown: pd.DataFrame) -> str:
+def as_html(shown: "pd.DataFrame") -> str:
     """An HTML table of text (readable's result), every cell escaped; numbers to the right."""
 
-    def cells(line, tag, scope=""):
+    def cells(line: Iterable[Any], tag: str, scope: str = "") -> str:
         return "".join(
             f"<{tag}{scope}{'' if name in WORDS else ' class=number'}>{escape(str(cell))}</{tag}>"
             for name, cell in zip(shown, line, strict=True)

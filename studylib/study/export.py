@@ -8,33 +8,29 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from studylib.config.arm import TUNED, Arm
-from studylib.config.settings import DEQUANTIZED, DORA, GRIDS, MERGED_16, OFF, PLAIN, BitWidths, Format, Grid
+from studylib.config.arm import Arm
+from studylib.config.settings import DORA, OFF, SYMMETRIC, Format
 from studylib.config.words import number
 from studylib.data import models
 from studylib.evaluate.scores import score
-from studylib.evidence.measures import perplexities, response_measures
-from studylib.methods import adapters
-from studylib.methods.adapters import ADAPTER, BITSANDBYTES, in_bitsandbytes
-from studylib.methods.deploy import PACKED
-from studylib.quant.formats import DEFAULT_BLOCK
+from studylib.methods.adapters import four_bit, unrepacked
+from studylib.methods.arms import corpus_title, title
+from studylib.methods.lora import BITSANDBYTES
 from studylib.quant.layers import decoder_linears
+from studylib.quant.storage import Codes, DeployedLinear, coded_layers, sixteen_bits
+from studylib.study.containers import ADAPTER, FOUR_BIT, INTEGERS, container
 from studylib.study.records import FINISHED, Record, Store
-from studylib.study.run import deployed, trained_adapter
+from studylib.study.run import deployed
 
-INTEGERS, FOUR_BIT, BESIDE, SIXTEEN = CONTAINERS = (
-    "compressed-tensors",
-    "bitsandbytes",
-    "peft adapter",
-    "16-bit weights",
-)
-NEAR = 1e-3  # of a step: what a weight may be away from its integer, less than two grids differ by (1/255)
+if TYPE_CHECKING:
+    from compressed_tensors.compressors import ModelCompressor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +42,12 @@ class Exported:
     metrics: dict[str, float]
 
 
-def export(record: Record, store: Store, folder: Path) -> Exported:
+def export_model(record: Record, store: Store, folder: Path) -> Exported:
     """Write the record's model, its tokenizer and a README.md into the new folder, and score what transformers loads.
 
-    The model is made again (see experiments.deployed). Integers keep their scales in fp32; what is not quantized is
-    rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds or that is of other
-    weights, and for a folder that is there.
+    The model is the one that was kept, or is made again (see run.deployed). Integers keep their scales in fp32; what is
+    not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds or that
+    is of other weights, and for a folder that is there.
     """
     kind = container(record.arm)
     if record.status != FINISHED:
@@ -66,8 +62,8 @@ def export(record: Record, store: Store, folder: Path) -> Exported:
     try:
         model, tokenizer = deployed(record.arm, store)
         base = model.name_or_path
-        if kind == BESIDE:
-            _write_adapter(record.arm, trained_adapter(record.arm, store), base, partial)
+        if kind == ADAPTER:
+            _write_adapter(record.arm, model, base, partial)
         else:
             _write_weights(kind, record.arm, model, partial)
         del model
@@ -90,45 +86,14 @@ def _without_bars() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stderr(io.StringIO())
 
 
-def container(arm: Arm) -> str:
-    """Which of CONTAINERS holds what the arm deploys. ValueError, with the reason, where none does."""
-    bits, format = BitWidths.parse(arm.bits), arm.format
-
-    def refused(why: str) -> ValueError:
-        return ValueError(f"record: {arm.title} cannot be exported; {why}")
-
-    if arm.method == "full-precision":
-        raise refused("it is the model as it was loaded")
-    if arm.method in TUNED and arm.method != "qat" and arm.merge not in PACKED:
-        if arm.merge in (DEQUANTIZED, MERGED_16):
-            return SIXTEEN
-        if arm.method in ("l4q", "qa-lora"):
-            raise refused("no format that transformers loads has an offset a group that is not a whole number of steps")
-        stock = arm.method == "lora" or (
-            arm.method == "qlora" and in_bitsandbytes(format) and format.block == DEFAULT_BLOCK
-        )
-        if not stock or arm.adapter.kind not in (PLAIN, DORA) or arm.model == models.TINY:
-            raise refused("its adapter goes with a base that transformers does not make; take an arm that is merged")
-        return BESIDE
-    if format and in_bitsandbytes(format):
-        return FOUR_BIT
-    if format and format.kind not in GRIDS:
-        raise refused(f"neither compressed-tensors nor bitsandbytes has {format.title}")
-    if bits.weights == OFF and not format:
-        raise refused("its weights are not quantized")
-    if arm.scheme.grid not in GRIDS.values() and bits.activations != OFF:
-        raise refused(f"other software scales activations by their largest magnitude, not by {arm.scheme.grid!r}")
-    return INTEGERS
-
-
 def _write_weights(kind: str, arm: Arm, model: PreTrainedModel, folder: Path) -> None:
     plain = models.load_model(arm.model)
-    dtype = models.load_config(arm.model).dtype
-    if dtype is None or dtype.itemsize > 2:
-        dtype = torch.bfloat16
+    dtype, stored = sixteen_bits(plain), {name: codes for name, _, codes in coded_layers(model)}
     for name, parameter in plain.named_parameters():
-        parameter.data.copy_(model.get_parameter(name))
-    compressor = _compress(plain, arm) if kind == INTEGERS else None
+        owner, _, kind_of = name.rpartition(".")
+        dense = stored[owner].decode() if kind_of == "weight" and owner in stored else model.get_parameter(name)
+        parameter.data.copy_(dense)
+    compressor = _compress(plain, arm, stored) if kind == INTEGERS else None
     if kind == FOUR_BIT:
         _store_four_bits(plain, arm.format, dtype)
     for name, parameter in plain.named_parameters():
@@ -139,7 +104,7 @@ def _write_weights(kind: str, arm: Arm, model: PreTrainedModel, folder: Path) ->
         compressor.update_config(folder)
 
 
-def _compress(model: PreTrainedModel, arm: Arm):
+def _compress(model: PreTrainedModel, arm: Arm, stored: dict[str, Codes]) -> "ModelCompressor":
     """Put compressed-tensors' packed integers in the place of the weights. Returns what writes their configuration."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -149,71 +114,57 @@ def _compress(model: PreTrainedModel, arm: Arm):
         apply_quantization_config,
     )
 
-    bits, linears = BitWidths.parse(arm.bits), decoder_linears(model)
-    grid = arm.format.grid if arm.format else Grid(bits.weights, arm.scheme.grid, arm.scheme.weight_group)
-    blocks = {"strategy": "channel"} if grid.group is None else {"strategy": "group", "group_size": grid.group}
+    linears, bits = decoder_linears(model), arm.widths
+    if stored.keys() != linears.keys():
+        raise ValueError(f"record: {title(arm)} cannot be exported; its weights have no codes")
+    first = next(iter(stored.values()))
+    symmetric, columns = first.zeros is None, first.shape[1]
+    whole = all(codes.groups == 1 for codes in stored.values())
+    blocks = {"strategy": "channel"} if whole else {"strategy": "group", "group_size": columns // first.groups}
     inputs = None
     if bits.activations != OFF:
         inputs = QuantizationArgs(
-            num_bits=bits.activations, symmetric=grid.symmetric, strategy="token", dynamic=True, observer=None
+            num_bits=bits.activations, symmetric=symmetric, strategy="token", dynamic=True, observer=None
         )
     scheme = QuantizationScheme(
         targets=["Linear"],
-        weights=QuantizationArgs(num_bits=grid.bits, symmetric=grid.symmetric, observer=None, **blocks),
+        weights=QuantizationArgs(num_bits=first.bits, symmetric=symmetric, observer=None, **blocks),
         input_activations=inputs,
-        format="pack-quantized" if grid.bits < 8 else None,  # else fewer than 8 bits take 8 beside rounded activations
+        format="pack-quantized" if first.bits < 8 else None,  # else fewer bits take 8 beside rounded activations
     )
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
     with _without_bars():
         apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=others))
         for name, linear in linears.items():
-            try:
-                scale, zero = integer_grid(linear.weight.data, grid)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            scale, zero = integer_grid(stored[name])
             linear.weight_scale.data = scale
-            if not grid.symmetric:
+            if zero is not None:
                 linear.weight_zero_point.data = zero.to(linear.weight_zero_point.dtype)
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model)
     return compressor
 
 
-def integer_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, fp32 [out, groups], of the integers that `weight` [out, in] consists of.
+def integer_grid(stored: Codes) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point, [out, groups], for integers in -2^(b-1)..2^(b-1)-1: weight = scale * (integer - zero).
 
-    weight = scale * (code - zero) with codes and zero points in -2^(b-1)..2^(b-1)-1, zero points 0 if symmetric: found
-    from the weight alone, as the finest such grid, whoever rounded it. Raises ValueError where a group is on none.
+    Raises ValueError for codes that stand for no integers, or have an offset that is no whole number of steps.
     """
-    rows = grid.rows(weight.float()) if grid.group else weight.float()[:, None]
-    shape, rows = rows.shape[:2], rows.flatten(0, 1)
-    low, high = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
-    smallest, largest = rows.amin(-1).clamp_max(0), rows.amax(-1).clamp_min(0)
-    span = torch.maximum(largest, -smallest) if grid.symmetric else largest - smallest
-    scale, zero = torch.ones_like(span), torch.zeros_like(span)
-    found = span == 0
-    for steps in range(-low if grid.symmetric else high - low, 0, -1):
-        missing = (~found).nonzero()[:, 0]
-        if not len(missing):
-            break
-        step = span[missing] / steps
-        exact = rows[missing] / step[:, None]
-        codes = exact.round()
-        least, most = codes.amin(-1).clamp_max(0), codes.amax(-1).clamp_min(0)
-        offset = torch.zeros_like(step) if grid.symmetric else low - least
-        fits = ((exact - codes).abs() < NEAR).all(-1) & (least + offset >= low) & (most + offset <= high)
-        fitting = missing[fits]
-        scale[fitting], zero[fitting], found[fitting] = step[fits], offset[fits], True
-    if not found.all():
-        kind = "symmetric" if grid.symmetric else "asymmetric"
-        raise ValueError(f"{int((~found).sum())} of {found.numel()} groups lie on no {kind} {grid.bits}-bit grid")
-    return scale.view(shape), zero.view(shape)
+    middle = 2 ** (stored.bits - 1)
+    offset = stored.offset
+    if stored.levels is not None or (offset is not None and bool((offset != 0).any())):
+        raise ValueError("codes: a table or a learned offset is no integer grid")
+    if stored.zero is None:
+        if not -middle <= stored.low < 0:
+            raise ValueError(f"codes: integers from {stored.low} up do not lie around zero")
+        return stored.scale, None
+    return stored.scale, stored.zero - stored.low - middle
 
 
 def _store_four_bits(model: PreTrainedModel, format: Format, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers in the place of the linear ones, which rounds the scales of double quantization anew."""
     for name, linear in decoder_linears(model).items():
-        model.set_submodule(name, adapters._four_bit(linear, format))
+        model.set_submodule(name, four_bit(linear, format))
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     model.config.quantization_config = _bitsandbytes(format, dtype, others)
 
@@ -228,14 +179,20 @@ def _bitsandbytes(format: Format, dtype: torch.dtype, others: list[str] | None =
     )
 
 
-def _write_adapter(arm: Arm, trained: Path, base: str, folder: Path) -> None:
+def _write_adapter(arm: Arm, model: PreTrainedModel, base: str, folder: Path) -> None:
     """What peft loads beside the base, in bf16 as it is deployed."""
     from peft import LoraConfig
 
+    layers = {
+        name: layer.beside
+        for name, layer in model.named_modules()
+        if isinstance(layer, DeployedLinear) and layer.beside is not None
+    }
     tensors = {}
-    for name, tensor in load_file(trained).items():
-        part = name.replace(f"lora_magnitude_vector.{ADAPTER}.weight", "lora_magnitude_vector")
-        tensors[f"base_model.model.{part.replace(f'.{ADAPTER}.', '.')}"] = tensor.bfloat16()
+    for name, beside in layers.items():
+        own = {"lora_A.weight": beside.a, "lora_B.weight": beside.b, "lora_magnitude_vector": beside.magnitude}
+        prefix = f"base_model.model.{name}"
+        tensors |= {f"{prefix}.{part}": tensor.contiguous() for part, tensor in own.items() if tensor is not None}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     LoraConfig(
         base_model_name_or_path=base,
@@ -243,7 +200,7 @@ def _write_adapter(arm: Arm, trained: Path, base: str, folder: Path) -> None:
         r=arm.adapter.rank,
         lora_alpha=arm.adapter.alpha,
         lora_dropout=arm.adapter.dropout,
-        target_modules=sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors}),
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
         use_dora=arm.adapter.kind == DORA,
         inference_mode=True,
     ).save_pretrained(folder)
@@ -253,26 +210,28 @@ def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Modul
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
     where = {"dtype": torch.float32, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
     with _without_bars():
-        if kind == BESIDE:
+        if kind == ADAPTER:
             from peft import PeftModel
 
             quantized = format and _bitsandbytes(format, torch.float32)
             plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized, **where)
-            return PeftModel.from_pretrained(plain, folder).eval()
-        model = AutoModelForCausalLM.from_pretrained(folder, **where).eval()
+            return unrepacked(PeftModel.from_pretrained(plain, folder).eval())
+        model = unrepacked(AutoModelForCausalLM.from_pretrained(folder, **where).eval())
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first pass unpacks
         return model
 
 
 def summary(record: Record, exported: Exported) -> str:
     """Size and perplexities of what was written, beside the record's, and what is left out, as Markdown."""
-    lines = [f"{record.arm.title}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
+    lines = [f"{title(record.arm)}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
     lines += ["| | as transformers loads it, in fp32 | the record |", "|---|---|---|"]
-    for measure in perplexities([record]) + response_measures([record]):
-        here, there = (number(metrics[measure.name]) for metrics in (exported.metrics, record.metrics))
-        lines.append(f"| {measure.title} | {here} | {there} |")
-    bits = BitWidths.parse(record.arm.bits)
-    if bits.activations != OFF and record.arm.scheme.grid == "symmetric":
+    for name in (name for name in record.metrics if name.startswith("perplexity/")):
+        text = name.removeprefix("perplexity/")
+        what = "of held-out Alpaca responses" if text == "responses" else f"on {corpus_title(text)}"
+        here, there = (number(metrics[name]) for metrics in (exported.metrics, record.metrics))
+        lines.append(f"| perplexity {what} | {here} | {there} |")
+    bits = record.arm.widths
+    if bits.activations != OFF and record.arm.scheme.grid == SYMMETRIC:
         lines += [
             "",
             "Activations: max|x| / (2^(b-1) - 1/2) is their scale here, max|x| / (2^(b-1) - 1) in the record.",
@@ -292,7 +251,7 @@ def _card(record: Record, exported: Exported, base: str) -> str:
         "",
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="float32")',
     ]
-    if exported.container == BESIDE:
+    if exported.container == ADAPTER:
         format, given = record.arm.format, [f'"{base}"', 'dtype="float32"']
         if format:
             kind = BITSANDBYTES[format.kind]
@@ -307,5 +266,5 @@ def _card(record: Record, exported: Exported, base: str) -> str:
             ")",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
-    title = f"# {record.arm.model}: {record.arm.title}"
-    return "\n\n".join([title, summary(record, exported), "\n".join(["```python", *code, "```"])]) + "\n"
+    heading = f"# {record.arm.model}: {title(record.arm)}"
+    return "\n\n".join([heading, summary(record, exported), "\n".join(["```python", *code, "```"])]) + "\n"

@@ -4,11 +4,14 @@ import contextlib
 import ctypes
 import functools
 import gc
+import hashlib
+import importlib.metadata
 import platform
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -99,13 +102,28 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def environment() -> dict:
+@functools.cache
+def _source() -> str:
+    """SHA-256 of all modules of this package as they are now."""
+    package = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+SOURCE = _source()  # taken when the process starts, so that editing a module meanwhile cannot mislabel its records
+
+
+def environment() -> dict[str, Any]:
     """Where and with what a record was made: versions, commit, dirty flag, hardware, the type it multiplies in."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
+        "source": SOURCE,
         "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "hardware": {
             "processor": torch.backends.cpu.get_cpu_capability(),
             "cores": torch.get_num_threads(),

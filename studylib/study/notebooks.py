@@ -8,15 +8,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
-from pandas import DataFrame
+from typing import TYPE_CHECKING, Any
 
 from studylib.config.arm import Arm
 from studylib.config.files import write_whole
 from studylib.config.words import listed
-from studylib.evidence.measures import Setting
-from studylib.study.records import Record, RecordError, read_record
+from studylib.methods.arms import Setting
+from studylib.study.records import Record, RecordError, find_record, read_record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -41,7 +43,7 @@ def _sums_up(notebook: Path) -> bool:
     return notebook.stem.startswith("00_")
 
 
-def default_parameters(notebook: Path) -> dict:
+def default_parameters(notebook: Path) -> dict[str, Any]:
     """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
     import papermill  # not where a notebook imports this module: a second and a half
 
@@ -52,7 +54,7 @@ def default_parameters(notebook: Path) -> dict:
     return found
 
 
-def assign_parameters(notebooks: Sequence[Path], parameters: dict) -> dict[Path, dict]:
+def assign_parameters(notebooks: Sequence[Path], parameters: dict[str, Any]) -> dict[Path, dict[str, Any]]:
     """What each notebook gets of `parameters`: those that it has (papermill itself would only warn of others).
 
     Raises ValueError for a name that none of the notebooks has, or a type that is not its default's.
@@ -88,28 +90,25 @@ def _check_type(notebook: Path, name: str, value: object, default: object) -> No
         )
 
 
-def planned(notebook: Path, parameters: dict) -> list[Arm]:
-    """The arms that the notebook with `parameters` needs first: its code is run here up to its `experiments.run`.
+def wanted_arms(notebook: Path, parameters: dict[str, Any]) -> list[Arm]:
+    """The arms that the notebook with `parameters` asks for: what its cells tagged "arms" leave as `arms`.
 
-    Raises what its code raises: ValueError for an arm that cannot be run.
+    Only these cells and the parameters are run, here; [] where there are none. Raises what they raise: ValueError for
+    an arm that cannot be.
     """
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    from studylib.study import run as experiments
-
-    filled, names = parameterize_notebook(load_notebook_node(str(notebook)), parameters), {}
-    with experiments.planning(), contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(notebook.parent):
-        try:
-            for cell in filled.cells:
-                if cell.cell_type == "code":
-                    exec(compile(cell.source, notebook.name, "exec"), names)
-        except experiments.Planned as found:
-            return found.arms
-    return []
+    filled = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(notebook.parent):
+        for cell in filled.cells:
+            if {"parameters", "injected-parameters", "arms"} & set(cell.metadata.get("tags", ())):
+                exec(compile(cell.source, notebook.name, "exec"), names)
+    return names.get("arms", [])
 
 
-def execute(notebook: Path, output: Path, parameters: dict) -> Path:
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> Path:
     """Run the notebook with `parameters`; its executed copy and its HTML rendering go to the folder `output`.
 
     What it prints, the progress bar above all, goes to this process's streams as it appears. A failing cell raises
@@ -141,7 +140,7 @@ def execute(notebook: Path, output: Path, parameters: dict) -> Path:
 
 
 def publish(
-    output: str | Path, notebook: str, records: list[Record], figures: dict[str, Figure], table: DataFrame
+    output: str | Path, notebook: str, records: list[Record], figures: "dict[str, Figure]", table: "DataFrame"
 ) -> None:
     """What a notebook leaves in the folder output/notebook: figures (PNG, SVG), table.csv, and published.json."""
     folder = Path(output) / notebook
@@ -155,7 +154,7 @@ def publish(
     write_whole(folder / "published.json", json.dumps(published, indent=1))
 
 
-def read_published(output: Path, notebook: str) -> dict:
+def read_published(output: Path, notebook: str) -> dict[str, Any]:
     """What `publish` noted: {"records": [keys], "figures": {file stem: title}}. RecordError where it cannot be read."""
     path = output / notebook / "published.json"
     try:
@@ -175,7 +174,7 @@ def used_records(output: Path, notebooks: Sequence[Path], folder: Path) -> list[
     for notebook in sorted(notebooks, key=_sums_up):
         taken = {Setting.of(record.arm) for record in found.values()} if _sums_up(notebook) else set()
         for key in read_published(output, notebook.stem)["records"]:
-            record = found.get(key) or read_record(folder / f"{key}.json")
+            record = found.get(key) or read_record(find_record(folder, key))
             if Setting.of(record.arm) not in taken:
                 found[key] = record
     return list(found.values())

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -25,9 +27,12 @@ if TYPE_CHECKING:
 FORMAT = 2  # of the files; 1 was keyed by hashes of source
 FINISHED, DIVERGED = "finished", "diverged"
 SHORT = 12  # digits of the key in a file's name
+# What can be removed without losing a record, and how the locks begin under which it is made.
+CLEANED = {"models": "", "data": "data-", "checkpoints": "", "adapters": "adapter-"}
+CLOCK_TICK = 10**9  # nanoseconds in which a folder may change twice without showing it
 
 
-class RecordError(RuntimeError):
+class RecordError(ValueError):
     """A record or a results folder that cannot be used."""
 
 
@@ -109,7 +114,7 @@ class Record:
     @property
     def file_name(self) -> str:
         """Method, bits, variant, seed and the beginning of the key, for people: what is looked for is the key."""
-        variant = re.sub(r"[^A-Za-z0-9+.]+", "-", Setting.of(self.arm).variant).strip("-")[:60]
+        variant = re.sub(r"[^A-Za-z0-9.]+", "-", Setting.of(self.arm).variant).strip("-")[:60]
         method = re.sub(r"[^A-Za-z0-9+.]+", "-", self.arm.method)
         parts = [method, self.arm.bits, variant, f"seed{self.arm.seed}", self.key[:SHORT]]
         return "_".join(part for part in parts if part) + ".json"
@@ -140,7 +145,8 @@ class Store:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._found: dict[str, Path] = {}
+        self._listed: dict[str, Path] = {}
+        self._seen: int | None = None
         try:
             for name in self.PARTS:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -154,13 +160,18 @@ class Store:
 
     def find(self, key: str) -> Path | None:
         """The file of the record of `key`, None if there is none."""
-        path = self._found.get(key)
-        if path is None or not path.exists():
-            self._found = {_short_key(path): path for path in (self.folder / "records").glob("*.json")}
-            path = self._found.get(key[:SHORT])
-            if path is not None:
-                self._found[key] = path
-        return path
+        path = self._listed.get(key[:SHORT])
+        if path is not None and path.exists():
+            return path
+        folder = self.folder / "records"
+        changed = folder.stat().st_mtime_ns
+        if (
+            changed != self._seen
+        ):  # else there is nothing new: a listing for each arm would be slow where there are many
+            self._listed = {short_key(path): path for path in folder.glob("*.json")}
+            # What came in the same moment may be missing from the list, and would not show as a change.
+            self._seen = changed if changed < time.time_ns() - CLOCK_TICK else None
+        return self._listed.get(key[:SHORT])
 
     def data_folder(self, key: str) -> Path:
         return self.folder / "data" / key
@@ -205,17 +216,51 @@ class Store:
         """Keep the record, whole."""
         path = self.folder / "records" / record.file_name
         write_whole(path, record.to_json())
-        self._found[record.key] = path
+        self._listed[record.key[:SHORT]] = path
         return path
 
 
-def _short_key(path: Path) -> str:
+def clean(results: Path, parts: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """Remove these of CLEANED from a results folder; records stay. For each: files removed, bytes, and how many entries
+    some process uses and are left.
+
+    All of it can be made again: text is written anew, a training is run anew for an export. Raises ValueError for a
+    folder that holds no results.
+    """
+    from filelock import FileLock, Timeout
+
+    if not (results / "records").is_dir():
+        raise ValueError(f"results: {results} holds no records; give a folder that `study run` has filled")
+    freed = {}
+    for part in parts:
+        files = size = busy = 0
+        for entry in sorted((results / part).glob("*")):
+            lock = FileLock(results / "locks" / f"{CLEANED[part]}{entry.stem}.lock")
+            try:
+                with lock.acquire(blocking=False):
+                    found = [path for path in [entry, *entry.rglob("*")] if path.is_file()]
+                    size += sum(path.stat().st_size for path in found)
+                    files += len(found)
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            except Timeout:
+                busy += 1
+        freed[part] = (files, size, busy)
+    return freed
+
+
+def short_key(path: Path) -> str:
+    """The beginning of the key of a record, from its file's name."""
     return path.stem.rpartition("_")[2]
 
 
 def model_file(results: Path, key: str) -> Path:
     """Where a results folder keeps the deployed model of a record."""
     return results / "models" / f"{key}.safetensors"
+
+
+def find_record(folder: Path, key: str) -> Path:
+    """The file of the record of `key` in a folder of record files, whether or not there is one."""
+    return next(folder.glob(f"*_{key[:SHORT]}.json"), folder / f"{key[:SHORT]}.json")
 
 
 def read_record(path: Path) -> Record:

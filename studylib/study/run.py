@@ -25,7 +25,7 @@ from studylib.config.arm import Arm
 from studylib.config.budgets import ARCHIVE, CHAT, NOTHING, Evaluation, RealText, Sampling
 from studylib.config.files import write_whole
 from studylib.config.numerics import NUMERICS
-from studylib.config.settings import LSQ, SYMMETRIC
+from studylib.config.settings import LSQ, OFF, SYMMETRIC
 from studylib.data import corpora, models
 from studylib.data.generation import chat_opening, check_length
 from studylib.data.sources import fetch
@@ -214,7 +214,7 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
     kept_model, checkpoints = store.model_file(key), store.checkpoint_folder(key)
     with store.lock(key):
         if kept_model.exists():
-            return restore_model(models.load_model(arm.model), kept_model), models.load_tokenizer(arm.model)
+            return _restored(arm, kept_model), models.load_tokenizer(arm.model)
         kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.steps}").exists()
         set_seed(arm.seed)
         amount = planned_work(dataclasses.replace(arm, evaluation=NOTHING))
@@ -228,6 +228,16 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if not kept:
             shutil.rmtree(checkpoints, ignore_errors=True)
     return work.model, work.tokenizer
+
+
+def _restored(arm: Arm, path: Path) -> PreTrainedModel:
+    """The deployed model from its file: weights, and the rounding of activations and cache on the fly."""
+    model = models.load_model(arm.model)
+    if (arm.widths.activations, arm.widths.cache) != (OFF, OFF):
+        # Learned steps come from the file; tokens only give them their shapes.
+        tokens = torch.zeros(1, 2, dtype=torch.long) if arm.scheme.grid == LSQ else None
+        quantize_model(model, f"{OFF}-{arm.widths.activations}-{arm.widths.cache}", arm.scheme, tokens=tokens)
+    return restore_model(model, path)
 
 
 def _converged(log: Log) -> bool:

@@ -63,6 +63,11 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     return [_of_arm(arm, store) for arm in arms]
 
 
+def check_all(arms: Sequence[Arm], results: str | Path) -> None:
+    """Raise what `run` raises before it computes anything."""
+    missing_arms(arms, Store(results))
+
+
 def missing_arms(arms: Sequence[Arm], store: Store) -> list[Arm]:
     """Those without a record, each once and checked, those that take longest first."""
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]

@@ -12,8 +12,8 @@ from scipy.special import ndtri
 from scipy.stats import sem
 
 from studylib.config.words import points
-from studylib.evidence.measures import seedless
-from studylib.study import run as experiments
+from studylib.methods.arms import seedless, title
+from studylib.study import schedule
 from studylib.study.records import FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
@@ -67,7 +67,7 @@ def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> 
     """
     finished = [record for record in records if record.status == FINISHED]
     if wanted:
-        chosen = [record for record in finished if any(text in record.arm.title for text in wanted)]
+        chosen = [record for record in finished if any(text in title(record.arm) for text in wanted)]
     else:
         seconds = {record.key: seconds_alone(record, records) for record in finished}
         chosen, spent = [], 0.0
@@ -126,7 +126,7 @@ def _differences(reference: Record, found: Record, spreads: dict, compared: int)
             items = metric.replace("perplexity/", "loss/")
             noise = float(sem(np.subtract(found.scores[items], reference.scores[items])))
             spread = max(spreads.get(key, 0.0) for key in ((alike, metric), (arm.method, arm.model, metric)))
-        yield Difference(arm.title, metric, own, float(change), noise, math.sqrt(2) * spread, compared, exact)
+        yield Difference(title(arm), metric, own, float(change), noise, math.sqrt(2) * spread, compared, exact)
 
 
 def _additive(metric: str, value: float) -> float:
@@ -150,13 +150,13 @@ def _spreads(records: Sequence[Record]) -> dict[tuple[str, ...], float]:
     return found | {key: float(np.median(values)) for key, values in methods.items()}
 
 
-def verify(
+def verify_records(
     records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path, jobs: int = 1
 ) -> list[Difference]:
     """Run the chosen arms of `records` in the folder `results`, and compare. Records there are used where they match.
 
     jobs: arms computed at a time. Each runs with as many threads as it once had: the order of a sum decides which way
-    GPTQ rounds. Raises ValueError as `choose` and experiments.run do.
+    GPTQ rounds. Raises ValueError as `choose` and schedule.run do.
     """
     chosen, threads, store = choose(records, wanted, minutes * max(1, jobs)), torch.get_num_threads(), Store(results)
     found = {}
@@ -165,7 +165,7 @@ def verify(
             arms = [record.arm for record in chosen if _threads(record) == cores]
             missing = sum(store.load(arm_key(arm)) is None for arm in arms)
             torch.set_num_threads(cores * max(1, min(jobs, missing)))
-            found |= zip(arms, experiments.run(arms, results, jobs=jobs), strict=True)
+            found |= zip(arms, schedule.run(arms, results, jobs=jobs), strict=True)
     finally:
         torch.set_num_threads(threads)
     return compare([(record, found[record.arm]) for record in chosen], records)

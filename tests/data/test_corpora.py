@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from studylib.config.budgets import check_corpus
 from studylib.data import corpora, models
 from studylib.data.corpora import Pair, conversation, documents, instruction_pairs, windows
-from studylib.config.budgets import check_corpus
 
 
 @pytest.mark.parametrize("corpus", ["wikipedia", "c4"])
@@ -23,7 +23,7 @@ def test_training_and_evaluation_share_no_document(corpus):
 def test_windows_are_pieces_of_the_text_and_never_overlap(tiny_tokenizer, length, count):
     found = windows("wikipedia", tiny_tokenizer, length, count, "evaluation")
     assert found.shape == (count, length)
-    stream = corpora._stream("wikipedia", tiny_tokenizer, "evaluation").numpy()
+    stream = corpora._stream("wikipedia", corpora.sha256("wikipedia"), tiny_tokenizer, "evaluation").numpy()
     view = np.lib.stride_tricks.sliding_window_view(stream, length)[::length]
     at = [int(np.flatnonzero((view == row).all(1))[0]) for row in found.numpy()]
     assert at == sorted(set(at)) or length < 20  # short windows can be equal by chance
@@ -117,15 +117,31 @@ def test_a_conversation_ends_with_the_response_and_what_closes_it(tiny_tokenizer
 
 
 def test_bad_names_and_numbers(tiny_tokenizer):
-    for corpus in ("pile", "missing.txt", "/tmp"):
+    for corpus in ("pile", "missing.text", "/tmp"):
         with pytest.raises(ValueError, match=f"corpus: '{corpus}' is not known; use one of wikipedia, c4"):
             check_corpus(corpus)
+        with pytest.raises(ValueError, match=f"corpus: '{corpus}' is not known; use one of wikipedia, c4"):
+            documents(corpus, "training")
+    check_corpus("missing.txt")  # a record that names it can be read anywhere
+    for use in (lambda: documents("missing.txt", "training"), lambda: corpora.sha256("missing.txt")):
+        with pytest.raises(ValueError, match=r"^corpus: there is no file 'missing\.txt'$"):
+            use()
     with pytest.raises(ValueError, match="split: 'test' is not known"):
         documents("c4", "test")
     with pytest.raises(ValueError, match="split: 'test' is not known"):
         instruction_pairs("test")
-    for source in ("dolly", "missing.json", "/tmp"):
+    for source in ("dolly", "missing.yaml", "/tmp"):
         with pytest.raises(ValueError, match=f"instructions: '{source}' is not known; use alpaca"):
             instruction_pairs("training", source)
+    with pytest.raises(ValueError, match=r"^instructions: there is no file 'missing\.json'$"):
+        instruction_pairs("training", "missing.json")
     with pytest.raises(ValueError, match=r"windows: 100000 of 512 tokens are more than the \d+"):
         windows("c4", tiny_tokenizer, 512, 100000, "evaluation")
+
+
+def test_a_corpus_file_that_changed_is_read_anew(tmp_path, tiny_tokenizer):
+    path = tmp_path / "own.txt"
+    path.write_text("aaaa\nb\n")
+    before = windows(str(path), tiny_tokenizer, 5, 1, "evaluation")
+    path.write_text("cccc\nb\n")
+    assert not (windows(str(path), tiny_tokenizer, 5, 1, "evaluation") == before).all()

@@ -17,8 +17,8 @@ from studylib.config.profiles import profile
 from studylib.data import corpora, models
 from studylib.data.sources import fetch
 from studylib.evaluate.scores import window_losses
-from studylib.study import run as experiments
-from studylib.study.records import RecordError
+from studylib.methods.arms import build_arm
+from studylib.study import schedule
 
 
 @pytest.fixture(params=[LlamaConfig, MistralConfig, Qwen2Config], ids=["llama", "mistral", "qwen2"])
@@ -33,8 +33,8 @@ def own_model(request, tmp_path, tiny_tokenizer, shape):
 def test_any_decoder_of_linear_layers_runs_from_a_local_folder(own_model, tmp_path):
     smoke = profile("smoke")
     budget = dataclasses.replace(smoke, evaluation=Evaluation(("wikipedia",), windows=2, length=32))
-    arms = [budget.arm(str(own_model), method, "4-8-4") for method in ("rtn", "llm-qat")]
-    records = experiments.run(arms, tmp_path / "results")
+    arms = [build_arm(budget, str(own_model), method, "4-8-4") for method in ("rtn", "llm-qat")]
+    records = schedule.run(arms, tmp_path / "results")
     assert [record.status for record in records] == ["finished"] * 2
     assert records[0].metrics["perplexity/wikipedia"] != records[1].metrics["perplexity/wikipedia"]
     assert records[0].provenance["model"]["sha256"] == models.identity(str(own_model))["sha256"]
@@ -87,7 +87,7 @@ def test_a_hub_id_is_read_as_the_hub_leaves_it(own_model, tmp_path):
     (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("0123abc")
     script = (
         "from studylib.data import models; m = models.load_model('owner/name'); models.load_tokenizer('owner/name');"
-        "print(m.num_parameters(), models.identity('owner/name')['sha256'], models.version('owner/name'))"
+        "print(m.num_parameters(), models.identity('owner/name')['sha256'], models.contents('owner/name'))"
     )
     told = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True
@@ -127,22 +127,35 @@ def test_a_tokenizer_of_another_model(own_model, tmp_path, shape):
     models.skeleton(LlamaConfig(**shape | {"vocab_size": 20})).save_pretrained(own_model)
     budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
     with pytest.raises(ValueError, match=r"makes token .*, but its embedding has 20 rows"):
-        experiments.run([budget.arm(str(own_model), "rtn", "4-8-4")], tmp_path / "results")
+        schedule.run([build_arm(budget, str(own_model), "rtn", "4-8-4")], tmp_path / "results")
 
 
 def test_results_of_weights_that_were_replaced_are_not_mixed(own_model, tmp_path):
     budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
-    arm = budget.arm(str(own_model), "rtn", "4-8-4")
-    (before,) = experiments.run([arm], tmp_path / "results")
+    arm = build_arm(budget, str(own_model), "rtn", "4-8-4")
+    (before,) = schedule.run([arm], tmp_path / "results")
+    contents = models.contents(str(own_model))
     file = own_model / "model.safetensors"
     save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    for cached in (models._files_sha256, models.load_tokenizer, experiments._identity):
-        cached.cache_clear()  # the next command is another process
-    for wanted in (arm, budget.arm(str(own_model), "rtn", "8-8-8")):  # cached or not
-        with pytest.raises(RecordError, match=r"have changed since .* was begun; give another folder"):
-            experiments.run([wanted], tmp_path / "results")
-    (after,) = experiments.run([arm], tmp_path / "others")
-    assert after.metrics != before.metrics
+    assert models.contents(str(own_model)) != contents
+    (after,) = schedule.run([arm], tmp_path / "results")
+    assert after.metrics != before.metrics and after.key != before.key
+    assert after.provenance["model"]["sha256"] == models.identity(str(own_model))["sha256"]
+    assert before.provenance["model"]["sha256"] != after.provenance["model"]["sha256"]
+    (alone,) = schedule.run([arm], tmp_path / "others")
+    assert (alone.metrics, alone.key) == (after.metrics, after.key)
+    assert len(list((tmp_path / "results" / "records").glob("*.json"))) == 2  # both are kept
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_every_file_of_a_folder_that_is_read_counts_as_its_contents(own_model, name):
+    before, weights = models.contents(str(own_model)), models.identity(str(own_model))["sha256"]
+    assert models.contents("smollm2-135m") is None and models.contents("tiny-random") is None
+    (own_model / "notes.md").write_text("not read by anyone")
+    assert models.contents(str(own_model)) == before
+    with (own_model / name).open("a") as file:
+        file.write("\n")
+    assert models.contents(str(own_model)) != before and models.identity(str(own_model))["sha256"] == weights
 
 
 def test_folders_that_hold_no_model(tmp_path):

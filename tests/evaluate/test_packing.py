@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from studylib.config.settings import Scheme
 from studylib.evaluate import packing as scoring
 from studylib.evaluate.packing import log_likelihoods
 from studylib.evaluate.scores import PackedLM
 from studylib.quant import layers
-from studylib.config.settings import Scheme
 
 FAMILIES = {
     "llama": {},

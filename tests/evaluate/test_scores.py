@@ -13,12 +13,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn import functional as F
 
+from studylib.config.budgets import ZERO_SHOT, check_tasks
 from studylib.data import corpora, models
 from studylib.data.corpora import Pair
 from studylib.data.sources import fetch
 from studylib.evaluate import scores as evaluation
-from studylib.evaluate.scores import TASKS, response_losses, task_scores, validate_tasks, window_losses
-from studylib.config.budgets import ZERO_SHOT
+from studylib.evaluate.scores import TASKS, response_losses, task_scores, window_losses
 from studylib.methods import calibration as ptq
 
 
@@ -268,6 +268,6 @@ def test_a_response_that_was_cut_away(tiny_model, tiny_tokenizer):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="task: 'squad' is not known; use boolq, piqa"):
-        validate_tasks(["piqa", "squad"])
+        check_tasks(["piqa", "squad"])
     with pytest.raises(ValueError, match="source: 'disk' is not known"):
         task_scores(None, None, [], source="disk")

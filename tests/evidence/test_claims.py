@@ -5,14 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from studylib.evidence.claims import CLAIMS
-from studylib.evidence.effects import ACCURACY, INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Effect
-from studylib.evidence.judging import judge
-from studylib.evidence.statistics import Interval
-from studylib.config.settings import Adapter
-from studylib.config.settings import Format
 from studylib.config.budgets import EXECUTIONS
-from studylib.config.settings import Scheme
+from studylib.config.settings import Adapter, Format, Scheme
+from studylib.evidence.claims import CLAIMS
+from studylib.evidence.statistics import Interval
+from studylib.evidence.verdicts import ACCURACY, INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Effect, judge
+from studylib.methods.arms import Setting
 from studylib.study.records import DIVERGED
 
 
@@ -21,7 +19,7 @@ def verdicts(claim, records):
 
 
 def replaced(records, record):
-    return [record if each.arm.title == record.arm.title else each for each in records]
+    return [record if Setting.of(each.arm) == Setting.of(record.arm) else each for each in records]
 
 
 TESTABLE = [claim for claim in CLAIMS if not CLAIMS[claim].untested]
@@ -178,7 +176,9 @@ def test_a_diverged_seed_is_told_not_averaged(picture, make_record):
 
 
 def test_the_cache_claim_uses_training_where_it_was_run(picture, make_record):
-    better, worse = (make_record("llm-qat", "8-8-4", loss=loss, accuracy=acc) for loss, acc in ((3.1, 0.58), (3.5, 0.4)))
+    better, worse = (
+        make_record("llm-qat", "8-8-4", loss=loss, accuracy=acc) for loss, acc in ((3.1, 0.58), (3.5, 0.4))
+    )
     assert "only this part of the claim is tested" in judge(CLAIMS["A2"], picture)[0].sentence
     assert set(verdicts("A2", [*picture, better])) == {REPRODUCED}
     assert set(verdicts("A2", [*picture, worse])) == {NOT_REPRODUCED}
@@ -230,7 +230,7 @@ def test_the_papers_numbers_are_those_of_its_text():
         "C7": "0.2 points (rank 16)",
         "C8": "0.2 points",
     }
-    assert all(claim.effect.recalled == ("recalled" in claim.paper) for claim in CLAIMS.values() if claim.effect)
+    assert all(claim.effect.recalled == ("recalled" in claim.reported) for claim in CLAIMS.values() if claim.effect)
 
 
 @pytest.mark.parametrize("claim", TESTABLE)

@@ -3,14 +3,28 @@ import math
 
 import numpy as np
 import pytest
-from conftest import BUDGET
 
+from studylib.config.profiles import profile
+from studylib.config.settings import Adapter, Format, Scheme
 from studylib.config.words import number, percent, points
-from studylib.evidence.measures import FULL, Setting, gather, identity, measures, of_profile, task_measures, won_back
-from studylib.config.settings import Adapter
-from studylib.config.settings import Format
-from studylib.config.settings import Scheme
-from studylib.study.records import DIVERGED, arm_key
+from studylib.evidence.measures import (
+    FULL,
+    gather,
+    identity,
+    measures,
+    of_profile,
+    task_measures,
+    text_measures,
+    won_back,
+)
+from studylib.methods.arms import Setting, setting
+from studylib.study.records import DIVERGED, arm_key, contents
+
+
+@pytest.fixture
+def budget(make_record):
+    """Of make_record's arms."""
+    return dataclasses.replace(profile("smoke"), evaluation=make_record("full-precision").arm.evaluation)
 
 
 def measure(records, name):
@@ -20,7 +34,7 @@ def measure(records, name):
 
 def test_cells_are_ordered_and_repeated_records_count_once(picture):
     cells = gather([*reversed(picture), picture[0]])
-    assert [setting[:2] for setting in cells][:4] == [
+    assert [(own.method, own.bits) for own in cells][:4] == [
         ("full-precision", "16-16-16"),
         ("rtn", "8-8-8"),
         ("llm-qat", "8-8-8"),
@@ -81,8 +95,8 @@ def test_records_that_cannot_be_compared(make_record):
 def test_variants_are_cells_of_their_own_after_their_default(make_record):
     changes = [{"corpus": "c4"}, {}, {"training": {"loss": "labels"}}, {"scheme": Scheme(grid="asymmetric")}]
     cells = gather([make_record("llm-qat", "4-8-4", changes=change) for change in changes])
-    assert [setting.variant for setting in cells] == ["", "C4 text", "loss labels", "asymmetric MinMax"]
-    assert Setting("llm-qat", "4-8-4", "C4 text").title == "LLM-QAT at 4-8-4 (C4 text)"
+    assert [own.variant for own in cells] == ["", "C4 text", "loss labels", "asymmetric MinMax"]
+    assert setting("llm-qat", "4-8-4", {"data.corpus": "c4"}).title == "LLM-QAT at 4-8-4 (C4 text)"
 
 
 def test_few_shot_tasks_do_not_keep_arms_apart(make_record):
@@ -144,7 +158,7 @@ def finished_at(record, day):
     return dataclasses.replace(record, key=f"key-{day}", provenance=record.provenance | {"finished": f"2026-01-0{day}"})
 
 
-def test_the_records_of_a_profile_are_what_its_notebooks_could_have_made(picture, make_record):
+def test_the_records_of_a_profile_are_what_its_notebooks_could_have_made(picture, make_record, budget):
     changes = [{"training": {"loss": "labels"}}, {"sampling": {"top_k": 0}}, {"corpus": "c4"}]
     own = [*picture, *(make_record("llm-qat", "4-8-4", changes=change) for change in changes)]
     own.append(make_record("qlora", "4-16-16", changes={"format": Format("nf", 4, 64, True), "adapter": Adapter(4, 4)}))
@@ -153,18 +167,48 @@ def test_the_records_of_a_profile_are_what_its_notebooks_could_have_made(picture
     model = dataclasses.replace(picture[0], arm=dataclasses.replace(picture[0].arm, model="other"))
     evaluation = dataclasses.replace(picture[0].arm.evaluation, windows=33)
     scored = dataclasses.replace(picture[0], arm=dataclasses.replace(picture[0].arm, evaluation=evaluation))
-    found = of_profile([longer, *own, other_data, model, scored], "tiny-random", BUDGET)
+    found = of_profile([longer, *own, other_data, model, scored], "tiny-random", budget)
     assert sorted(r.key for r in found) == sorted(r.key for r in own)
     gather(found)  # they can be compared
 
 
-def test_of_an_arm_that_was_run_several_times_one_counts(make_record):
+def test_of_an_arm_that_was_run_several_times_one_counts(make_record, budget):
     record = make_record("rtn", "4-8-4")
     tasks = (*record.arm.evaluation.tasks, "mmlu")
     few_shot = dataclasses.replace(
         record, arm=dataclasses.replace(record.arm, evaluation=dataclasses.replace(record.arm.evaluation, tasks=tasks))
     )
     old, new = finished_at(record, 1), finished_at(few_shot, 3)
-    assert of_profile([new, old], "tiny-random", BUDGET) == [new]
+    assert of_profile([new, old], "tiny-random", budget) == [new]
     present = dataclasses.replace(finished_at(record, 2), key=arm_key(record.arm))
-    assert of_profile([present, new, old], "tiny-random", BUDGET) == [present]  # made by the code that there is now
+    assert of_profile([present, new, old], "tiny-random", budget) == [present]  # made by the code that there is now
+
+
+def test_records_of_files_that_hold_something_else_now_are_left_out(make_record, budget, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("a document\n")
+    record = make_record("llm-qat", "4-8-4", changes={"corpus": str(own)})
+    known = dataclasses.replace(record, provenance=record.provenance | {"contents": contents(record.arm)})
+    assert of_profile([known], "tiny-random", budget) == [known]
+    own.write_text("another document\n")
+    assert of_profile([known], "tiny-random", budget) == []
+    own.unlink()
+    assert of_profile([known], "tiny-random", budget) == [known]  # nobody can tell
+
+
+def test_records_of_a_method_that_is_not_registered_here_are_kept(make_record, budget):
+    record = make_record("rtn", "4-8-4")
+    other = dataclasses.replace(record, key="other", arm=dataclasses.replace(record.arm, method="my rounding"))
+    assert of_profile([record, other], "tiny-random", budget) == [record, other]
+    cells = gather([other, record])
+    assert [cell.title for cell in cells.values()] == ["RTN at 4-8-4", "my rounding at 4-8-4"]
+
+
+def test_measures_are_named_by_what_they_are_of(make_record):
+    record = make_record("full-precision")
+    assert [(each.kind, each.of, each.short_title) for each in measures([record])] == [
+        ("perplexity", "wikipedia", "perplexity on Wikipedia"),
+        ("perplexity", "c4", "perplexity on C4"),
+        ("accuracy", "mean", "mean accuracy"),
+    ]
+    assert text_measures([record])[0].title == "perplexity on Wikipedia and C4"

@@ -7,34 +7,22 @@ import sys
 
 import pytest
 import torch
+from attached import AFFINE, NF4, SETTINGS, SMALL, TUNED, logits, loss_of, stir, tokens, train, trained_names
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from studylib.config.settings import Adapter, Format
 from studylib.data import models
 from studylib.methods import adapters
-from studylib.methods.base import METHODS
-from studylib.methods.adapters import attach, in_bitsandbytes, split
-from studylib.config.settings import Adapter
-from studylib.quant.adapted import LearnedGridLinear, QALoRALinear
-from studylib.train.finetuning import check_paging
+from studylib.methods.adapters import attach, split
 from studylib.methods.deploy import merge
+from studylib.methods.lora import in_bitsandbytes
+from studylib.quant.adapted import LearnedGridLinear, QALoRALinear
 from studylib.quant.formats import EncodedLinear, encode, encode_model
-from studylib.config.settings import Format
 from studylib.quant.layers import decoder_linears, quantize_model
+from studylib.train.finetuning import check_paging
 
-tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(1))
-NF4, AFFINE = Format("nf", 4, 32), Format("affine", 4, 32)
-SMALL = Adapter(rank=4)
-SETTINGS = {  # one format and adapter for each method; the blocks divide the layers' 64 and 160 inputs
-    "lora": {"adapter": SMALL},
-    "qlora": {"format": NF4, "adapter": SMALL},
-    "qa-lora": {"format": AFFINE, "adapter": SMALL},
-    "qat-lora": {"format": AFFINE, "adapter": SMALL},
-    "l4q": {"format": AFFINE, "adapter": SMALL},
-    "gptq+lora": {"format": AFFINE, "adapter": SMALL, "tokens": tokens},
-    "qat": {"format": Format("int", 4, 32)},
-}
 QLORA_FORMATS = [
     NF4,
     Format("nf", 4, 32, double=True),
@@ -47,47 +35,8 @@ QLORA_FORMATS = [
 DOUBLE = 2e-3  # bitsandbytes rounds a scale that lies midway between two of 256 levels the other way
 
 
-def loss_of(model):
-    with models.autocast(model.device):
-        return model(tokens, labels=tokens, use_cache=False).loss
-
-
-@torch.no_grad()
-def logits(model):
-    with models.autocast(model.device):
-        return model(tokens, use_cache=False).logits.float()
-
-
-def train(model, steps=10, rate=2e-3):
-    """Losses of a few AdamW steps on one batch."""
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, rate), []
-    for _ in range(steps):
-        loss = loss_of(model)
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return losses
-
-
-def trained_names(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def stir(model, seed=0):
-    """Random numbers in place of the zeros that adapters start with."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name and parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return model
-
-
 @pytest.mark.parametrize("bits16", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TUNED)
 def test_every_method_trains_what_it_should_and_nothing_else(tiny_model, monkeypatch, method, bits16):
     monkeypatch.setattr(models, "compute_dtype", lambda: bits16)
     names = list(decoder_linears(tiny_model))
@@ -108,7 +57,7 @@ def test_every_method_trains_what_it_should_and_nothing_else(tiny_model, monkeyp
     assert not tiny_model.training and all(p.grad is None for p in tiny_model.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TUNED)
 def test_checkpointing_changes_no_gradient(tiny_model, fp32, method):
     stir(attach(tiny_model, method, **SETTINGS[method])).train()
     gradients = []
@@ -216,8 +165,8 @@ def test_bitsandbytes_stores_and_computes_what_our_formats_do(tiny_model, fp32, 
     layers = [(a.base_layer, b.base_layer) for a, b in pairs if isinstance(a, LoraLayer)]
     assert len(layers) == 14
     for a, b in layers:
-        assert torch.equal(a.weight.data.flatten(), b.encoded.codes)
-        assert torch.equal(a.weight.quant_state.absmax.flatten(), b.encoded.scales)
+        assert torch.equal(a.weight.data.flatten(), b.codes().codes)
+        assert torch.equal(a.weight.quant_state.absmax.flatten(), b.codes().scales)
 
 
 @pytest.mark.parametrize("format", QLORA_FORMATS, ids=lambda format: format.title)
@@ -239,7 +188,7 @@ def test_layers_with_biases_are_adapted_too(shape, fp32):
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    for method in METHODS:
+    for method in TUNED:
         settings = dict(SETTINGS[method])
         if "format" in settings:
             settings["format"] = Format(settings["format"].kind, 4, 16)
@@ -252,9 +201,9 @@ def test_a_new_process_imports_peft_and_bitsandbytes_only_where_they_are_used_an
     code = """
 import sys
 from studylib.data import models
-from studylib.study import run as experiments
-from studylib.methods.adapters import Adapter, attach
-from studylib.quant.formats import Format
+from studylib.study import run, schedule
+from studylib.config.settings import Adapter, Format
+from studylib.methods.adapters import attach
 model = models.load_model("tiny-random")
 assert not {"peft", "bitsandbytes", "llmcompressor"} & set(sys.modules)
 attach(model, "qlora", format=Format("nf", 4, 32), adapter=Adapter())
@@ -301,17 +250,17 @@ def test_qa_lora_merges_into_the_zero_points_exactly(tiny_model, fp32):
     layer = QALoRALinear(EncodedLinear(tiny_model.model.layers[0].mlp.down_proj, AFFINE), Adapter(4, 8.0)).double()
     layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(3, 5, 160, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    merged = layer.merged()
+    merged = layer.dense()
     torch.testing.assert_close(F.linear(x, merged), layer(x), rtol=1e-12, atol=1e-12)
     pooled = x.view(3, 5, 5, 32).sum(-1)  # Algorithm 1: AvgPool1d times the group's size
     expected = layer.base(x) + 8 / 4 * pooled @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    change = (merged - layer.base.encoded.decode(torch.float64)).view(64, 5, 32)
+    change = (merged - layer.base.codes().decode(torch.float64)).view(64, 5, 32)
     torch.testing.assert_close(change, change[..., :1].expand_as(change), rtol=0, atol=1e-12)  # a zero point a group
 
 
 def test_qat_lora_learns_scale_and_offset_by_the_gradients_of_the_l4q_paper(tiny_model):
-    layer = LearnedGridLinear(tiny_model.model.layers[0].mlp.down_proj, 3, 32).double()
+    layer = LearnedGridLinear(tiny_model.model.layers[0].mlp.down_proj, 3, 32, torch.float32).double()
     layer.scale.data *= 0.6  # some weights are clipped now
     layer.offset.data += 0.003
     x = torch.randn(7, 160, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -323,7 +272,7 @@ def test_qat_lora_learns_scale_and_offset_by_the_gradients_of_the_l4q_paper(tiny
     inside = (w >= -4) & (w <= 3)
     g = (dy.T @ x).view(64, 5, 32)
     assert 0.02 < 1 - inside.double().mean() < 0.5
-    torch.testing.assert_close(layer.quantized_weight(), (levels * layer.scale + layer.offset).flatten(1))
+    torch.testing.assert_close(layer.dense(), (levels * layer.scale + layer.offset).flatten(1))
     torch.testing.assert_close(layer.scale.grad, (g * (levels - w * inside)).sum(-1, keepdim=True))
     torch.testing.assert_close(layer.offset.grad, (g * ~inside).sum(-1, keepdim=True))
 
@@ -353,7 +302,7 @@ def test_adapters_that_make_no_sense_are_refused(fields, message):
     [
         ("vera", {}, "method: 'vera' is not known; use one of lora, qlora"),
         ("qlora", {"format": None}, "format: missing for 'qlora'"),
-        ("lora", {"format": NF4}, "format: NF4, block 32 is not allowed for 'lora'"),
+        ("lora", {"format": NF4}, "format: NF4, groups of 32 is not allowed for 'lora'"),
         ("lora", {"adapter": None}, "adapter: missing for 'lora'"),
         ("qat", {"adapter": SMALL}, "adapter: not allowed for 'qat'"),
         ("qa-lora", {"format": NF4}, "format: 'nf' is not allowed for 'qa-lora'; use 'affine'"),
@@ -362,13 +311,13 @@ def test_adapters_that_make_no_sense_are_refused(fields, message):
         (
             "l4q",
             {"format": Format("affine", 4, 32, double=True)},
-            r"\+ DQ, block 32 is not allowed for 'l4q'; use fp32",
+            r"\+ DQ, groups of 32 is not allowed for 'l4q'; use fp32",
         ),
         ("gptq+lora", {"format": NF4}, "format: 'nf' is not allowed for 'gptq\\+lora'; use 'int' or 'affine'"),
-        ("gptq+lora", {"tokens": None}, "tokens: missing; GPTQ calibrates on them"),
+        ("gptq+lora", {"tokens": None}, "tokens: missing; its base is calibrated on them"),
         ("qlora", {"tokens": tokens}, "tokens: 'qlora' takes none"),
-        ("qlora", {"format": Format("nf")}, "block: 64 does not divide the input width 160"),
-        ("l4q", {"format": Format("affine", 4, 48)}, "block: 48 does not divide the input width 64"),
+        ("qlora", {"format": Format("nf")}, "group: 64 does not divide the row length 160"),
+        ("l4q", {"format": Format("affine", 4, 48)}, "group: 48 does not divide the row length 64"),
         ("lora", {"adapter": Adapter(4, kind="loftq")}, "kind: 'loftq' is not allowed for 'lora', whose base"),
         ("qa-lora", {"adapter": Adapter(4, kind="dora")}, "kind: 'dora' is not allowed for 'qa-lora'; use 'lora'"),
         ("qlora", {"adapter": Adapter(4, init="symmetric")}, "init: 'symmetric' is not allowed for 'qlora'; use 'l4q'"),
@@ -393,7 +342,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_changes(tiny_model
     assert all(parameter.requires_grad for parameter in tiny_model.parameters())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TUNED)
 def test_a_model_that_is_quantized_or_adapted_already_is_refused(tiny_model, method):
     for made in (
         attach(copy.deepcopy(tiny_model), method, **SETTINGS[method]),

@@ -16,9 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from studylib.config.settings import Grid
 from studylib.data import corpora
 from studylib.methods import calibration as ptq
-from studylib.config.settings import Grid
 from studylib.quant.layers import QuantizedLinear, decoder_linears, quantize_model
 
 METHODS = {

@@ -18,26 +18,30 @@ from torch.nn import functional as F
 from torchao.prototype.custom_fp_utils import _floatx_unpacked_to_f32
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from studylib.evaluate import memory
+from studylib.config.settings import INTEGER_FORMATS, Format, Grid, Scheme
 from studylib.quant import formats
-from studylib.quant.formats import EncodedLinear, bits_per_parameter, decode_model, encode, encode_model, levels, scale_levels
-from studylib.config.settings import Format
-from studylib.evaluate.weights import non_normal_share
-from studylib.quant.storage import pack, stored_bytes, unpack
-from studylib.config.settings import Grid
+from studylib.quant.formats import (
+    EncodedLinear,
+    bits_per_parameter,
+    decode_model,
+    encode,
+    encode_model,
+    levels,
+    scale_levels,
+)
 from studylib.quant.grids import fake_quantize
-from studylib.config.settings import Scheme
 from studylib.quant.layers import decoder_linears, quantize_model
+from studylib.quant.storage import DeployedLinear, stored_bytes, unpack
 
 NF4 = Format("nf")
 IN_BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}
 ALL = [
     *(Format("nf", bits) for bits in (2, 3, 4)),
     *(Format(kind) for kind in formats.FLOAT_MAGNITUDES),
-    *(Format(kind, bits) for kind in formats.GRIDS for bits in (2, 3, 4, 8)),
+    *(Format(kind, bits) for kind in INTEGER_FORMATS for bits in (2, 3, 4, 8)),
 ]
 VARIANTS = [*ALL, *(dataclasses.replace(format, double=True) for format in ALL)]
-VARIANTS += [dataclasses.replace(format, block=None) for format in ALL]
+VARIANTS += [dataclasses.replace(format, group=None) for format in ALL]
 VARIANTS += [dataclasses.replace(format, scale_bits=16) for format in ALL]
 
 
@@ -101,10 +105,10 @@ def test_levels_of_double_quantization_are_the_dynamic_map():
 def test_codes_and_values_are_those_of_bitsandbytes(kind, block, dtype):
     weight = normal(128, 512, seed=block, dtype=dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=IN_BITSANDBYTES[kind])
-    ours = encode(weight, Format(kind, block=block))
+    ours = encode(weight, Format(kind, group=block))
     assert torch.equal(ours.scales, state.absmax)
     theirs = state.code[unpack(packed.flatten(), 4, weight.numel()).int()]
-    assert torch.equal(levels(ours.format)[unpack(ours.codes, 4, weight.numel()).int()], theirs)
+    assert torch.equal(levels(Format(kind, group=block))[unpack(ours.codes, 4, weight.numel()).int()], theirs)
     if kind == "nf":
         assert torch.equal(ours.codes, packed.flatten())  # the very bytes
     values = ours.decode(dtype)
@@ -117,7 +121,7 @@ def test_numbers_midway_go_to_the_lower_level_as_in_bitsandbytes():
     weight[0, -1] = 1
     weight = F.pad(weight, (0, 2))
     packed, state = bnb.quantize_4bit(weight, blocksize=32, quant_type="fp4")
-    ours = encode(weight, Format("fp-bnb", block=32)).decode()
+    ours = encode(weight, Format("fp-bnb", group=32)).decode()
     assert torch.equal(ours, bnb.dequantize_4bit(packed, state))
     assert torch.equal(ours[0, :14], table[:14])
 
@@ -129,7 +133,7 @@ def test_double_quantization_is_that_of_bitsandbytes(kind, block):
     packed, state = bnb.quantize_4bit(
         weight, blocksize=block, quant_type=IN_BITSANDBYTES[kind], compress_statistics=True
     )
-    ours = encode(weight, Format(kind, block=block, double=True))
+    ours = encode(weight, Format(kind, group=block, double=True))
     assert torch.equal(ours.outer, state.state2.absmax) and torch.equal(ours.mean, state.offset.view(1))
     # On a CPU bitsandbytes rounds to 65536 even steps before it looks for the nearest level; ours is the nearest.
     table, absmax = scale_levels().double(), weight.view(-1, block).abs().amax(1)
@@ -165,7 +169,7 @@ PUBLISHED = {
 @pytest.mark.parametrize(("kind", "block"), PUBLISHED)
 def test_errors_are_those_that_bitsandbytes_publishes(kind, block):
     weight = normal(1024, 1024, seed=block)
-    error = (encode(weight, Format(kind, block=block)).decode() - weight).abs()
+    error = (encode(weight, Format(kind, group=block)).decode() - weight).abs()
     mean, deviation, relative, relative_deviation = PUBLISHED[kind, block]
     assert abs(error.mean().item() - mean) < 4 * deviation
     assert abs((error / (weight.abs() + 1e-8)).mean().item() - relative) < 4 * relative_deviation
@@ -201,22 +205,6 @@ def test_bits_by_formula_are_the_stored_bytes(format):
     assert (stored.nbytes - mean) * 8 / weight.numel() == pytest.approx(bits_per_parameter(format, 2048), rel=1e-12)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data(), st.sampled_from([2, 3, 4, 8]), st.integers(1, 70))
-def test_packing_is_tight_and_loses_nothing(data, bits, count):
-    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count))
-    codes = torch.tensor(codes, dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8 and len(packed) == math.ceil(count * bits / 8)
-    assert torch.equal(unpack(packed, bits, count), codes)
-    text = "".join(f"{code:0{bits}b}" for code in codes.tolist())
-    assert packed.tolist() == [int(text[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(text), 8)]
-
-
-def test_worked_example_of_packing():
-    assert pack(torch.tensor([1, 2, 3]), 4).tolist() == [0x12, 0x30]
-
-
 # --- encode, decode ---------------------------------------------------------------------------------------------------
 
 matrices = hnp.arrays(
@@ -229,7 +217,7 @@ matrices = hnp.arrays(
 @settings(max_examples=300, deadline=None)
 @given(matrices, st.sampled_from(ALL), st.sampled_from([None, 2, 8]))
 def test_error_is_at_most_half_a_gap_and_the_decoded_weight_stays_as_it_is(weight, format, block):
-    weight, format = torch.from_numpy(weight), dataclasses.replace(format, block=block)
+    weight, format = torch.from_numpy(weight), dataclasses.replace(format, group=block)
     decoded = encode(weight, format).decode()
     blocks = weight.reshape(-1, block or weight.shape[1]).double()
     error = (decoded.view(blocks.shape).double() - blocks).abs()
@@ -242,11 +230,11 @@ def test_error_is_at_most_half_a_gap_and_the_decoded_weight_stays_as_it_is(weigh
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("kind", formats.GRIDS)
+@pytest.mark.parametrize("kind", INTEGER_FORMATS)
 @pytest.mark.parametrize("block", [16, None])
 def test_integer_formats_are_the_grids_of_quantizers(bits, kind, block):
     weight = normal(24, 96)
-    expected = fake_quantize(weight, Grid(bits, formats.GRIDS[kind], block))
+    expected = fake_quantize(weight, Grid(bits, INTEGER_FORMATS[kind], block))
     assert torch.equal(encode(weight, Format(kind, bits, block)).decode(), expected)
 
 
@@ -280,9 +268,9 @@ def test_titles():
         "FP4 (E3M0)",
         "Int2",
     ]
-    assert Format("nf", 3, 32).title == "NF3, block 32"
+    assert Format("nf", 3, 32).title == "NF3, groups of 32"
     assert Format("nf", double=True).title == "NF4 + DQ"
-    assert Format("affine", block=None, scale_bits=16).title == "affine Int4, per channel, 16-bit scales"
+    assert Format("affine", group=None, scale_bits=16).title == "affine Int4, per channel, 16-bit scales"
     assert len({format.title for format in VARIANTS}) == len(VARIANTS)
 
 
@@ -295,7 +283,7 @@ def layer(format=NF4, bias=True, dtype=torch.float32):
     linear = nn.Linear(128, 48, bias, dtype=dtype)
     encoded = EncodedLinear(linear, format)
     dense = copy.deepcopy(linear)
-    dense.weight = nn.Parameter(encoded.encoded.decode(dtype), requires_grad=False)
+    dense.weight = nn.Parameter(encoded.codes().decode(dtype), requires_grad=False)
     return encoded, dense
 
 
@@ -400,16 +388,18 @@ def test_encoded_model_is_the_decoded_one(model, format):
         decoded = model(input_ids=tokens).logits
     torch.testing.assert_close(decoded, logits, rtol=1e-5, atol=1e-5)
     for name, linear in decoder_linears(model).items():
-        assert type(linear) is nn.Linear and not linear.training
+        assert type(linear) is DeployedLinear and not linear.training
         assert torch.equal(linear.weight, encode(plain[name], format).decode()) and not linear.weight.requires_grad
+        assert torch.equal(linear.codes().codes, encode(plain[name], format).codes)
 
 
-def test_stored_bytes_agree_with_the_plan_of_memory_and_with_a_count_by_hand(model):
+def test_stored_bytes_agree_with_quantized_layers_and_with_a_count_by_hand(model):
     full = stored_bytes(model)
-    assert full == memory.weight_bytes(model, "16-16-16")
-    planned = memory.weight_bytes(model, "4-16-16", Scheme(weight_group=32))
+    assert full == 2 * sum(parameter.numel() for parameter in model.parameters())
+    rounded = stored_bytes(quantize_model(copy.deepcopy(model), "4-16-16", Scheme(group=32)))
     numbers = sum(linear.weight.numel() for linear in decoder_linears(model).values())
-    assert stored_bytes(encode_model(copy.deepcopy(model), Format("int", block=32))) == planned
+    assert rounded == full - 2 * numbers + numbers // 2 + numbers // 32 * 4
+    assert stored_bytes(encode_model(copy.deepcopy(model), Format("int", group=32))) == rounded
     assert stored_bytes(encode_model(model, NF4)) == full - 2 * numbers + numbers // 2 + numbers // 64 * 4
 
 
@@ -454,28 +444,6 @@ def test_peft_adapts_encoded_layers_and_merges_them_once_decoded(model, use_dora
     assert len(merged) == 14
 
 
-# --- normality --------------------------------------------------------------------------------------------------------
-
-
-def test_non_normal_share_counts_the_rows_that_fail():
-    weight = normal(200, 300)
-    one_by_one = sum(stats.shapiro(row).pvalue < 0.05 for row in weight.double().numpy()) / 200
-    assert non_normal_share(weight) == pytest.approx(one_by_one) and 0.01 < one_by_one < 0.1
-    assert non_normal_share(weight, level=0.5) > 0.3
-    assert non_normal_share(weight.pow(3)) == 1
-    half = torch.cat([weight[:10] * 0, weight[:10].bfloat16().float()])
-    assert non_normal_share(half) == pytest.approx(0.5 + non_normal_share(half[10:]) / 2)
-    assert non_normal_share(torch.ones(3, 8)) == 1
-
-
-def test_long_rows_are_thinned_out_for_the_normality_test():
-    long = normal(3, 11008)
-    expected = sum(stats.shapiro(row).pvalue < 0.5 for row in long[:, ::3].double().numpy()) / 3
-    assert non_normal_share(long, level=0.5) == pytest.approx(expected)
-    long[:, 1::3] = 100  # what is not looked at
-    assert non_normal_share(long, level=0.5) == pytest.approx(expected)
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -488,11 +456,11 @@ def test_long_rows_are_thinned_out_for_the_normality_test():
         ({"kind": "nf", "bits": 8}, "bits: 8 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "fp-e2m1", "bits": 3}, "bits: 3 is not allowed for 'fp-e2m1'; use 4"),
         ({"kind": "int", "bits": 1}, "bits: 1 is not allowed for 'int'; use 2 or 3 or 4 or 8"),
-        ({"kind": "nf", "block": 0}, "block: 0 is not allowed; use a positive integer, or None for whole rows"),
-        ({"kind": "nf", "block": True}, "block: True is not allowed"),
+        ({"kind": "nf", "group": 0}, "group: 0 is not allowed; use a positive integer, or None for whole rows"),
+        ({"kind": "nf", "group": True}, "group: True is not allowed"),
         ({"kind": "nf", "scale_bits": 8}, "scale_bits: 8 is not allowed; use 16 or 32"),
-        ({"kind": "nf", "block": None, "double": True}, "double: True is not allowed with block None"),
-        ({"kind": "nf", "scale_bits": 16, "double": True}, "double: True is not allowed with block 64 and scale_bits"),
+        ({"kind": "nf", "group": None, "double": True}, "double: True is not allowed with group None"),
+        ({"kind": "nf", "scale_bits": 16, "double": True}, "double: True is not allowed with group 64 and scale_bits"),
     ],
 )
 def test_bad_formats_name_the_value_and_what_is_allowed(arguments, message):
@@ -504,7 +472,7 @@ def test_bad_formats_name_the_value_and_what_is_allowed(arguments, message):
 @pytest.mark.parametrize(
     ("weight", "format", "message"),
     [
-        (torch.ones(2, 96), NF4, "block: 64 does not divide the input width 96"),
+        (torch.ones(2, 96), NF4, "group: 64 does not divide the row length 96"),
         (torch.ones(64), NF4, r"weight: the shape \[64\] is not allowed; use \[out, in\]"),
         (torch.ones(0, 64), NF4, r"weight: the shape \[0, 64\] is not allowed"),
         (torch.full((2, 64), math.nan), NF4, "weight: holds NaN or infinity"),
@@ -521,25 +489,11 @@ def test_bad_questions_are_refused(model):
     with pytest.raises(ValueError, match="levels of 'affine' depend"):
         levels(Format("affine"))
     with pytest.raises(ValueError, match="width: missing"):
-        bits_per_parameter(Format("nf", block=None))
-    with pytest.raises(ValueError, match="block: 48 does not divide the input width 64"):
-        encode_model(model, Format("nf", block=48))
+        bits_per_parameter(Format("nf", group=None))
+    with pytest.raises(ValueError, match="group: 48 does not divide the row length 64"):
+        encode_model(model, Format("nf", group=48))
     with pytest.raises(ValueError, match=r"q_proj: QuantizedLinear cannot be encoded"):
         encode_model(quantize_model(copy.deepcopy(model), "4-8-4"), NF4)
     assert not any(isinstance(module, EncodedLinear) for module in model.modules())
     with pytest.raises(ValueError, match=r"q_proj: EncodedLinear cannot be encoded; load the model anew"):
         encode_model(encode_model(model, NF4), NF4)
-
-
-@pytest.mark.parametrize(
-    ("weight", "level", "message"),
-    [
-        (torch.ones(2, 2), 0.05, r"the shape \[2, 2\] is not allowed"),
-        (torch.ones(8), 0.05, r"the shape \[8\] is not allowed"),
-        (torch.full((2, 8), math.nan), 0.05, "holds NaN or infinity"),
-        (torch.ones(2, 8), 5, "level: 5 is not allowed; use a number between 0 and 1"),
-    ],
-)
-def test_bad_normality_tests_are_refused(weight, level, message):
-    with pytest.raises(ValueError, match=message):
-        non_normal_share(weight, level)

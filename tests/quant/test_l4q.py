@@ -3,6 +3,7 @@
 import copy
 import json
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ from torch.nn import functional as F
 from torchao.quantization import dequantize_affine, quantize_affine
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from studylib.config.settings import INITS, Adapter, Format
 from studylib.data import models
-from studylib.quant.l4q import BITS, L4QLinear, freeze, initial_grid, l4q_model, levels_of, load, save
-from studylib.config.settings import INITS
+from studylib.methods.adapters import attach
 from studylib.methods.deploy import merge
+from studylib.quant.kernel import int4_model
+from studylib.quant.l4q import BITS, L4QLinear, initial_grid, l4q_model, levels_of
 from studylib.quant.layers import decoder_linears
+from studylib.quant.storage import DeployedLinear, coded_layers, keep_model, restore_model, stored_bytes
 
 LEARNED = ("lora_A", "lora_B", "scale", "offset")
 TOKENS = torch.randint(1, 320, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -119,7 +123,7 @@ def test_forward_agrees_with_float64_numpy(bits, group):
     quantized = s * np.rint(np.clip((rows - o) / s, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) + o
     exact = x.numpy() @ quantized.reshape(32, 48).T + bias
     np.testing.assert_allclose(layer(x).detach().numpy(), exact, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(layer.merged().numpy(), quantized.reshape(32, 48), rtol=1e-13, atol=1e-14)
+    np.testing.assert_allclose(layer.dense().numpy(), quantized.reshape(32, 48), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -130,11 +134,12 @@ def test_codes_and_values_agree_with_torchao(bits):
     weight = (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).detach()
     scale, zero = layer.scale.detach().squeeze(-1), torch.zeros(64, 4, dtype=torch.int32)
     theirs = quantize_affine(weight, (1, 16), scale, zero, torch.int8, low, high)
-    apart = (codes.codes.int() - theirs.int()).abs()
-    assert codes.codes.dtype == torch.int8 and codes.codes.min() == low and codes.codes.max() == high
+    integers = codes.integers
+    apart = (integers.int() - theirs.int()).abs()
+    assert codes.low == low and integers.min() == low and integers.max() == high
     assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3  # torchao multiplies by 1 / scale: ties may differ
-    values = dequantize_affine(codes.codes, (1, 16), scale, zero, torch.int8, low, high)
-    torch.testing.assert_close(codes.dequantize(), values, rtol=1e-6, atol=0)
+    values = dequantize_affine(integers.to(torch.int8), (1, 16), scale, zero, torch.int8, low, high)
+    torch.testing.assert_close(codes.decode(), values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -173,7 +178,7 @@ def test_nothing_is_clipped_before_the_first_step(seed, bits, start):
     layer = L4QLinear(nn.Linear(64, 32), bits, group=group, init=init)
     _, found = gradients(layer, torch.randn(4, 64), torch.randn(4, 32))
     assert (found["offset"] == 0).all() and (found["weight"] != 0).all()
-    assert ((layer.merged() - layer.weight).unflatten(1, (-1, group)).abs() <= 0.5001 * layer.scale).all()
+    assert ((layer.dense() - layer.weight).unflatten(1, (-1, group)).abs() <= 0.5001 * layer.scale).all()
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -181,11 +186,11 @@ def test_groups_of_zeros_and_scales_at_zero_give_finite_numbers(init):
     linear = nn.Linear(8, 4)
     linear.weight.data[:, :4] = 0
     layer = L4QLinear(linear, 4, group=4, init=init)
-    assert (layer.scale > 0).all() and (layer.merged()[:, :4].abs() < 1e-37).all()
+    assert (layer.scale > 0).all() and (layer.dense()[:, :4].abs() < 1e-37).all()
     for value in (0.0, -0.0, 1e-44):
         layer.scale.data[:, 1] = value
         y, found = gradients(layer, torch.randn(3, 8), torch.randn(3, 4))
-        assert all(tensor.isfinite().all() for tensor in (y, *found.values(), layer.merged()))
+        assert all(tensor.isfinite().all() for tensor in (y, *found.values(), layer.dense()))
 
 
 def test_what_has_diverged_is_not_hidden():
@@ -250,7 +255,7 @@ def test_autocast_quantizes_in_fp32_and_multiplies_in_bf16(dtype):
     layer.bias.data.zero_()
     x, upstream = torch.randn(7, 64), torch.randn(7, 96)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(torch.eye(64)).T, layer.merged().bfloat16())
+        assert torch.equal(layer(torch.eye(64)).T, layer.dense().bfloat16())
         y, found = gradients(layer, x, upstream)
     assert y.dtype == torch.bfloat16 and all(found[name].dtype == torch.float32 for name in ("x", *LEARNED))
     exact = copy.deepcopy(layer).double()
@@ -320,7 +325,8 @@ def sharded_step(rank, folder):
     return whole
 
 
-def test_a_sharded_step_is_the_step_of_one_process(tmp_path):
+def test_a_sharded_step_is_the_step_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # the other process imports this module
     other = torch.multiprocessing.get_context("spawn").Process(target=sharded_step, args=(1, tmp_path))
     other.start()
     sharded = sharded_step(0, tmp_path)
@@ -384,65 +390,80 @@ def test_seeds_decide_the_adapters_and_nothing_else_does():
         assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1
 
 
+def plain():
+    """tiny-random as it is loaded, on the CPU."""
+    return models.load_model("tiny-random").cpu()
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [None, 32])
 @torch.no_grad()
-def test_saved_and_loaded_it_gives_the_same_outputs_bit_for_bit(bits, group, tmp_path):
+def test_kept_and_restored_it_gives_the_same_outputs_bit_for_bit(bits, group, tmp_path):
     model = tiny(bits, group)
-    save(model, tmp_path)
-    loaded = load(tmp_path, models.skeleton(model.config).eval())
-    assert not trained_parameters(loaded)
-    assert {type(loaded.get_submodule(name)) for name in decoder_linears(loaded)} == {nn.Linear}
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    frozen = freeze(copy.deepcopy(model))
+    keep_model(model, plain(), tmp_path / "kept")
+    restored = restore_model(plain(), tmp_path / "kept")
+    assert not trained_parameters(restored) and not restored.training
+    assert {type(restored.get_submodule(name)) for name in decoder_linears(restored)} == {DeployedLinear}
+    assert restored.lm_head.weight is restored.model.embed_tokens.weight
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            wanted = model(TOKENS).logits
-            assert torch.equal(loaded(TOKENS).logits, wanted) and torch.equal(frozen(TOKENS).logits, wanted)
+            assert torch.equal(restored(TOKENS).logits, model(TOKENS).logits)
 
 
 @torch.no_grad()
-def test_a_16_bit_model_with_biases_is_saved_and_loaded_as_well(shape, tmp_path):
+def test_what_attach_made_is_merged_and_kept_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
+    model = attach(plain(), "l4q", format=Format("affine", 3, 32), adapter=Adapter(4))
+    for parameter in trained_parameters(model).values():
+        parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    wanted = model.eval()(TOKENS).logits
+    merge(model)
+    keep_model(model, plain(), tmp_path / "kept")
+    assert torch.equal(model(TOKENS).logits, wanted)
+    assert torch.equal(restore_model(plain(), tmp_path / "kept")(TOKENS).logits, wanted)
+
+
+@torch.no_grad()
+def test_a_16_bit_model_with_biases_is_kept_and_restored_as_well(shape, tmp_path):
     torch.manual_seed(0)
-    config = Qwen2Config(**shape, tie_word_embeddings=False)
-    model = l4q_model(AutoModelForCausalLM.from_config(config).bfloat16().eval(), 4, group=16, rank=1)
+    original = AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=False)).bfloat16().eval()
+    model = l4q_model(copy.deepcopy(original), 4, group=16, rank=1)
     for layer in model.modules():
         if isinstance(layer, L4QLinear):
             layer.lora_B.normal_(std=0.1)
             if layer.bias is not None:
                 layer.bias.normal_()
     wanted = model(TOKENS).logits
-    save(model, tmp_path)
-    loaded = load(tmp_path, models.skeleton(config).bfloat16().eval())
-    assert wanted.dtype == torch.bfloat16 and torch.equal(loaded(TOKENS).logits, wanted)
-    assert torch.equal(freeze(model)(TOKENS).logits, wanted)
+    keep_model(model, original, tmp_path / "kept")
+    restored = restore_model(original, tmp_path / "kept")
+    assert wanted.dtype == torch.bfloat16 and torch.equal(restored(TOKENS).logits, wanted)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_saved_weight_takes_its_bits_and_eight_bytes_a_group(bits, tmp_path):
+def test_a_kept_weight_takes_its_bits_and_eight_bytes_a_group(bits, tmp_path):
     model = tiny(bits, 32)
-    save(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["l4q.json", "model.safetensors"]
+    keep_model(model, plain(), tmp_path / "kept")
     weights = sum(layer.weight.numel() for layer in decoder_linears(model).values())
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+    with safe_open(tmp_path / "kept", "pt") as file:
         stored = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
-    linear = {name for name in stored if name.rpartition(".")[2] in ("codes", "scale", "offset")}
-    assert sum(stored[name] for name in linear) == weights * bits // 8 + weights // 32 * 8
+    # the rest is as it was loaded
+    assert {name.rpartition("/")[2] for name in stored} == {"codes", "scales", "offsets"}
+    assert sum(stored.values()) == weights * bits // 8 + weights // 32 * 8
+    assert (tmp_path / "kept").stat().st_size < sum(stored.values()) + 8000
     rest = 320 * 64 + 5 * 64  # embeddings, tied to the head, and norms
-    assert sum(stored.values()) == sum(stored[name] for name in linear) + rest * 4
-    assert (tmp_path / "model.safetensors").stat().st_size < sum(stored.values()) + 8000
+    assert stored_bytes(model) == sum(stored.values()) + rest * 2
 
 
-def test_merged_codes_are_those_of_the_layers():
+def test_codes_are_those_of_the_layers():
     model = tiny(3)
-    codes = merge(model)
-    assert set(codes) == set(decoder_linears(model))
-    for name, deployed in codes.items():
+    found = {name: codes for name, _, codes in coded_layers(model)}
+    assert set(found) == set(decoder_linears(model))
+    for name, codes in found.items():
         layer = model.get_submodule(name)
-        assert deployed.codes.shape == layer.weight.shape and deployed.codes.dtype == torch.int8
-        assert deployed.codes.min() >= -4 and deployed.codes.max() <= 3 and deployed.bits == 3
-        assert torch.equal(deployed.dequantize(), layer.merged())
-        torch.testing.assert_close(layer(torch.eye(layer.in_features)).T.detach(), layer.merged())
+        assert codes.integers.shape == layer.weight.shape and codes.low == -4
+        assert codes.integers.min() >= -4 and codes.integers.max() <= 3 and codes.bits == 3
+        assert torch.equal(codes.decode(), layer.dense())
+        torch.testing.assert_close(layer(torch.eye(layer.in_features)).T.detach(), layer.dense())
 
 
 def test_bad_arguments_are_refused_and_the_model_is_left_as_it_was(tiny_model):
@@ -470,30 +491,33 @@ def test_bad_arguments_are_refused_and_the_model_is_left_as_it_was(tiny_model):
         l4q_model(tiny_model, 4, group=None)
 
 
-def test_what_cannot_be_saved_or_loaded_is_refused(tiny_model, tmp_path):
-    for refused in (merge, freeze):
-        with pytest.raises(ValueError, match="LlamaForCausalLM has no L4Q layers; make them with l4q_model"):
-            refused(tiny_model)
-    with pytest.raises(ValueError, match=r"has no model\.safetensors; use one that l4q\.save wrote"):
-        load(tmp_path, tiny_model)
+def test_what_cannot_be_kept_or_restored_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no layers of 4-bit integers; attach 'l4q'"):
+        int4_model(plain(), torch.float32)
+    with pytest.raises(ValueError, match=r"missing is no kept model \("):
+        restore_model(plain(), tmp_path / "missing")
     model = tiny()
-    save(model, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"has no nn\.Linear 'model\.layers\.0\.self_attn\.q_proj' of shape \[64, 64\]"
-    ):
-        load(tmp_path, tiny())
+    keep_model(model, plain(), tmp_path / "kept")
     config = copy.deepcopy(model.config)
-    config.vocab_size = 300
-    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' is \[300, 64\], the saved one \[320, 64\]"):
-        load(tmp_path, models.skeleton(config))
-    config.vocab_size, config.num_hidden_layers = 320, 3
-    with pytest.raises(ValueError, match=r"the saved model: has no 'model\.layers\.2"):
-        load(tmp_path, models.skeleton(config))
+    config.hidden_size, config.num_attention_heads = 32, 2
+    with pytest.raises(ValueError, match=r"of another model, which has a layer '.*q_proj' of shape \[64, 64\]"):
+        restore_model(models.skeleton(config), tmp_path / "kept")
+    fewer = copy.deepcopy(model.config)
+    fewer.num_hidden_layers = 1
+    with pytest.raises(ValueError, match=r"of another model, which has a layer 'model\.layers\.1\.self_attn\.q_proj'"):
+        restore_model(models.skeleton(fewer), tmp_path / "kept")
+    model.model.embed_tokens.weight.data += 1
+    keep_model(model, plain(), tmp_path / "kept")
+    other = copy.deepcopy(model.config)
+    other.vocab_size = 300
+    before = models.skeleton(other)
+    with pytest.raises(ValueError, match=r"which has 'model\.embed_tokens\.weight' of shape \[320, 64\]"):
+        restore_model(before, tmp_path / "kept")
+    assert {type(layer) for layer in decoder_linears(before).values()} == {nn.Linear}  # nothing was changed
     model.model.layers[1].mlp.up_proj.offset.data[0] = torch.inf
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: .* has diverged"):
-        save(model, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-    assert json.loads((tmp_path / "l4q.json").read_text())["layers"]["model.layers.0.mlp.up_proj"] == {
-        "bits": 4,
-        "shape": [160, 64],
-    }
+        keep_model(model, plain(), tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with safe_open(tmp_path / "kept", "pt") as file:
+        layout = json.loads(file.metadata()["layers"])["model.layers.0.mlp.up_proj"]
+    assert layout == {"bits": 4, "shape": [160, 64], "low": -8}

@@ -19,14 +19,18 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from studylib.quant.layers import cache_bytes_per_token
-from studylib.study.machine import keep_freed_memory, peak_memory
-from studylib.evaluate.memory import weight_bytes
+from studylib.config.settings import Grid, Scheme
 from studylib.quant import layers
-from studylib.config.settings import Grid
 from studylib.quant.grids import fake_quantize, quantize
-from studylib.quant.layers import QuantizedLinear, decoder_linears, freeze_weights, quantize_model
-from studylib.config.settings import Scheme
+from studylib.quant.layers import (
+    QuantizedLinear,
+    cache_bytes_per_token,
+    decoder_linears,
+    freeze_weights,
+    quantize_model,
+)
+from studylib.quant.storage import stored_bytes
+from studylib.study.machine import keep_freed_memory, peak_memory
 
 SHAPE = dict(
     vocab_size=96,
@@ -206,7 +210,7 @@ def test_schemes_that_make_no_sense_are_refused(model):
         ({"cache_scale": "layer"}, "'layer' is not known"),
         ({"keys": "rotated"}, "'rotated' is not known"),
         ({"grid": "lsq", "keys": "after-rotary"}, "does not go with the grid 'lsq'"),
-        ({"grid": "lsq", "weight_group": 32}, "weight_group: 32 does not go with the grid 'lsq'"),
+        ({"grid": "lsq", "group": 32}, "group: 32 does not go with the grid 'lsq'"),
     ):
         with pytest.raises(ValueError, match=named):
             Scheme(**arguments)
@@ -243,9 +247,9 @@ def test_frozen_weights_give_the_same_outputs(model):
 def test_what_cannot_be_quantized_is_refused_and_left_as_it_was(model):
     modules = list(model.modules())
     with pytest.raises(ValueError, match="48 does not divide the row length 64"):
-        quantize_model(model, "4-8-4", Scheme(weight_group=48))
+        quantize_model(model, "4-8-4", Scheme(group=48))
     assert list(model.modules()) == modules
-    quantize_model(model, "4-8-4", Scheme(weight_group=32))
+    quantize_model(model, "4-8-4", Scheme(group=32))
     with pytest.raises(ValueError, match="quantized already"):
         quantize_model(model, "8-8-8")
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
@@ -274,21 +278,25 @@ def test_what_would_be_left_out_is_refused(model):
         quantize_model(images, "4-8-4")
 
 
-def test_bytes_by_plan_equal_bytes_of_the_codes(model):
+def test_counted_bytes_equal_bytes_of_the_codes(model):
     linears = decoder_linears(model)
     packed = sum(
         quantize(l.weight.detach(), Grid(4)).codes.numel() // 2 + quantize(l.weight.detach(), Grid(4)).scale.nbytes
         for l in linears.values()
     )
     rest = sum(p.numel() * 2 for p in model.parameters()) - sum(l.weight.numel() * 2 for l in linears.values())
-    assert weight_bytes(model, "4-8-4") == packed + rest
-    assert weight_bytes(model, "16-8-4") == sum(p.numel() * 2 for p in model.parameters())
+
+    def counted(bits, scheme=Scheme()):
+        return stored_bytes(quantize_model(copy.deepcopy(model), bits, scheme))
+
+    assert counted("4-8-4") == packed + rest
+    assert counted("16-8-4") == sum(p.numel() * 2 for p in model.parameters())
     assert cache_bytes_per_token(model, "4-8-4") == 2 * 2 * (32 // 2 + 4)  # layers x (k, v) x (codes + fp32 scale)
     assert cache_bytes_per_token(model, "4-8-16") == 2 * 2 * 32 * 2
     assert cache_bytes_per_token(model, "4-8-4", Scheme(cache_scale="head")) == 2 * 2 * (32 // 2 + 2 * 4)
     grouped = [quantize(l.weight.detach(), Grid(4, "asymmetric", 32)) for l in linears.values()]
     packed = sum(q.codes.numel() // 2 + q.scale.nbytes + q.zero.numel() // 2 for q in grouped)
-    assert weight_bytes(model, "4-8-4", Scheme("asymmetric", 32)) == packed + rest
+    assert counted("4-8-4", Scheme("asymmetric", 32)) == packed + rest
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():

@@ -9,9 +9,18 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib.evidence.claims import CLAIMS
-from studylib.evidence.effects import ACCURACY, COST, INCONCLUSIVE, NOT_TESTED, PERPLEXITY, TIMES, Effect, PaperNumber
-from studylib.evidence.judging import judge
 from studylib.evidence.statistics import Interval
+from studylib.evidence.verdicts import (
+    ACCURACY,
+    COST,
+    INCONCLUSIVE,
+    NOT_TESTED,
+    PERPLEXITY,
+    TIMES,
+    Effect,
+    PaperNumber,
+    judge,
+)
 from studylib.report.figures.claims import LIMIT, overview
 from studylib.report.ledger import WIDTH, Entry, ledger, ledger_frame, ledger_table, picture
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.evidence.measures import Cell, Measure, Setting, identity
-from studylib.methods import deploy as merging
-from studylib.config.settings import Format
+from studylib.config.settings import REQUANTIZED, Format
+from studylib.evidence.measures import Cell, Measure, identity
+from studylib.methods.arms import Setting, setting
 from studylib.report import recipes
 from studylib.report.figures.recipes import frontier_figure
 from studylib.study.records import DIVERGED
@@ -70,7 +70,7 @@ def test_shared_work_counts_in_full_for_everyone(make_record):
 
     records = [
         record("qlora", "4-16-16", {"train": 600.0}, format=NF4),
-        record("qlora", "4-16-16", {"train": 6.0}, format=NF4, merge=merging.REQUANTIZED),
+        record("qlora", "4-16-16", {"train": 6.0}, format=NF4, merge=REQUANTIZED),
         record("llm-qat", "4-8-4", {"data": 60.0, "train": 30.0}),
         record("gptq", "4-8-4", {"data": 0.1, "quantize": 30.0}),
     ]
@@ -89,7 +89,7 @@ def test_fine_tuned_models_are_a_family_of_their_own(make_record, tuned):
     general, learned = recipes.families([make_record("full-precision"), *tuned])
     assert {c.cell.method for c in general.candidates} == {"full-precision", "encoded"}
     assert learned.measure.name == "perplexity/responses" and learned.reference.title == "LoRA at 16-16-16"
-    assert len(general.candidates) + len(learned.candidates) == len({(r.arm.title) for r in tuned}) + 1
+    assert len(general.candidates) + len(learned.candidates) == len({Setting.of(r.arm) for r in tuned}) + 1
     (without,) = recipes.families([record for record in tuned if record.arm.method == "qlora"])
     assert without.reference.title == "QLoRA at 4-16-16"  # the best, for there is no LoRA on 16 bits
 
@@ -102,8 +102,9 @@ def test_frontier_and_recommendation_against_brute_force(make_record, sizes_and_
     for at, (size, loss) in enumerate(sizes_and_losses):
         metrics = {"bytes/weights": size * 1e6, "bytes/cache_per_token": 0.0}
         own = dataclasses.replace(record, metrics=metrics, scores={"loss/x": [float(loss), float(loss)]})
-        candidates.append(recipes.Candidate(Cell(Setting("rtn", "4-8-4", f"number {at}"), (own,)), {"train": 0.0}))
-    measure = Measure("perplexity/x", "perplexity on x", ("loss/x",), (2,))
+        cell = Cell(setting("rtn", "4-8-4", {"scheme.group": at + 1}), (own,))
+        candidates.append(recipes.Candidate(cell, {"train": 0.0}))
+    measure = Measure("perplexity", "x", "perplexity on x", ("loss/x",), (2,))
     family = recipes.Family("x", measure, tuple(candidates), candidates[0], None, ())
     best = {
         (size, loss)
@@ -216,8 +217,8 @@ def test_more_comparisons_ask_for_more_distance(make_record):
     """2.3 standard errors are enough for one comparison (1.96), not for each of ten (2.81)."""
     best, near = make_record("rtn", "4-8-4"), with_noise(make_record("gptq", "4-8-4"), 2.3 / 8)
     others = [
-        make_record("encoded", "4-16-16", loss=9.0, changes={"format": Format("int", 4, block)})
-        for block in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        make_record("encoded", "4-16-16", loss=9.0, changes={"format": Format("int", 4, group)})
+        for group in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     ]
     assert recommended([best, near], 5).equals == ()
     assert [other.title for other in recommended([best, near, *others], 5).equals] == ["GPTQ at 4-8-4"]
@@ -225,8 +226,8 @@ def test_more_comparisons_ask_for_more_distance(make_record):
 
 def test_many_equals_are_counted(make_record):
     others = [
-        with_noise(make_record("encoded", "4-16-16", changes={"format": Format("int", 4, block)}), 0.01)
-        for block in (1, 2, 4, 8, 16, 32, 64, 128)
+        with_noise(make_record("encoded", "4-16-16", changes={"format": Format("int", 4, group)}), 0.01)
+        for group in (1, 2, 4, 8, 16, 32, 64, 128)
     ]
     found = recommended([make_record("rtn", "4-8-4"), *others], 5)
     assert len(found.equals) == 8 and any(text.endswith(" and 2 more.") for text in found.details)

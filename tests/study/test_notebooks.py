@@ -37,8 +37,8 @@ def test_the_summary_adds_only_settings_that_no_other_notebook_has(publish, tmp_
 
 def test_a_record_that_is_gone_is_named(publish, tmp_path, picture):
     notebooks = [publish("04_ptq_vs_qat", picture)]
-    (tmp_path / "records" / f"{picture[0].key}.json").unlink()
-    with pytest.raises(RecordError, match=picture[0].key):
+    Store(tmp_path).find(picture[0].key).unlink()
+    with pytest.raises(RecordError, match=picture[0].key[:12]):
         batch.used_records(tmp_path / "run", notebooks, tmp_path / "records")
 
 
@@ -46,4 +46,21 @@ def test_methods_that_a_model_cannot_have_can_be_left_out(tmp_path):
     (notebook,) = batch.find_notebooks(["04"])
     given = {"model": "tiny-random", "profile": "smoke", "results": str(tmp_path), "seeds": [0]}
     given |= {"methods": ["rtn", "gptq"], "searched": [], "smoothed": []}
-    assert {arm.method for arm in batch.planned(notebook, given)} == {"full-precision", "rtn", "gptq", "llm-qat"}
+    assert {arm.method for arm in batch.wanted_arms(notebook, given)} == {"full-precision", "rtn", "gptq", "llm-qat"}
+
+
+def test_what_is_wanted_is_told_without_running_the_notebook(tmp_path):
+    """Only the parameters and the cells tagged "arms" are run: nothing is computed, drawn or written."""
+    for notebook in batch.find_notebooks([]):
+        given = {"model": "tiny-random", "profile": "smoke", "results": str(tmp_path / "none")}
+        own = {name: value for name, value in given.items() if name in batch.default_parameters(notebook)}
+        arms = batch.wanted_arms(notebook, own)
+        assert bool(arms) == (notebook.stem not in ("00_claims", "07_memory"))
+        assert all(arm.model == "tiny-random" for arm in arms)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_arm_that_cannot_be_is_told_when_it_is_asked_for():
+    (notebook,) = batch.find_notebooks(["04"])
+    with pytest.raises(ValueError, match="bits of the activations: 9 is not allowed"):
+        batch.wanted_arms(notebook, {"model": "tiny-random", "profile": "smoke", "settings": ["4-9-4"]})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -15,21 +16,21 @@ import torch
 
 from studylib.config.budgets import Evaluation
 from studylib.config.profiles import profile
+from studylib.config.settings import Scheme
 from studylib.data import models
 from studylib.data.corpora import windows
 from studylib.evaluate.scores import window_losses
-from studylib.methods import steps as methods
+from studylib.methods.arms import build_arm
 from studylib.quant.layers import round_to_nearest
-from studylib.config.settings import Scheme
-from studylib.study import records
-from studylib.study import run as experiments
-from studylib.study.records import RecordError, Store, arm_key
+from studylib.study import run, schedule
+from studylib.study.records import RecordError, Store, arm_key, read_record
 from studylib.train import data as training_data
+from studylib.train import distillation
 
 EVALUATION = Evaluation(("wikipedia",), windows=4, length=32)
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=EVALUATION)
 FP, ROUNDED, TRAINED = (
-    BUDGET.arm("tiny-random", method, bits)
+    build_arm(BUDGET, "tiny-random", method, bits)
     for method, bits in (("full-precision", "16-16-16"), ("rtn", "4-8-4"), ("llm-qat", "4-8-4"))
 )
 
@@ -39,7 +40,7 @@ def without_cost(record):
 
 
 def test_arms_become_records_that_are_loaded_the_second_time(tmp_path, monkeypatch, tiny_tokenizer):
-    made = experiments.run([FP, ROUNDED, TRAINED, ROUNDED], tmp_path)
+    made = schedule.run([FP, ROUNDED, TRAINED, ROUNDED], tmp_path)
     assert [record.arm for record in made] == [FP, ROUNDED, TRAINED, ROUNDED] and made[1] == made[3]
     assert len(list((tmp_path / "records").glob("*.json"))) == 3
     losses = window_losses(
@@ -50,98 +51,75 @@ def test_arms_become_records_that_are_loaded_the_second_time(tmp_path, monkeypat
     assert made[1].metrics["perplexity/wikipedia"] == pytest.approx(np.exp(losses.mean()))
     assert len(made[2].training) == 4 and made[2].cost["tokens"]["data"] == 8 * 32
     assert made[2].cost["peak_bytes"] > 2**20 and {"data", "train", "evaluate"} <= set(made[2].cost["seconds"])
-    assert made[0].provenance["model"]["sha256"] and made[0].provenance["code"]["torch"] == torch.__version__
+    assert made[0].provenance["model"]["sha256"] and made[0].provenance["libraries"]["torch"] == version("torch")
     assert not list((tmp_path / "checkpoints").iterdir())
 
-    monkeypatch.setattr(experiments, "carry_out", lambda *args: pytest.fail("computed again"))
-    assert experiments.run([TRAINED, FP], tmp_path) == [made[2], made[0]]
+    monkeypatch.setattr(schedule, "carry_out", lambda *args: pytest.fail("computed again"))
+    assert schedule.run([TRAINED, FP], tmp_path) == [made[2], made[0]]
 
 
 ALL_KINDS = {
-    "chat text": BUDGET.arm("tiny-random", "llm-qat", "4-8-4", sampling={"strategy": "chat"}),
-    "real text": BUDGET.arm("tiny-random", "llm-qat", "4-8-4", corpus="c4"),
-    "labels": BUDGET.arm("tiny-random", "llm-qat", "4-8-4", training={"loss": "labels"}),
-    "features": BUDGET.arm("tiny-random", "llm-qat", "4-8-4", training={"loss": "kl+attention+hidden"}),
-    "bf16 masters": BUDGET.arm("tiny-random", "llm-qat", "4-8-4", training={"masters": "bf16"}),
-    "learned grid": BUDGET.arm("tiny-random", "llm-qat", "4-8-4", scheme=Scheme(grid="lsq")),
-    "rotated keys": BUDGET.arm("tiny-random", "rtn", "4-8-4", scheme=Scheme(keys="after-rotary", cache_scale="head")),
-    "smoothed": BUDGET.arm("tiny-random", "smoothquant", "4-8-4"),
-    "smoothed and trained": BUDGET.arm("tiny-random", "smoothquant+llm-qat", "4-8-4"),
-    "gptq": BUDGET.arm("tiny-random", "gptq", "4-8-4"),
+    "chat text": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", sampling={"strategy": "chat"}),
+    "real text": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", corpus="c4"),
+    "labels": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", training={"loss": "labels"}),
+    "features": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", training={"loss": "kl+attention+hidden"}),
+    "bf16 masters": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", training={"masters": "bf16"}),
+    "learned grid": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", scheme=Scheme(grid="lsq")),
+    "rotated keys": build_arm(
+        BUDGET, "tiny-random", "rtn", "4-8-4", scheme=Scheme(keys="after-rotary", cache_scale="head")
+    ),
+    "smoothed": build_arm(BUDGET, "tiny-random", "smoothquant", "4-8-4"),
+    "smoothed and trained": build_arm(BUDGET, "tiny-random", "smoothquant+llm-qat", "4-8-4"),
+    "gptq": build_arm(BUDGET, "tiny-random", "gptq", "4-8-4"),
 }
 
 
 def test_every_kind_of_arm_runs_and_comes_back_from_its_file(fp32, tmp_path):
-    made = dict(zip(ALL_KINDS, experiments.run(list(ALL_KINDS.values()), tmp_path), strict=True))
+    made = dict(zip(ALL_KINDS, schedule.run(list(ALL_KINDS.values()), tmp_path), strict=True))
     assert len({record.key for record in made.values()}) == len(made)
     for name, record in made.items():
         assert record.status == "finished" and np.isfinite(record.metrics["perplexity/wikipedia"]), name
         assert bool(record.curve) == bool(record.arm.training) and bool(record.data) == bool(record.arm.data)
-        assert records.read_record(Store(tmp_path).path(record.key)) == record
+        assert read_record(Store(tmp_path).find(record.key)) == record
     # Arms that share their data share the folder it is in: hybrid, chat and C4 text.
     assert len(list((tmp_path / "data").iterdir())) == 3
     tokens = windows("c4", models.load_tokenizer("tiny-random"), 32, None, "training")
     sample = models.load_tokenizer("tiny-random").decode
     assert all(text in {sample(window) for window in tokens} for text in made["real text"].data["samples"])
-    assert (
-        "llmcompressor" in made["gptq"].provenance["code"] and "llmcompressor" not in made["labels"].provenance["code"]
-    )
+    assert "ptq" in made["gptq"].provenance["numerics"] and "ptq" not in made["labels"].provenance["numerics"]
 
 
 def test_an_arm_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monkeypatch):
     longer = dataclasses.replace(
         TRAINED, training=dataclasses.replace(TRAINED.training, steps=6, extended_from=(TRAINED.training.steps,))
     )
-    (alone,) = experiments.run([longer], tmp_path / "alone")
-    experiments.run([TRAINED], tmp_path / "kept", keep_checkpoints=True)
+    (alone,) = schedule.run([longer], tmp_path / "alone")
+    schedule.run([TRAINED], tmp_path / "kept", keep_checkpoints=True)
     begun = []
-    original = methods.train_llm_qat
+    original = distillation.train_llm_qat
 
     def watched(*args, progress, **kwargs):
         return original(*args, progress=lambda n: (begun.append(n), progress(n)), **kwargs)
 
-    monkeypatch.setattr(methods, "train_llm_qat", watched)
-    (extended,) = experiments.run([longer], tmp_path / "kept")
+    monkeypatch.setattr(distillation, "train_llm_qat", watched)
+    (extended,) = schedule.run([longer], tmp_path / "kept")
     assert begun[0] == 4 * 2 * 32
     assert without_cost(extended) == without_cost(alone)
     assert [path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()] == [arm_key(TRAINED)]
 
 
 def test_the_same_arm_gives_the_same_record(tmp_path):
-    first, second = (experiments.run([TRAINED], tmp_path / name)[0] for name in "ab")
+    first, second = (schedule.run([TRAINED], tmp_path / name)[0] for name in "ab")
     assert without_cost(first) == without_cost(second)
 
 
-def test_changed_code_makes_a_new_record(monkeypatch):
-    key = arm_key(TRAINED)
-    monkeypatch.setattr(records, "code_hash", lambda module: "0" * 64 if module == "distill" else "1" * 64)
-    changed = arm_key(TRAINED)
-    monkeypatch.setattr(records, "code_hash", lambda module: "2" * 64 if module == "distill" else "1" * 64)
-    assert len({key, changed, arm_key(TRAINED)}) == 3
-    rounded = arm_key(ROUNDED)
-    monkeypatch.setattr(records, "code_hash", lambda module: "3" * 64 if module == "distill" else "1" * 64)
-    assert arm_key(ROUNDED) == rounded  # RTN does not run through distill.py
-
-
-def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
-    def hash_of(text):
-        (tmp_path / "m.py").write_text(text)
-        monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-        return records.code_hash.__wrapped__("m")
-
-    plain = hash_of("def f(x):\n    return x + 1\n")
-    assert hash_of('"""What."""\n\n\ndef f(x):  # why\n    """Doc."""\n    return (x + 1)\n') == plain
-    assert hash_of("def f(x):\n    return x + 2\n") != plain
-
-
 SCRIPT = """
-import dataclasses, sys
-from studylib.study import run as experiments
-from studylib.train import loop as training_loop
-training_loop.CHECKPOINT_SECONDS = 0
+import json, sys
 from studylib.config.arm import Arm
-import json
-experiments.run([Arm.from_dict(json.loads(t)) for t in json.loads(sys.argv[1])], sys.argv[2])
+from studylib.study import schedule
+from studylib.train import loop
+loop.CHECKPOINT_SECONDS = 0
+schedule.run([Arm.from_dict(json.loads(t)) for t in json.loads(sys.argv[1])], sys.argv[2])
 """
 
 
@@ -152,9 +130,9 @@ def start(arms, folder):
 
 def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
     long = dataclasses.replace(TRAINED, training=dataclasses.replace(TRAINED.training, steps=40))
-    whole = experiments.run([long], tmp_path / "whole")[0]
+    whole = schedule.run([long], tmp_path / "whole")[0]
 
-    experiments.run([FP], tmp_path / "killed")
+    schedule.run([FP], tmp_path / "killed")
     process = start([FP, long], tmp_path / "killed")
     checkpoints = tmp_path / "killed" / "checkpoints"
     while not list(checkpoints.glob("*/checkpoint-1[1-9]")):  # one is written at every step; the last may not be whole
@@ -162,60 +140,62 @@ def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [path.stem for path in (tmp_path / "killed" / "records").glob("*.json")] == [arm_key(FP)]
-    stamp = Store(tmp_path / "killed").path(arm_key(FP)).stat().st_mtime_ns
+    (only,) = (tmp_path / "killed" / "records").glob("*.json")
+    assert only == Store(tmp_path / "killed").find(arm_key(FP))
+    stamp = only.stat().st_mtime_ns
 
     resumed_from = []
-    original = methods.train_llm_qat
+    original = distillation.train_llm_qat
 
     def watched(*args, progress, **kwargs):
         return original(*args, progress=lambda n: (resumed_from.append(n), progress(n)), **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "train_llm_qat", watched)
-        resumed = experiments.run([FP, long], tmp_path / "killed")[1]
+        patch.setattr(distillation, "train_llm_qat", watched)
+        resumed = schedule.run([FP, long], tmp_path / "killed")[1]
     assert resumed_from[0] >= 10 * 2 * 32
     assert without_cost(resumed) == without_cost(whole)
-    assert Store(tmp_path / "killed").path(arm_key(FP)).stat().st_mtime_ns == stamp
+    assert only.stat().st_mtime_ns == stamp
 
 
 def test_two_processes_share_a_folder_and_compute_each_arm_once(tmp_path):
     first, second = start([FP, TRAINED], tmp_path), start([TRAINED, FP], tmp_path)
     assert (first.wait(120), second.wait(120)) == (0, 0), first.stderr.read() + second.stderr.read()
-    assert {path.name for path in (tmp_path / "records").iterdir()} == {f"{arm_key(arm)}.json" for arm in (FP, TRAINED)}
+    found = {path for path in (tmp_path / "records").iterdir()}
+    assert found == {Store(tmp_path).find(arm_key(arm)) for arm in (FP, TRAINED)} and len(found) == 2
 
 
 def test_the_longest_arm_comes_first_unless_its_data_are_being_made_elsewhere(tmp_path, monkeypatch):
-    begun, store, original = [], Store(tmp_path), experiments.carry_out
-    monkeypatch.setattr(experiments, "carry_out", lambda arm, *rest: begun.append(arm) or original(arm, *rest))
-    experiments.run([FP, ROUNDED, TRAINED], tmp_path)
+    begun, store, original = [], Store(tmp_path), schedule.carry_out
+    monkeypatch.setattr(schedule, "carry_out", lambda arm, *rest: begun.append(arm) or original(arm, *rest))
+    schedule.run([FP, ROUNDED, TRAINED], tmp_path)
     assert begun == [TRAINED, FP, ROUNDED]
     (folder,) = (tmp_path / "data").iterdir()
     for name, first in ((f"data-{folder.name}", FP), ("data-other", TRAINED)):
-        with store.lock(name), experiments._locked([TRAINED, FP], store) as arm:
+        with store.lock(name), schedule._locked([TRAINED, FP], store) as arm:
             assert arm == first
 
 
 def test_jobs_share_the_arms_and_leave_the_same_records(tmp_path, monkeypatch):
-    arms, threads, original = [FP, ROUNDED, TRAINED], torch.get_num_threads(), experiments.carry_out
-    alone = experiments.run(arms, tmp_path / "alone")
+    arms, threads, original = [FP, ROUNDED, TRAINED], torch.get_num_threads(), schedule.carry_out
+    alone = schedule.run(arms, tmp_path / "alone")
 
     def slow(*args):
         while not list((tmp_path / "shared" / "records").iterdir()):  # until the other process has finished one
             time.sleep(0.05)
         return original(*args)
 
-    monkeypatch.setattr(experiments, "carry_out", slow)
-    shared = experiments.run(arms, tmp_path / "shared", jobs=2)
+    monkeypatch.setattr(schedule, "carry_out", slow)
+    shared = schedule.run(arms, tmp_path / "shared", jobs=2)
     assert list(map(without_cost, shared)) == list(map(without_cost, alone))
     assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="jobs: 0 is not allowed"):
-        experiments.run([FP], tmp_path, jobs=0)
+        schedule.run([FP], tmp_path, jobs=0)
 
 
 def test_what_a_job_fails_at_is_done_by_the_first(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(experiments, "_help", os._exit)  # which takes other arguments
-    assert [record.status for record in experiments.run([FP, ROUNDED], tmp_path, jobs=2)] == ["finished"] * 2
+    monkeypatch.setattr(schedule, "_help", os._exit)  # which takes other arguments
+    assert [record.status for record in schedule.run([FP, ROUNDED], tmp_path, jobs=2)] == ["finished"] * 2
     assert "TypeError" in capfd.readouterr().err
 
 
@@ -226,32 +206,33 @@ def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            experiments.run([FP], tmp_path)
+            schedule.run([FP], tmp_path)
     assert not list((tmp_path / "records").iterdir())
-    assert experiments.run([FP], tmp_path)[0].status == "finished"
+    assert schedule.run([FP], tmp_path)[0].status == "finished"
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "x"}'])
 def test_a_corrupt_record_is_named_and_nothing_is_overwritten(tmp_path, damage):
-    store = Store(tmp_path)
-    store.path(arm_key(FP)).write_text(damage)
-    with pytest.raises(RecordError, match=f"{arm_key(FP)}.json is not a record"):
-        experiments.run([FP], tmp_path)
-    assert store.path(arm_key(FP)).read_text() == damage
+    (record,) = schedule.run([FP], tmp_path)
+    path = Store(tmp_path).find(record.key)
+    path.write_text(damage)
+    with pytest.raises(RecordError, match=f"{path.name} cannot be read as a record .*; move it away"):
+        schedule.run([FP], tmp_path)
+    assert path.read_text() == damage
 
 
 def test_divergence_is_recorded_as_such(tmp_path):
     wild = dataclasses.replace(TRAINED, training=dataclasses.replace(TRAINED.training, learning_rate=1e30))
-    record = experiments.run([wild], tmp_path)[0]
+    record = schedule.run([wild], tmp_path)[0]
     assert record.status == "diverged"
     assert record.metrics.get("perplexity/wikipedia") is None
-    assert experiments.run([wild], tmp_path)[0] == record
+    assert schedule.run([wild], tmp_path)[0] == record
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match="not writable"):
-        experiments.run([FP], tmp_path / "file")
+        schedule.run([FP], tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -261,13 +242,13 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
         ({"evaluation": dataclasses.replace(EVALUATION, length=513)}, "513 tokens is longer than the model's context"),
         ({"evaluation": dataclasses.replace(EVALUATION, windows=10**6)}, "windows: 1000000"),
         ({"evaluation": dataclasses.replace(EVALUATION, pairs=10**6)}, "pairs: 1000000 are more than"),
-        ({"scheme": Scheme(weight_group=48)}, "48 does not divide the row length 64"),
+        ({"scheme": Scheme(group=48)}, "48 does not divide the row length 64"),
     ],
 )
 def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path, monkeypatch, changes, named):
-    monkeypatch.setattr(experiments, "carry_out", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(schedule, "carry_out", lambda *args: pytest.fail("computed"))
     with pytest.raises(ValueError, match=named):
-        experiments.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
+        schedule.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
 
 
 def test_weights_that_are_written_by_a_check_have_numbers(monkeypatch):
@@ -275,20 +256,20 @@ def test_weights_that_are_written_by_a_check_have_numbers(monkeypatch):
     devices = []
     load = models.load_config
     monkeypatch.setattr(models, "load_config", lambda name: devices.append(torch.get_default_device()) or load(name))
-    experiments.check(FP)
+    run.check(FP)
     assert devices == [torch.device("cpu")]
 
 
 def test_a_corpus_without_a_single_training_window_is_refused_before_any_work(tmp_path):
     (tmp_path / "short.txt").write_text("a\nfew words\n")
-    arm = BUDGET.arm("tiny-random", "llm-qat", "4-8-4", corpus=str(tmp_path / "short.txt"))
+    arm = build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", corpus=str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match="windows: 1 of 32 tokens are more than the 0"):
-        experiments.check(arm)
+        run.check(arm)
 
 
 def test_a_live_teacher_gives_the_same_record_as_kept_states(fp32, tmp_path, monkeypatch):
-    kept = experiments.run([TRAINED], tmp_path / "kept")[0]
+    kept = schedule.run([TRAINED], tmp_path / "kept")[0]
     monkeypatch.setattr(training_data, "KEPT_STATES_BYTES", 0)
-    live = experiments.run([TRAINED], tmp_path / "live")[0]
+    live = schedule.run([TRAINED], tmp_path / "live")[0]
     assert not list((tmp_path / "live").rglob("*.npy"))
     assert live.metrics["perplexity/wikipedia"] == pytest.approx(kept.metrics["perplexity/wikipedia"], rel=1e-3)

@@ -9,25 +9,29 @@ import torch
 from scipy import stats
 
 from studylib.cli import REFERENCE, main
-from studylib.config.profiles import profile
 from studylib.config.budgets import Evaluation
-from studylib.study import run as experiments
+from studylib.config.profiles import profile
+from studylib.methods.arms import build_arm, title
+from studylib.study import schedule
 from studylib.study.records import Store, read_records
-from studylib.study.verify import TOGETHER, choose, compare, verify
+from studylib.study.verify import TOGETHER, choose, compare, verify_records
 
 PUBLISHED = Path(__file__).parents[1] / "reference"
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=4, length=32))
-ARMS = [BUDGET.arm("tiny-random", method, bits) for method, bits in (("full-precision", "16-16-16"), ("rtn", "4-8-4"))]
+ARMS = [
+    build_arm(BUDGET, "tiny-random", method, bits)
+    for method, bits in (("full-precision", "16-16-16"), ("rtn", "4-8-4"))
+]
 
 
 @pytest.fixture
 def reference(tmp_path):
-    return tmp_path / "reference", experiments.run(ARMS, tmp_path / "reference")
+    return tmp_path / "reference", schedule.run(ARMS, tmp_path / "reference")
 
 
 def test_what_is_run_again_is_the_same_to_the_last_bit(reference, tmp_path, capsys):
     folder, records = reference
-    found = verify(records, [], 15, tmp_path / "again")
+    found = verify_records(records, [], 15, tmp_path / "again")
     assert len(found) == 2 + 1 and all(difference.exact and difference.passed for difference in found)
     assert main(["verify", "--reference", str(folder), "--arms", "RTN", "--results", str(tmp_path / "again")]) == 0
     shown = capsys.readouterr().out.splitlines()
@@ -42,7 +46,7 @@ def test_training_gives_here_what_it_gave_where_it_was_recorded(tmp_path):
     """
     records = list(read_records(PUBLISHED / "records"))
     first = [record for record in records if record.arm.seed == 0]
-    found = compare(list(zip(first, experiments.run([record.arm for record in first], tmp_path), strict=True)), records)
+    found = compare(list(zip(first, schedule.run([record.arm for record in first], tmp_path), strict=True)), records)
     assert len(found) == 4 + 2 and all(number.passed for number in found), [number.text() for number in found]
 
 
@@ -53,7 +57,7 @@ def test_each_arm_has_as_many_threads_as_it_once_had(reference, tmp_path, cores,
         return dataclasses.replace(record, provenance=record.provenance | {"hardware": hardware})
 
     before = torch.get_num_threads()
-    verify([on(*known) for known in zip(cores, reference[1], strict=True)], [], 15, tmp_path / "again", jobs)
+    verify_records([on(*known) for known in zip(cores, reference[1], strict=True)], [], 15, tmp_path / "again", jobs)
     again = [Store(tmp_path / "again").load(record.key) for record in reference[1]]
     assert tuple(record.provenance["hardware"]["cores"] for record in again) == cores
     assert torch.get_num_threads() == before
@@ -96,7 +100,7 @@ def test_a_sample_fits_the_minutes_and_holds_every_method(picture):
     chosen = choose(picture, [], 1.2)  # an untrained arm took 3 seconds, a trained one 63
     assert {record.arm.method for record in chosen} == {"full-precision", "rtn", "llm-qat"}
     assert sum(sum(record.cost["seconds"].values()) for record in chosen) <= 72
-    assert [record.arm.title for record in choose(picture, ["8-8-8"], 0)] == ["RTN 8-8-8", "LLM-QAT 8-8-8"]
+    assert [title(record.arm) for record in choose(picture, ["8-8-8"], 0)] == ["RTN 8-8-8", "LLM-QAT 8-8-8"]
     with pytest.raises(ValueError, match="none of its 9 arms holds 'NF4' in its title"):
         choose(picture, ["NF4"], 15)
     with pytest.raises(ValueError, match=r"fits into 0\.01 minutes"):
@@ -138,8 +142,8 @@ def published():
 def test_another_seed_of_the_reference_passes(published):
     """A spread that has not seen the last seed is from two values; what it fails stays rare even so."""
     known = [record for record in published if record.arm.seed < 2]
-    first = {record.arm.title: record for record in known if record.arm.seed == 0}
-    pairs = [(first[record.arm.title], record) for record in published if record.arm.seed == 2]
+    first = {title(record.arm): record for record in known if record.arm.seed == 0}
+    pairs = [(first[title(record.arm)], record) for record in published if record.arm.seed == 2]
     found = compare(pairs, known)
     assert len(found) > 4 * len(pairs) > 200 and sum(not number.passed for number in found) <= 0.01 * len(found)
     assert all(number.passed for number in found if number.arm == TOGETHER)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from studylib.train import loop as training_loop
 from studylib.config.budgets import Budget
+from studylib.train import loop as training_loop
 from studylib.train.loop import fit, last_checkpoint
 
 BUDGET = Budget(steps=8, batch=2, learning_rate=1e-2)

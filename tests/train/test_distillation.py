@@ -10,11 +10,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from studylib.config.budgets import MASTERS, Training
 from studylib.config.settings import Scheme
 from studylib.quant.layers import quantize_model
-from studylib.train import distillation as distill
 from studylib.train import loop as training_loop
-from studylib.config.budgets import Training
 from studylib.train.distillation import check_head, keep_teacher_states, last_hidden, train_llm_qat
 from studylib.train.losses import soft_logit_loss
 
@@ -223,7 +222,7 @@ def test_bf16_masters_lose_small_updates(fp32, opinionated, data, tmp_path):
     windows, _ = data
     head = opinionated.lm_head.weight.detach().clone()
     moved = {}
-    for masters in distill.MASTERS:
+    for masters in MASTERS:
         student = quantize_model(copy.deepcopy(opinionated), "4-8-4")
         before = [p.detach().bfloat16() if masters == "bf16" else p.detach().clone() for p in student.parameters()]
         settings = dataclasses.replace(SETTINGS, masters=masters, learning_rate=1e-6)

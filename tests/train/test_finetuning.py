@@ -9,11 +9,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from studylib.data.corpora import Pair, conversation
-from studylib.config.settings import Adapter
-from studylib.methods.adapters import attach
-from studylib.train.finetuning import IGNORED, collate, encode, fine_tune, random_order, response_loss
 from studylib.config.budgets import Instructions, Tuning
+from studylib.config.settings import Adapter
+from studylib.data.corpora import Pair, conversation, instruction_pairs
+from studylib.methods.adapters import attach
+from studylib.train.finetuning import (
+    IGNORED,
+    collate,
+    encode,
+    fine_tune,
+    random_order,
+    response_loss,
+    training_pairs,
+)
 
 PAIRS = [Pair(f"say {word}", word * 3) for word in ("ab", "cd", "efgh", "ij", "kl", "mnop")]
 LEARN = Instructions(length=64)
@@ -114,3 +122,17 @@ def test_what_cannot_be_trained_is_refused(tiny_model, tiny_tokenizer, tmp_path)
 def test_paging_without_cuda_is_refused_with_the_reason(adapted, tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="paging needs CUDA"):
         fine_tune(adapted, tiny_tokenizer, PAIRS, LEARN, dataclasses.replace(BUDGET, paged=True), tmp_path)
+
+
+def test_validation_pairs_are_never_trained_on():
+    training, validation = training_pairs("alpaca")
+    held_out = instruction_pairs("evaluation")
+    assert len(validation) == 8 and len(training) == 492 - 8
+    assert not set(training) & set(validation) and not set(held_out) & {*training, *validation}
+
+
+def test_too_few_pairs_are_refused(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(f'{{"instruction": "q{i}", "output": "a{i}"}}' for i in range(16)))
+    with pytest.raises(ValueError, match=r"instructions '.*few\.jsonl': 8 pairs for training are too few; 8 are kept"):
+        training_pairs(str(path))

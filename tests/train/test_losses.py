@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from studylib.config.budgets import split_loss
 from studylib.train import losses
 from studylib.train.losses import attention_loss, hidden_loss, label_loss, soft_logit_loss
-from studylib.config.budgets import split_loss
 
 
 def full_logits_loss(kind, temperature, hidden, head, teacher_hidden, teacher_head):

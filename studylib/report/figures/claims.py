@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from studylib.config.words import capital, listed
-from studylib.evidence.effects import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, VERDICTS, Effect
-from studylib.evidence.judging import Finding
+from studylib.evidence.verdicts import INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, VERDICTS, Effect, Finding
 from studylib.report.ledger import Entry, effect_text
 from studylib.report.style import STYLE, name_rows, new_panels, set_title
 

@@ -9,9 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from studylib.methods.base import METHODS
-from studylib.evaluate.memory import TITLES
-from studylib.methods.arms import corpus_title
+from studylib.config.settings import AFTER_ROTARY, BEFORE_ROTARY, BitWidths
 from studylib.config.words import capital, listed, nats, number, percent, points, signed
 from studylib.evidence.measures import (
     CONTEXT,
@@ -19,7 +17,6 @@ from studylib.evidence.measures import (
     Cell,
     Cells,
     Measure,
-    Setting,
     frontier,
     gather,
     identity,
@@ -28,9 +25,9 @@ from studylib.evidence.measures import (
     perplexities,
     won_back,
 )
-from studylib.evidence.statistics import Interval
+from studylib.evidence.statistics import Array, Interval
+from studylib.methods.arms import Setting, corpus_title, method_title
 from studylib.report.style import (
-    COLOURS,
     HALO,
     STYLE,
     axis_title,
@@ -40,17 +37,20 @@ from studylib.report.style import (
     draw_row_point,
     empty_figure,
     finish,
+    look_of,
     move_apart,
     name_rows,
     new_panels,
     off_scale,
     plain_ticks,
+    present_methods,
     say_diverged,
     set_title,
 )
 from studylib.study.records import Record
 
 PANELS_A_ROW = 4
+PLACES = {BEFORE_ROTARY: "before", AFTER_ROTARY: "after"}  # of quantizing keys, in words
 MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge with an arrow and their value
 
 
@@ -67,12 +67,12 @@ def bit_allocation(records: Sequence[Record]) -> Figure:
 
 def _defaults(records: Sequence[Record]) -> Cells:
     """The cells of each method as it is by default, without the variants that a notebook compares besides."""
-    return {setting: cell for setting, cell in gather(records).items() if not setting.variant}
+    return {setting: cell for setting, cell in gather(records).items() if not setting.changes}
 
 
 def _setting_rows(cells: Cells, panels: list[Measure], settings: list[str]) -> Figure:
     """A row for each bit setting, in it a line for each method; a panel for each measure."""
-    methods = [method for method in METHODS[1:] if any(cell.method == method for cell in cells.values())]
+    methods = [method for method in present_methods(cells) if method != FULL.method]
     height = 1.6 + (0.2 + 0.16 * len(methods)) * len(settings)
     figure, axes = new_panels(len(panels), width=12, height=height, sharey=True)
     for ax, measure in zip(axes, panels, strict=True):
@@ -127,12 +127,11 @@ def recovery(records: Sequence[Record]) -> Figure:
 
 def _recovery_title(cells: Cells, measure: Measure, bits: str) -> str:
     full, rtn = cells.get(FULL), cells[Setting("rtn", bits)]
-    others = [cells[Setting(m, bits)] for m in METHODS[2:] if Setting(m, bits) in cells]
-    others = [cell for cell in others if cell.records]
+    others = [cell for cell in cells.values() if cell.bits == bits and cell.method != rtn.method and cell.records]
     if not (full and full.records and rtn.records and others):
         return f"What RTN loses down to {bits}"
     loss = measure.interval(measure.loss, full, rtn)
-    found = [(TITLES[cell.method], won_back(measure, full, rtn, cell)[1]) for cell in others]
+    found = [(method_title(cell.method), won_back(measure, full, rtn, cell)[1]) for cell in others]
     if any(share is None for _, share in found):
         return f"At {bits} RTN loses an undecided amount of {measure.title}: {loss.text(measure.text)}"
     shares = listed([f"{title} {share.text(percent)}" for title, share in found])
@@ -171,14 +170,16 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: np.ndarray, limit: float, line: Line2D) -> None:
+def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: Array, limit: float, line: Line2D) -> None:
     texts, heights = [], []
     for cell, size in zip(shown, sizes, strict=True):
         value = measure.value(identity, cell)
-        label = TITLES["full-precision"] if cell.method == "full-precision" else cell.bits
+        label = cell.title if cell.setting == FULL else cell.bits
         label += f": {measure.text(value)}" if value > limit else ""
         heights.append(min(value, limit))
-        texts.append(ax.text(size, heights[-1], label, fontsize=7.5, color=COLOURS[cell.method], path_effects=[HALO]))
+        texts.append(
+            ax.text(size, heights[-1], label, fontsize=7.5, color=look_of(cell.method).colour, path_effects=[HALO])
+        )
     move_apart(ax, texts, sizes, heights, line)
 
 
@@ -217,7 +218,7 @@ def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[M
 
 def _beside(baseline: Setting, setting: Setting) -> str:
     """What of a setting is not as in the baseline."""
-    words = [] if setting.method == baseline.method else [TITLES[setting.method]]
+    words = [] if setting.method == baseline.method else [method_title(setting.method)]
     words += [] if setting.bits == baseline.bits else [setting.bits]
     variant = setting.variant or (f"without {baseline.variant}" if baseline.variant else "")
     return ", ".join([*words, *([variant] if variant else [])])
@@ -271,7 +272,7 @@ def cache_cost(records: Sequence[Record]) -> Figure:
         figure, (sizes, *axes) = new_panels(1 + len(panels), width=12, height=1.7 + 0.4 * len(shown), sharey=True)
         widths = [CONTEXT * cell.records[0].metrics["bytes/cache_per_token"] / 1e6 for cell in shown]
         for row, (cell, size) in enumerate(zip(shown, widths, strict=True)):
-            sizes.barh(row, size, height=0.5, color=COLOURS[cell.method], alpha=0.7)
+            sizes.barh(row, size, height=0.5, color=look_of(cell.method).colour, alpha=0.7)
             sizes.annotate(
                 number(size), (size, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5
             )
@@ -293,9 +294,8 @@ def cache_cost(records: Sequence[Record]) -> Figure:
 def _cache_label(setting: Setting) -> str:
     if setting == FULL:
         return "16 bits"
-    scale = "head" if "cache scale a head" in setting.variant else "token"
-    place = "after" if "keys after rotary" in setting.variant else "before"
-    return f"{setting.bits.split('-')[2]} bits, scale a {scale},\nkeys {place} rotary"
+    bits, scale = BitWidths.parse(setting.bits).cache, setting["scheme.cache_scale"]
+    return f"{bits} bits, scale a {scale},\nkeys {PLACES[setting['scheme.keys']]} rotary"
 
 
 def _cache_title(full: Cell, others: list[Cell], measure: Measure) -> str:
@@ -327,11 +327,11 @@ def learning_curve(records: Sequence[Record]) -> Figure:
         for ax, cell, seen, losses, change in zip(axes, cells, tokens, curves, changes, strict=True):
             for others_seen, others in zip(tokens, curves, strict=True):
                 ax.plot(others_seen, others.mean(0), color="#D0D0D0", lw=0.8)
-            ax.fill_between(seen, losses.min(0), losses.max(0), color=COLOURS[cell.method], alpha=0.25, lw=0)
-            ax.plot(seen, losses.mean(0), color=COLOURS[cell.method], marker=".", lw=1.4)
-            name = f"{TITLES[cell.method]} {cell.bits}"
+            ax.fill_between(seen, losses.min(0), losses.max(0), color=look_of(cell.method).colour, alpha=0.25, lw=0)
+            ax.plot(seen, losses.mean(0), color=look_of(cell.method).colour, marker=".", lw=1.4)
+            name = f"{method_title(cell.method)} {cell.bits}"
             if cell.setting.variant:
-                name = f"{TITLES[cell.method]}, {cell.setting.variant}" if several else cell.setting.variant
+                name = f"{method_title(cell.method)}, {cell.setting.variant}" if several else cell.setting.variant
             ax.set_title(name, fontsize=8.5, loc="left")
             spread = f" ({signed(change.min(), nats)} to {signed(change.max(), nats)})" if len(change) > 1 else ""
             ax.text(0.98, 0.95, f"last {seen[-1] - seen[-2]:,} tokens:\n{signed(change.mean(), nats)}{spread}",
@@ -355,13 +355,13 @@ def learning_curve(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _losses(cell: Cell) -> np.ndarray:
+def _losses(cell: Cell) -> Array:
     """[seeds, times]: the learning curves."""
     curves = [[entry["loss"] for entry in record.curve] for record in cell.records]
     return np.array(curves, dtype=float)  # None, of a training that diverged, as NaN
 
 
-def _still_learning(changes: Sequence[np.ndarray]) -> str:
+def _still_learning(changes: Sequence[Array]) -> str:
     """How many trainings were at their end, by all of their seeds; changes of the loss, [seeds] each."""
     falls, rises = (sum(bool((sign * change > 0).all()) for change in changes) for sign in (-1, 1))
     found = f"At the end of training the held-out loss still falls in {falls} of {len(changes)} arms, rises in {rises}"

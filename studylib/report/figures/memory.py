@@ -7,31 +7,34 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studylib.evaluate.memory import TITLES as METHOD_TITLES
+from studylib.config.settings import Adapter
 from studylib.config.words import EMPTY, listed, number, percent
 from studylib.data import models
-from studylib.evaluate.memory import PURPOSES, TITLES, TrainingMemory, measure, plan
-from studylib.evidence.published import against_papers
-from studylib.config.settings import Adapter
-from studylib.methods.adapters import attach, usual_format
+from studylib.evaluate.memory import PURPOSES, TITLES, measure, plan
+from studylib.evidence.gigabytes import against_papers
+from studylib.methods.adapters import attach
+from studylib.methods.arms import method_title
+from studylib.methods.base import find
 from studylib.report.style import LINES, STYLE, name_rows, new_panels, set_title
 
 MB = 1e6
 
 
 def measured_beside_planned(
-    model: str, methods: Sequence[str], bits: int, block: int, rank: int, batch: int, length: int
+    model: str, methods: Sequence[str], bits: int, group: int, rank: int, batch: int, length: int
 ) -> pd.DataFrame:
     """One row for each method without and with checkpointing: bytes by purpose, measured, and the plan's total.
 
-    Columns: method, checkpointing, the purposes of TrainingMemory, total, planned (the plan's total), in bytes.
+    Columns: method (its name), checkpointing, the purposes of evaluate.memory.TrainingMemory, total, planned (the
+    plan's total), in bytes.
     """
     rows = []
     for method in methods:
-        format, adapter = usual_format(method, bits, block), None if method == "qat" else Adapter(rank, rank)
+        own = find(method)
+        format, adapter = own.usual_format(bits, group), Adapter(rank, rank) if "adapter" in own.needs else None
         prepared = attach(models.load_model(model), method, format=format, adapter=adapter)
         for checkpointing in (False, True):
-            found: TrainingMemory = measure(prepared, batch, length, checkpointing=checkpointing)
+            found = measure(prepared, batch, length, checkpointing=checkpointing)
             planned = plan(
                 models.load_config(model),
                 method,
@@ -50,7 +53,7 @@ def measured_beside_planned(
 
 def readable_memory(frame: pd.DataFrame) -> pd.DataFrame:
     """measured_beside_planned's result as text, in MB of 10^6 bytes."""
-    shown = pd.DataFrame({"Method": [METHOD_TITLES[method] for method in frame["method"]]})
+    shown = pd.DataFrame({"Method": [method_title(method) for method in frame["method"]]})
     shown["Checkpointing"] = ["yes" if on else "no" for on in frame["checkpointing"]]
     for name in (*PURPOSES, "total"):
         shown[f"{TITLES[name].capitalize()}, MB"] = [number(value / MB) for value in frame[name]]
@@ -75,24 +78,24 @@ def memory_bars(frame: pd.DataFrame) -> Figure:
                 )
             ax.set_xlabel(f"MB in one step, {'with' if on else 'without'} gradient checkpointing")
             ax.margins(x=0.12)
-        name_rows(axes[0], [METHOD_TITLES[method] for method in own["method"]])
+        name_rows(axes[0], [method_title(method) for method in own["method"]])
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PURPOSES))
         totals = frame[~frame["checkpointing"]].set_index("method")["total"]
         ranked = totals.sort_values()
-        ends = [f"{METHOD_TITLES[name]} {number(ranked[name] / MB)} MB" for name in (ranked.index[0], ranked.index[-1])]
+        ends = [f"{method_title(name)} {number(ranked[name] / MB)} MB" for name in (ranked.index[0], ranked.index[-1])]
         off = (frame["planned"] / frame["total"] - 1).abs().max()
         set_title(figure, f"A training step takes from {ends[0]} to {ends[1]}; plans are off by at most {percent(off)}")
     return figure
 
 
 def papers_table() -> pd.DataFrame:
-    """published.against_papers as text."""
+    """gigabytes.against_papers as text."""
     found = against_papers()
     return pd.DataFrame(
         {
             "Claim": found["claim"],
             "Model": found["model"],
-            "Method": [METHOD_TITLES[method] for method in found["method"]],
+            "Method": [method_title(method) for method in found["method"]],
             "Part": [TITLES[part] for part in found["part"]],
             "Step": found["step"],
             "Paper, GB": [EMPTY if np.isnan(value) else number(value) for value in found["paper"].astype(float)],
@@ -104,7 +107,7 @@ def papers_table() -> pd.DataFrame:
 
 
 def papers_figure() -> Figure:
-    """Every published number beside its plan; the band is a tenth either way."""
+    """Every reported number beside its plan; the band is a tenth either way."""
     found = against_papers()
     found = found[found["paper"].notna()]
     with mpl.rc_context(STYLE):
@@ -114,7 +117,7 @@ def papers_figure() -> Figure:
         ax.plot(ends, ends, color="#888888", lw=1)
         groups = found.groupby(["claim", "method", "part"], sort=False)
         for at, ((claim, method, part), own) in enumerate(groups):
-            label = f"{claim} {METHOD_TITLES[method]}, {TITLES[part]}"
+            label = f"{claim} {method_title(method)}, {TITLES[part]}"
             style = {"color": LINES[at % len(LINES)], "marker": "osv^DPX"[at % 7], "ls": ""}
             ax.plot(own["paper"], own["ours"], ms=5.5, label=label, mfc=None if at < len(LINES) else "#FFFFFF", **style)
         ax.set_xscale("log")
@@ -124,8 +127,8 @@ def papers_figure() -> Figure:
         figure.legend(loc="outside right center", fontsize=7.5)
         close = (found["ratio"] - 1).abs() <= 0.1
         far = found.loc[(found["ratio"].map(np.log).abs()).idxmax()]
-        what = f"{METHOD_TITLES[far['method']]} at {far['model']}, {TITLES[far['part']]}: {far['ratio']:.2f} times"
+        what = f"{method_title(far['method'])} at {far['model']}, {TITLES[far['part']]}: {far['ratio']:.2f} times"
         set_title(
-            figure, f"{close.sum()} of {len(close)} published numbers are met to a tenth; furthest is {listed([what])}"
+            figure, f"{close.sum()} of {len(close)} reported numbers are met to a tenth; furthest is {listed([what])}"
         )
     return figure

@@ -13,15 +13,14 @@ from studylib.evidence.measures import CONTEXT
 from studylib.evidence.rules import SHARE
 from studylib.report.recipes import Candidate, Family, Recommendation
 from studylib.report.style import (
-    COLOURS,
     HALO,
-    MARKERS,
     STYLE,
     draw_best,
     draw_point,
     draw_times,
-    fill_of,
     finish,
+    look_of,
+    marker_style,
     move_apart,
     new_panels,
 )
@@ -40,9 +39,7 @@ def frontier_figure(found: Recommendation) -> Figure:
         figure, (ax,) = new_panels(1, width=9, height=6.5)
         for candidate in family.candidates:
             if candidate not in named and height[candidate] < LIMIT:
-                colour, fill = COLOURS[candidate.cell.method], fill_of(candidate.cell.method)
-                style = {"marker": MARKERS[candidate.cell.method], "color": colour, "mfc": fill, "ms": 4, "alpha": 0.4}
-                ax.plot(candidate.size, height[candidate], **style)
+                ax.plot(candidate.size, height[candidate], **marker_style(candidate.cell.method), ms=4, alpha=0.4)
         for candidate in named:
             interval = family.measure.interval(np.divide, candidate.cell, family.reference.cell)
             draw_point(ax, candidate.size, height[candidate], candidate.cell.method, interval, "y", LIMIT)
@@ -77,7 +74,7 @@ def _label(
     """Names at the points, clear of every point that is drawn and of the line between the best."""
     family, texts = found.family, []
     for candidate in named:
-        y, colour = height[candidate], COLOURS[candidate.cell.method]
+        y, colour = height[candidate], look_of(candidate.cell.method).colour
         text = candidate.title + (f": {number(_times(family, candidate))}" if y == LIMIT else "")
         side = "top" if candidate is found.best else "bottom"  # of its equals, which stand above it, the best
         texts.append(ax.text(candidate.size, y, text, va=side, fontsize=8, color=colour, path_effects=[HALO]))

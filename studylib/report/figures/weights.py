@@ -1,18 +1,18 @@
 """Tables and figures of number formats and of fine-tuning on low-bit weights; titles are computed from the numbers."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.config.arm import TUNED
+from studylib.config.budgets import ADAPTED, EXECUTIONS, OWN, PACKED, TIMED_LAYERS
+from studylib.config.settings import DEFAULT_GROUP, Format
 from studylib.config.words import EMPTY, capital, listed, number, percent, points, signed
-from studylib.evaluate.weights import normal_error
 from studylib.evidence.measures import (
     FULL,
     Cell,
@@ -27,11 +27,7 @@ from studylib.evidence.measures import (
     response_measures,
     speedup,
 )
-from studylib.evidence.statistics import paired_bootstrap
-from studylib.config.settings import Format
-from studylib.quant.formats import bits_per_parameter
-from studylib.config.budgets import ADAPTED, EXECUTIONS
-from studylib.quant.kernel import PACKED
+from studylib.evidence.statistics import Array, paired_bootstrap
 from studylib.report.style import (
     LINES,
     STYLE,
@@ -50,6 +46,19 @@ from studylib.report.style import (
 )
 from studylib.study.records import Record
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Name = TypeVar("Name", bound=Hashable)
+LEVELS = {
+    "nf": "NF",
+    "fp-e2m1": "FP4 (E2M1)",
+    "fp-bnb": "FP4 (bitsandbytes)",
+    "fp-e3m0": "FP4 (E3M0)",
+    "int": "Int",
+    "affine": "affine Int",
+}  # what a format's levels are called at any width
+NF4_DQ = Format("nf", 4, double=True)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
@@ -62,7 +71,7 @@ def tuning_panels(records: Sequence[Record]) -> list[Measure]:
 def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
     """A row for each arm that is not full precision, in the order of its bits; a panel for each measure."""
     cells = gather(records)
-    shown = [cell for cell in cells.values() if cell.method != "full-precision"]
+    shown = [cell for cell in cells.values() if cell.setting != FULL]
     if not panels or not shown:
         return empty_figure("No arm finished")
     with mpl.rc_context(STYLE):
@@ -95,7 +104,7 @@ def _rows_title(measure: Measure, shown: list[Cell]) -> str:
         if len(ranked) > 1:
             lead = measure.above(ranked[1], ranked[0])
             found.append(f"{ranked[0].title} ({ranked[1].title} is {lead.text(percent)} worse)")
-        elif ranked and ranked[0].method in TUNED:
+        elif ranked and ranked[0].tuned:
             found.append(ranked[0].title)
     return f"Lowest {measure.title}: {listed(found)}" if found else capital(measure.title)
 
@@ -104,22 +113,27 @@ def _encoded(records: Sequence[Record]) -> list[Cell]:
     return [cell for cell in gather(records).values() if cell.method == "encoded" and cell.records]
 
 
-def _errors(cell: Cell) -> dict[str, np.ndarray]:
+def _errors(cell: Cell) -> dict[str, Array]:
     """Relative errors of the decoder's layers, by the kind of layer."""
     scores = cell.records[0].scores
     return {name.partition("/")[2]: np.array(scores[name]) for name in scores if name.startswith("error/")}
 
 
-def format_table(records: Sequence[Record]) -> pd.DataFrame:
+def format_table(records: Sequence[Record]) -> "pd.DataFrame":
     """One row a format, as text: bits by formula and as stored, errors on normal numbers and weights, what it costs."""
+    import pandas as pd
+
+    from studylib.evaluate.weights import normal_error  # not for the figures, which need no torch
+    from studylib.quant.formats import bits_per_parameter
+
     full, shown = gather(records).get(FULL), []
     for cell in sorted(_encoded(records), key=_bits, reverse=True):
-        format = cell.records[0].arm.format
+        format = _format(cell)
         row = {
             "Format": format.title,
-            "Bits, formula": EMPTY if format.block is None else f"{bits_per_parameter(format):.3f}",
+            "Bits, formula": EMPTY if format.group is None else f"{bits_per_parameter(format):.3f}",
             "Bits, stored": f"{_bits(cell):.3f}",
-            "Error, N(0,1)": EMPTY if format.block is None else f"{normal_error(format):.4f}",
+            "Error, N(0,1)": EMPTY if format.group is None else f"{normal_error(format):.4f}",
             "Error, weights, %": points(100 * np.mean(np.concatenate(list(_errors(cell).values())))),
         }
         for measure in measures(records):
@@ -145,7 +159,8 @@ def format_frontier(records: Sequence[Record]) -> Figure:
     shown = _encoded(records)
     if not panels or not shown:
         return empty_figure("No weights were rounded")
-    colours, markers = _styles(map(_levels, shown), LINES), _styles(map(_scales, shown), MARKERS)
+    colours = _styles((_format(cell).kind for cell in shown), LINES)
+    markers = _styles((_scales(_format(cell)) for cell in shown), MARKERS)
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6.5)
         for ax, measure in zip(axes, panels, strict=True):
@@ -154,49 +169,60 @@ def format_frontier(records: Sequence[Record]) -> Figure:
             line = _draw_frontier(ax, measure, near, cells.get(FULL), colours, markers)
             far = [c for c in shown if measure.value(identity, c) > limit]
             if far:
-                texts = [f"{_title(cell)} {measure.text(measure.value(identity, cell))}" for cell in far]
+                texts = [f"{_format(cell).title} {measure.text(measure.value(identity, cell))}" for cell in far]
                 ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
                         fontsize=7.5, color="#444444")  # fmt: skip
-        keys = [Line2D([], [], ls="", marker="o", color=colour, label=name) for name, colour in colours.items()]
-        keys += [Line2D([], [], ls="", marker=marker, color="#666666", label=name) for name, marker in markers.items()]
+        keys = [Line2D([], [], ls="", marker="o", color=colour, label=LEVELS[kind]) for kind, colour in colours.items()]
+        keys += [
+            Line2D([], [], ls="", marker=marker, color="#666666", label=_scale_words(scales))
+            for scales, marker in markers.items()
+        ]
         figure.legend(handles=[*keys, line], loc="outside lower center", ncols=7, title="Bars: 95% intervals")
         set_title(figure, _frontier_title(panels[0], shown))
     return figure
 
 
-def _styles(names: Iterable[str], styles: Sequence[str]) -> dict[str, str]:
+def _styles(names: Iterable[Name], styles: Sequence[str]) -> dict[Name, str]:
     return dict(zip(dict.fromkeys(names), itertools.cycle(styles), strict=False))
 
 
-def _title(cell: Cell) -> str:
-    return cell.records[0].arm.format.title
+def _format(cell: Cell) -> Format:
+    format = cell.arm.format
+    assert format is not None  # as of every arm whose weights are encoded
+    return format
 
 
 def _bits(cell: Cell) -> float:
     return cell.records[0].scores["bits"][0]
 
 
-def _levels(cell: Cell) -> str:
-    """What a format's levels are called at any width, as "NF" or "affine Int"."""
-    format = cell.records[0].arm.format
-    return Format(format.kind, format.bits).title.removesuffix(str(format.bits))
+def _scales(format: Format) -> tuple[int | None, bool, int]:
+    """What scales a format's levels: its group, whether by scales that are quantized as well, and their bits."""
+    return format.group, format.double, format.scale_bits
 
 
-def _scales(cell: Cell) -> str:
-    """What a format adds to its levels' name, as "DQ, block 32"."""
-    format = cell.records[0].arm.format
-    added = format.title.removeprefix(Format(format.kind, format.bits).title).strip(" +,")
-    return added or f"block {format.block}"
+def _scale_words(scales: tuple[int | None, bool, int]) -> str:
+    """In words, as "DQ, groups of 32"; groups of 64 go unsaid beside something else."""
+    group, double, bits = scales
+    words = ["DQ"] * double + ["16-bit scales"] * (bits == 16)
+    if group != DEFAULT_GROUP or not words:
+        words.insert(double, "per channel" if group is None else f"groups of {group}")
+    return ", ".join(words)
 
 
 def _draw_frontier(
-    ax: Axes, measure: Measure, shown: list[Cell], full: Cell | None, colours: dict[str, str], markers: dict[str, str]
+    ax: Axes,
+    measure: Measure,
+    shown: list[Cell],
+    full: Cell | None,
+    colours: dict[str, str],
+    markers: dict[tuple[int | None, bool, int], str],
 ) -> Line2D:
     reference = full if full and full.records else min(shown, key=lambda cell: measure.value(identity, cell))
     found = [measure.interval(np.divide, cell, reference) for cell in shown]
     x, y = np.array([_bits(cell) for cell in shown]), np.array([interval.estimate for interval in found])
     for cell, at, interval in zip(shown, x, found, strict=True):
-        colour, marker = colours[_levels(cell)], markers[_scales(cell)]
+        colour, marker = colours[_format(cell).kind], markers[_scales(_format(cell))]
         ax.plot([at, at], [interval.low, interval.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
         ax.plot(at, interval.estimate, marker=marker, ms=6, color=colour, zorder=3)
     best = frontier(measure, shown, x)
@@ -210,15 +236,15 @@ def _draw_frontier(
 
 def _frontier_title(measure: Measure, shown: list[Cell]) -> str:
     """The best affine integer of about NF4's bits beside it: the question that users ask."""
-    normal = next((cell for cell in shown if _title(cell) == "NF4 + DQ"), None)
-    affine = [cell for cell in shown if cell.records[0].arm.format.kind == "affine"]
+    normal = next((cell for cell in shown if _format(cell) == NF4_DQ), None)
+    affine = [cell for cell in shown if _format(cell).kind == "affine"]
     if normal is None or not affine:
         return f"{capital(measure.title)} by number format"
     near = [cell for cell in affine if _bits(cell) <= _bits(normal) + NEAR_BITS]
     best = min(near or affine, key=lambda cell: measure.value(identity, cell))
     change = measure.above(best, normal)
     return (
-        f"{_title(best)} ({_bits(best):.2f} bits) beside {_title(normal)} ({_bits(normal):.2f} bits): {measure.title} "
+        f"{best.title} ({_bits(best):.2f} bits) beside {normal.title} ({_bits(normal):.2f} bits): {measure.title} "
         f"{change.text(lambda share: signed(share, percent))}"
     )
 
@@ -228,7 +254,8 @@ def decoding_times(records: Sequence[Record]) -> Figure:
     cell = next((cell for cell in gather(records).values() if cell.method == "4-bit kernel" and cell.records), None)
     if cell is None:
         return empty_figure("Nothing was timed")
-    panels, found = decoding_measures(cell.records), []
+    panels = decoding_measures(cell.records)
+    found: list[str] = []
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=6 * len(panels), height=2.8, sharey=True)
         for ax, measure in zip(axes, panels, strict=True):
@@ -244,8 +271,8 @@ def decoding_times(records: Sequence[Record]) -> Figure:
             ax.set_xlim(0, 1.5 * ax.get_xlim()[1])
             ax.set_xlabel(f"{capital(measure.title)}, ms (lower is better)")
             times_as_fast = speedup(measure, cell, PACKED, ADAPTED).text(number)
-            where = measure.title.removeprefix("time of a token")
-            found.append(f"{where.strip()} {times_as_fast}" if found else f"{times_as_fast} times as fast")
+            where = "" if measure.of == OWN else f"in {TIMED_LAYERS} layers of {measure.of} "
+            found.append(f"{where}{times_as_fast}" if found else f"{times_as_fast} times as fast")
         name_rows(axes[0], EXECUTIONS)
         handle = Line2D([], [], color="#444444", marker="o", label="median of the rounds (dots) with its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
@@ -257,7 +284,7 @@ def error_by_layer(records: Sequence[Record]) -> Figure:
     """The relative error of each kind of layer over the depth of the model, for the four-bit formats whose scales are
     stored as the first one's are."""
     four = [cell for cell in _encoded(records) if cell.bits == "4-16-16"]
-    shown = [cell for cell in four if _scales(cell) == _scales(four[0])]
+    shown = [cell for cell in four if _scales(_format(cell)) == _scales(_format(four[0]))]
     if not shown:
         return empty_figure("No weights were rounded to four bits")
     with mpl.rc_context(STYLE):
@@ -272,7 +299,7 @@ def error_by_layer(records: Sequence[Record]) -> Figure:
                 x, middle, [middle - low, high - middle], marker="o", ms=4, ls="", lw=1, capsize=2, color=colour
             )
             depth = 100 * np.mean([errors[kind] for kind in kinds], axis=0)
-            by_depth.plot(range(len(depth)), depth, marker=".", color=colour, label=cell.setting.variant)
+            by_depth.plot(range(len(depth)), depth, marker=".", color=colour, label=cell.title)
         by_kind.set_xticks(range(len(kinds)), kinds)
         by_kind.set_xlabel("Kind of layer (bars: lowest and highest layer)")
         by_depth.set_xlabel("Decoder layer")
@@ -280,8 +307,8 @@ def error_by_layer(records: Sequence[Record]) -> Figure:
             ax.set_ylabel("Relative error of the weights, %")
             ax.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=len(shown))
-        means = {c.setting.variant: 100 * np.mean(np.concatenate(list(_errors(c).values()))) for c in shown}
-        ranked = sorted(means, key=means.get)
-        ends = listed([f"{name} {points(means[name])}%" for name in dict.fromkeys((ranked[0], ranked[-1]))])
+        means = {cell.setting: 100 * np.mean(np.concatenate(list(_errors(cell).values()))) for cell in shown}
+        ranked = sorted(means, key=lambda own: means[own])
+        ends = listed([f"{own.title} {points(means[own])}%" for own in dict.fromkeys((ranked[0], ranked[-1]))])
         set_title(figure, f"Mean relative error of the weights at four bits: {ends}")
     return figure

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from studylib.evidence.effects import (
+from studylib.evidence.statistics import Interval
+from studylib.evidence.verdicts import (
     ACCURACY,
     COST,
     INCONCLUSIVE,
@@ -15,7 +16,6 @@ from studylib.evidence.effects import (
     Effect,
     PaperNumber,
 )
-from studylib.evidence.statistics import Interval
 
 
 def effect(low, high, sure=None, **holds):

@@ -1,29 +1,29 @@
 """The planner against real steps, and both against numbers counted by hand."""
 
+import copy
 import json
-import math
 
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from studylib.data import models
-from studylib.evaluate import planning
-from studylib.evaluate.memory import GB, TrainingMemory, inference_bytes, measure, plan
 from studylib.config.budgets import SHAPES
-from studylib.evidence import published
-from studylib.evidence.published import PUBLISHED, against_papers
-from studylib.methods.adapters import attach, usual_format
-from studylib.config.settings import Adapter
+from studylib.config.settings import Adapter, Format
+from studylib.data import models
+from studylib.evaluate import memory
+from studylib.evaluate.memory import CONFIGURATIONS, GB, inference_bytes, measure, plan
+from studylib.methods.adapters import attach
+from studylib.methods.base import find
+from studylib.methods.deploy import merge
 from studylib.quant import formats
-from studylib.config.settings import Format
+from studylib.quant.storage import stored_bytes
 
 BLOCK, RANK = 16, 4
 
 
 def settings(method, rank=RANK, **adapter):
     return {
-        "format": usual_format(method, 4, BLOCK),
+        "format": find(method).usual_format(4, BLOCK),
         "adapter": None if method == "qat" else Adapter(rank, **adapter),
     }
 
@@ -158,7 +158,7 @@ def test_planning_leaves_the_levels_of_formats_real(config):
 
 
 def test_llama_7b_counted_by_hand():
-    config = SHAPES["llama-7b"]
+    config = CONFIGURATIONS["llama-7b"]
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in models.skeleton(config).parameters()) == 6_738_415_616
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
@@ -170,13 +170,13 @@ def test_llama_7b_counted_by_hand():
     adapters = 4 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     assert lora.trained == lora.gradients == 4 * adapters
     assert lora.optimizer == 8 * adapters + 4 * (2 * 7 * 32)  # two moments, and a step count for every tensor
-    nf4 = plan(config, "qlora", format=usual_format("qlora"), adapter=Adapter(4), length=16)
+    nf4 = plan(config, "qlora", format=find("qlora").usual_format(), adapter=Adapter(4), length=16)
     scales = linear // 64 + 4 * linear // (64 * 256) + 32 * 7 * (4 + 64 + 1024)  # with each layer's mean and tables
     assert nf4.base == linear // 2 + scales + 2 * others + inverse_frequencies
 
 
 def test_7b_answers_on_a_phone_of_6_gb():
-    config, nf4 = SHAPES["llama-7b"], usual_format("qlora")
+    config, nf4 = CONFIGURATIONS["llama-7b"], find("qlora").usual_format()
     cache = 2 * 2 * 32 * 4096  # keys and values, 2 bytes, 32 layers
     deployed = {"format": nf4, "adapter": Adapter(4)}
     weights = inference_bytes(config, "qlora", **deployed, length=1) - cache
@@ -185,45 +185,14 @@ def test_7b_answers_on_a_phone_of_6_gb():
     adapter = 2 * 32 * 4 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
     plain = inference_bytes(config, "lora", format=None, adapter=Adapter(4), length=1)
     assert plain == 2 * 6_738_415_616 + adapter + cache
-    affine = {"format": usual_format("l4q"), "adapter": Adapter(4), "length": 1}
+    affine = {"format": find("l4q").usual_format(), "adapter": Adapter(4), "length": 1}
     scales = 8 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 64  # an fp32 scale and an fp32 offset a group
     codes, others = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2, 2 * (2 * 32000 * 4096 + 65 * 4096)
     assert inference_bytes(config, "l4q", **affine) == codes + scales + others + cache
 
 
-def test_the_papers_total_for_qlora_and_why_ours_is_below():
-    rows = [row for row in PUBLISHED if row.claim == "B6"]
-    for row in rows:
-        if row.part == "base":
-            shape = SHAPES[row.model]
-            linear = shape.num_hidden_layers * shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-            embedding = 32000 * shape.hidden_size
-            assert (linear * (1 / 2 + 4 / 64) + (2 + 4) * embedding) / GB + 0.8 == pytest.approx(
-                row.gigabytes, rel=0.011
-            )
-    sizes = ["llama-7b", "llama-65b"]
-    table = against_papers(row for row in rows if row.model in sizes).set_index(["part", "model"])
-    assert (table.reason[abs(table.ratio - 1) > 0.1] != "").all() and table.ours["total", "llama-65b"] < 48
-    with_theirs = table.ours["total"] - table.ours["base"] + table.paper["base"]
-    assert (with_theirs / table.paper["total"]).tolist() == pytest.approx([1, 1], abs=0.03)
-
-
-def test_the_papers_memory_of_l4q_and_lora():
-    rows = [row for row in PUBLISHED if row.claim == "C3" and row.model == "llama-7b" and row.method in ("lora", "l4q")]
-    out_of_memory = next(row for row in PUBLISHED if row.gigabytes is None)
-    table = against_papers([*rows, out_of_memory]).set_index("method")
-    assert table.ratio[["lora", "l4q"]].tolist() == pytest.approx([1, 1], abs=0.05) and not any(table.reason[["lora", "l4q"]])
-    assert table.ours["l4q"] < 1.05 * table.ours["lora"]
-    assert math.isnan(table.ratio["qat"]) and table.reason["qat"] == "the paper: out of memory; ours exceeds 80 GB"
-
-
-def test_every_published_number_has_a_reason_and_a_shape():
-    assert {row.claim for row in PUBLISHED} == {"B6", "B7", "C3"} and all(row.reason for row in PUBLISHED)
-    assert {row.model for row in PUBLISHED} <= set(SHAPES)
-
-
 def test_the_commands_text():
-    text = planning.plan_text("llama-65b", "qlora", rank=64, batch=1, length=512, checkpointing=True)
+    text = memory.plan_text("llama-65b", "qlora", rank=64, batch=1, length=512, checkpointing=True)
     first, *rows, fits, inference, note = text.splitlines()
     assert first == "llama-65b, qlora, NF4 + DQ, rank 64, batch 1 x 512 tokens, with gradient checkpointing"
     sizes = [float(row.split()[-2]) for row in rows]
@@ -231,17 +200,17 @@ def test_the_commands_text():
     assert (
         fits == "With 1 GB for the driver, that fits cards of 48 GB, 80 GB." and "34.8" in inference and "2^30" in note
     )
-    assert "fits no card of 80 GB" in planning.plan_text("llama-7b", "qat")
-    tight = planning.plan_text("llama-7b", "qlora")  # 7.4 GB: not beside the driver on a card of 8
+    assert "fits no card of 80 GB" in memory.plan_text("llama-7b", "qat")
+    tight = memory.plan_text("llama-7b", "qlora")  # 7.4 GB: not beside the driver on a card of 8
     assert "that fits cards of 12 GB, 16 GB" in tight
 
 
 def test_configurations_by_name(config, tmp_path):
     config("mistral").save_pretrained(tmp_path)
-    assert planning.read_config(str(tmp_path)).intermediate_size == 64
-    assert planning.read_config(str(tmp_path / "config.json")).model_type == "mistral"
-    assert planning.read_config("llama-13b").hidden_size == 5120
-    assert planning.read_config("tiny-random").hidden_size == 64
+    assert memory.read_config(str(tmp_path)).intermediate_size == 64
+    assert memory.read_config(str(tmp_path / "config.json")).model_type == "mistral"
+    assert memory.read_config("llama-13b").hidden_size == 5120
+    assert memory.read_config("tiny-random").hidden_size == 64
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"hidden_size": 8}), json.dumps({"model_type": "abacus"})])
@@ -249,7 +218,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"config\.json' holds no configuration that can be read \("):
-        planning.read_config(str(path))
+        memory.read_config(str(path))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +230,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path, content):
 )
 def test_a_name_that_leads_nowhere(name, message):
     with pytest.raises(ValueError, match=message):
-        planning.read_config(name)
+        memory.read_config(name)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +241,9 @@ def test_a_name_that_leads_nowhere(name, message):
         ({"length": 65}, "length: 65 tokens is longer than the model's context of 64"),
         ({"dtype": torch.float16}, "dtype: torch.float16 is not allowed; use torch.bfloat16 or torch.float32"),
         ({"method": "gptq+lora"}, "method: 'gptq\\+lora' calibrates on tokens; .* plan 'lora' for it"),
-        ({"adapter": Adapter(RANK, kind="dora")}, "kind: 'dora' cannot be planned on NF4, block 16"),
+        ({"adapter": Adapter(RANK, kind="dora")}, "kind: 'dora' cannot be planned on NF4, groups of 16"),
         ({"method": "lorax"}, "method: 'lorax' is not known"),
-        ({"format": Format("nf", 4, 7)}, "block: 7 does not divide the input width 32"),
+        ({"format": Format("nf", 4, 7)}, "group: 7 does not divide the row length 32"),
     ],
 )
 def test_bad_input_of_a_plan(config, change, message):
@@ -296,29 +265,22 @@ def test_bad_input_of_a_measurement(config, arguments, message):
         measure(models.skeleton(config("llama")).requires_grad_(False), *arguments)
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora", "qa-lora", "qat-lora", "l4q", "qat"])
+def test_what_is_deployed_is_counted_without_weights(config, monkeypatch, method):
+    monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
+    model = models.skeleton(config("llama"))
+    cache = 2 * 2 * 3 * 16  # keys and values, 2 bytes, 3 layers of 2 heads of 8 numbers
+    attached = attach(copy.deepcopy(model), method, **settings(method))
+    counted = inference_bytes(config("llama"), method, **settings(method), length=5)
+    assert counted == stored_bytes(merge(attached)) + 5 * cache
+
+
 def test_bad_input_of_inference(config):
     with pytest.raises(ValueError, match="length: 0 is not allowed; use 1 or more"):
         inference_bytes(config("llama"), "lora", format=None, adapter=Adapter(4), length=0)
     with pytest.raises(ValueError, match="bits: 5 is not allowed"):
-        usual_format("qlora", 5)
+        find("qlora").usual_format(5)
 
 
-def test_a_plan_is_kept_and_made_anew_where_what_was_kept_is_not_whole(tmp_path, monkeypatch):
-    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
-    made, step = [], ("open-llama-3b", "lora", 4, 64)
-    monkeypatch.setattr(published, "plan", lambda *config, **step: made.append(step) or plan(*config, **step))
-
-    def planned() -> TrainingMemory:
-        published.planned.cache_clear()
-        return published.planned(*step)
-
-    first = planned()
-    assert planned() == first and len(made) == 1
-    (kept,) = (tmp_path / "cache" / "plans").iterdir()
-    for left in ("", kept.read_text()[:20], "[]", '{"base": 1}'):
-        kept.write_text(left)
-        assert planned() == first
-    assert len(made) == 5 and planned() == first and len(made) == 5
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "file" / "cache"))
-    assert planned() == first and len(made) == 6
+def test_there_is_a_configuration_of_every_shape_that_settings_may_name():
+    assert tuple(CONFIGURATIONS) == SHAPES

@@ -1,15 +1,12 @@
-"""Figures and tables of formats, fine-tuning and memory: what they must have whatever the numbers."""
+"""Figures and tables of formats and fine-tuning: what they must have whatever the numbers."""
 
 import dataclasses
 
-import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.evidence.published import PUBLISHED, against_papers
-from studylib.config.settings import Format
 from studylib.config.budgets import EXECUTIONS
-from studylib.report.figures import memory as memory_figures
+from studylib.config.settings import Format
 from studylib.report.figures import weights as weight_figures
 
 
@@ -54,9 +51,9 @@ def test_formats_are_told_apart_by_colour_for_levels_and_marker_for_scales(make_
     figure = weight_figures.format_frontier(made)
     (legend,) = figure.legends
     named = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles, strict=True)}
-    assert list(named) == ["NF", "affine Int", "block 64", "DQ", "block 32", "best for its size"]
+    assert list(named) == ["NF", "affine Int", "groups of 64", "DQ", "groups of 32", "best for its size"]
     drawn = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_marker() != "None"]
-    looks = [("NF", "block 64"), ("NF", "DQ"), ("affine Int", "block 32"), ("affine Int", "DQ")]
+    looks = [("NF", "groups of 64"), ("NF", "DQ"), ("affine Int", "groups of 32"), ("affine Int", "DQ")]
     assert drawn == [(named[levels].get_color(), named[scales].get_marker()) for levels, scales in looks]
 
 
@@ -67,20 +64,3 @@ def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_fast
     figure = weight_figures.decoding_times([dataclasses.replace(record, scores=record.scores | scores)])
     assert flat(figure) == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(EXECUTIONS)
-
-
-def test_plans_stand_beside_what_was_measured(fp32):
-    frame = memory_figures.measured_beside_planned("tiny-random", ["lora", "l4q", "qat"], 4, 32, 4, 2, 32)
-    assert (frame["planned"] == frame["total"]).all() and len(frame) == 6
-    shown = memory_figures.readable_memory(frame)
-    assert set(shown["Plan / measured"]) == {"1.000"} and list(shown["Method"])[::2] == ["LoRA", "L4Q", "QAT"]
-    assert "plans are off by at most 0.0%" in flat(memory_figures.memory_bars(frame))
-
-
-def test_the_papers_gigabytes_have_a_row_each(monkeypatch):
-    rows = [row for row in PUBLISHED if row.model == "llama-7b" and row.claim in ("B6", "C3")]
-    rows.append(next(row for row in PUBLISHED if row.gigabytes is None))
-    monkeypatch.setattr(memory_figures, "against_papers", lambda: against_papers(rows))
-    table = memory_figures.papers_table()
-    assert isinstance(table, pd.DataFrame) and len(table) == len(rows) and table["Paper, GB"].iloc[-1] == "–"
-    assert "published numbers are met to a tenth" in flat(memory_figures.papers_figure())

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.evidence.measures import Setting
+from studylib.methods.arms import Setting
 from studylib.report.figures import comparisons as figures
 from studylib.report.style import draw_best, move_apart
 from studylib.study.records import DIVERGED

@@ -1,0 +1,54 @@
+from .config.arm import Arm
+from .config.profiles import PROFILES, Profile, profile
+from .config.settings import Adapter, BitWidths, Format, Grid, Scheme
+from .data.models import load_model, load_tokenizer
+from .evidence import CLAIMS
+from .evidence.verdicts import judge
+from .methods.adapters import attach
+from .methods.arms import Setting, build_arm, setting, title
+from .methods.base import METHODS, Look, Method, Work, register
+from .methods.deploy import merge
+from .quant.formats import encode_model
+from .quant.layers import quantize_model, round_to_nearest
+from .quant.storage import stored_bytes
+from .report import figures
+from .report.tables import frame, scoreboard
+from .study.records import Record, read_records
+from .study.schedule import run
+
+__all__ = [
+    "CLAIMS",
+    "METHODS",
+    "PROFILES",
+    "Adapter",
+    "Arm",
+    "BitWidths",
+    "Format",
+    "Grid",
+    "Look",
+    "Method",
+    "Profile",
+    "Record",
+    "Scheme",
+    "Setting",
+    "Work",
+    "attach",
+    "build_arm",
+    "encode_model",
+    "figures",
+    "frame",
+    "judge",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "profile",
+    "quantize_model",
+    "read_records",
+    "register",
+    "round_to_nearest",
+    "run",
+    "scoreboard",
+    "setting",
+    "stored_bytes",
+    "title",
+]

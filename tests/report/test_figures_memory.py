@@ -1,0 +1,30 @@
+"""Figures and tables of memory: what they must have whatever the numbers."""
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from studylib.evidence.gigabytes import REPORTED, against_papers
+from studylib.report.figures import memory as memory_figures
+
+
+def flat(figure):
+    FigureCanvasAgg(figure).draw()
+    assert all(ax.get_xlabel() for ax in figure.axes) and figure.legends
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def test_plans_stand_beside_what_was_measured(fp32):
+    frame = memory_figures.measured_beside_planned("tiny-random", ["lora", "l4q", "qat"], 4, 32, 4, 2, 32)
+    assert (frame["planned"] == frame["total"]).all() and len(frame) == 6
+    shown = memory_figures.readable_memory(frame)
+    assert set(shown["Plan / measured"]) == {"1.000"} and list(shown["Method"])[::2] == ["LoRA", "L4Q", "QAT"]
+    assert "plans are off by at most 0.0%" in flat(memory_figures.memory_bars(frame))
+
+
+def test_the_papers_gigabytes_have_a_row_each(monkeypatch):
+    rows = [row for row in REPORTED if row.model == "llama-7b" and row.claim in ("B6", "C3")]
+    rows.append(next(row for row in REPORTED if row.gigabytes is None))
+    monkeypatch.setattr(memory_figures, "against_papers", lambda: against_papers(rows))
+    table = memory_figures.papers_table()
+    assert isinstance(table, pd.DataFrame) and len(table) == len(rows) and table["Paper, GB"].iloc[-1] == "–"
+    assert "reported numbers are met to a tenth" in flat(memory_figures.papers_figure())

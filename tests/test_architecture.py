@@ -1,0 +1,144 @@
+"""The house: nine wings, each imports only from those before it, through their doors, and what it need not load stays out.
+
+docs/architecture.md tells why.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import studylib
+
+PACKAGE = Path(studylib.__file__).parent
+WINGS = ("config", "quant", "data", "train", "methods", "evaluate", "study", "evidence", "report")
+TOPS = ("cli", "__main__")  # above all wings
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "sklearn", "peft", "bitsandbytes", "papermill", "scipy.stats")
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def wing_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """(what is imported from, names) of each import of this package in a module, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: {node.lineno}: imports are absolute"
+            if (node.module or "").partition(".")[0] == "studylib":
+                yield node.module, [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "studylib":
+                    yield alias.name, []
+
+
+def test_every_module_stands_in_a_wing():
+    assert {wing_of(path) for path in modules()} == {*WINGS, *TOPS}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(WINGS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_wing_imports_from_those_before_it_and_through_their_doors(path):
+    own, order = wing_of(path), (*WINGS, *TOPS)
+    for source, _ in imports(path):
+        parts = source.split(".")[1:]
+        assert parts, f"{path}: the front door is for users; import from the wing {source}"
+        assert order.index(parts[0]) <= order.index(own), f"{own} may not import from {source}"
+        if parts[0] != own and own not in TOPS:
+            assert len(parts) == 1, f"{path} imports from {source}; what others may use is at the door of {parts[0]}"
+
+
+def test_doors_show_what_is_there_and_nothing_else():
+    for wing in WINGS:
+        door = __import__(f"studylib.{wing}", fromlist=["__all__"])
+        assert door.__doc__ and door.__all__
+        for name in door.__all__:
+            assert getattr(door, name) is not None, f"{wing}.{name}"
+        used = {
+            name
+            for path in [*modules(), *Path(__file__).parents[1].glob("benchmarks/*.py")]
+            if wing_of(path) != wing or PACKAGE not in path.parents
+            for source, names in imports(path)
+            if source == f"studylib.{wing}"
+            for name in names
+        } if wing != "methods" else set(door.__all__)
+        assert used >= set(door.__all__) - _offered(wing), f"{wing}: nobody uses {set(door.__all__) - used}"
+    for name in studylib.__all__:
+        assert getattr(studylib, name) is not None, name
+
+
+def _offered(wing):
+    """What the front door hands on from this wing."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    return {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == wing
+        for alias in node.names
+    }
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Within a wing as well, counting imports at the top of modules."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in modules()}
+    tops = {
+        name: {
+            source
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for source in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if source in names
+        }
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def visit(name, above):
+        assert name not in above, f"{' -> '.join([*above, name])}"
+        if name not in done:
+            for further in tops[name]:
+                visit(further, [*above, name])
+            done.add(name)
+
+    for name in tops:
+        visit(name, [])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import studylib; dir(studylib)",
+        "import studylib.cli, studylib.study.records, studylib.methods",
+        "from studylib.study.records import read_records; list(read_records('results/reference/records'))",
+        "import studylib.evidence.verdicts, studylib.report.page",
+    ],
+)
+def test_what_reads_records_loads_no_library_that_computes(code):
+    script = f"import sys\n{code}\nprint([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=PACKAGE.parent
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_listing_loads_as_little_as_a_listing_needs():
+    """Counted, not timed: what `study list` imports beside Python's own and pydantic's modules."""
+    script = (
+        "import sys; before = set(sys.modules); from studylib.cli import main; "
+        "main(['list', '--results', 'results/reference']); "
+        "tops = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names); "
+        "print(sorted(tops), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=PACKAGE.parent
+    )
+    tops = ast.literal_eval(done.stderr.strip().splitlines()[-1])
+    allowed = {"studylib", "lazy_loader", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
+    assert set(tops) <= allowed | {"annotated_types", "packaging", "_typing_extensions"}, tops
