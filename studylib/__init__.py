@@ -7,9 +7,8 @@ example:
     studylib.round_to_nearest(model, "4-8-4")  # weights-activations-cache; 16 leaves a part alone
     studylib.stored_bytes(model)
 
-    budget = studylib.profile("quick")
-    arms = [studylib.build_arm(budget, "smollm2-135m", method, bits) for method, bits in (("full-precision", "16-16-16"), ("rtn", "8-8-8"))]
-    records = studylib.run(arms, "results/runs")
+    arm = functools.partial(studylib.build_arm, studylib.profile("quick"), "smollm2-135m")
+    records = studylib.run([arm("full-precision"), arm("rtn", "8-8-8")], "results/runs")
     studylib.frame(records)  # a pandas DataFrame, a row a record
 
     for finding in studylib.judge(studylib.CLAIMS["A4"], records):

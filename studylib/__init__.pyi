@@ -2,7 +2,6 @@ from .config.arm import Arm
 from .config.profiles import PROFILES, Profile, profile
 from .config.settings import Adapter, BitWidths, Format, Grid, Scheme
 from .data.models import load_model, load_tokenizer
-from .evidence import CLAIMS
 from .evidence.verdicts import judge
 from .methods.adapters import attach
 from .methods.arms import Setting, build_arm, setting, title
@@ -12,6 +11,7 @@ from .quant.formats import encode_model
 from .quant.layers import quantize_model, round_to_nearest
 from .quant.storage import stored_bytes
 from .report import figures
+from .report.ledger import CLAIMS
 from .report.tables import frame, scoreboard
 from .study.records import Record, read_records
 from .study.schedule import run

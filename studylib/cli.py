@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
+TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
     "output": "--results, in which each run has its folder"
@@ -293,8 +294,10 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
 
     skipped: list[Exception] = []
     records = list(read_records(options.results / "records", skipped.append))
-    for error in skipped:
+    for error in skipped[:TOLD]:
         print(f"study: {error}", file=sys.stderr)
+    if len(skipped) > TOLD:
+        print(f"study: {len(skipped) - TOLD} more files there cannot be read either", file=sys.stderr)
     if not records:
         raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
     kept = 0

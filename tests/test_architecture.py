@@ -1,4 +1,4 @@
-"""The house: nine wings, each imports only from those before it, through their doors, and what it need not load stays out.
+"""The house: nine wings, each imports from those before it, through their doors, and loads no more than it needs.
 
 docs/architecture.md tells why.
 """
@@ -61,14 +61,18 @@ def test_doors_show_what_is_there_and_nothing_else():
         assert door.__doc__ and door.__all__
         for name in door.__all__:
             assert getattr(door, name) is not None, f"{wing}.{name}"
-        used = {
-            name
-            for path in [*modules(), *Path(__file__).parents[1].glob("benchmarks/*.py")]
-            if wing_of(path) != wing or PACKAGE not in path.parents
-            for source, names in imports(path)
-            if source == f"studylib.{wing}"
-            for name in names
-        } if wing != "methods" else set(door.__all__)
+        used = (
+            {
+                name
+                for path in [*modules(), *Path(__file__).parents[1].glob("benchmarks/*.py")]
+                if wing_of(path) != wing or PACKAGE not in path.parents
+                for source, names in imports(path)
+                if source == f"studylib.{wing}"
+                for name in names
+            }
+            if wing != "methods"
+            else set(door.__all__)
+        )
         assert used >= set(door.__all__) - _offered(wing), f"{wing}: nobody uses {set(door.__all__) - used}"
     for name in studylib.__all__:
         assert getattr(studylib, name) is not None, name

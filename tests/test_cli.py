@@ -302,7 +302,9 @@ def test_a_plan_that_makes_no_sense_is_one_clear_line(capsys, arguments, message
 def test_help_names_every_command():
     done = study("--help")
     assert done.returncode == 0
-    assert all(f"    {name} " in done.stdout for name in ("run", "list", "show", "export", "report", "verify", "clean", "plan"))
+    assert all(
+        f"    {name} " in done.stdout for name in ("run", "list", "show", "export", "report", "verify", "clean", "plan")
+    )
 
 
 def test_the_command_is_a_module_too():
@@ -324,3 +326,8 @@ def test_foreign_files_do_not_stop_a_listing(tmp_path, capsys, picture):
     lines = told.splitlines()
     assert len(lines) == 2 and all(line.startswith(f"study: {folder}") for line in lines)
     assert "an older format, 1" in lines[1] and "cannot be read as a record" in lines[0]
+    for number in range(9):
+        (folder / f"more{number}.json").touch()
+    assert main(["list", "--results", str(tmp_path)]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 6 and told[-1] == "study: 6 more files there cannot be read either"

@@ -136,6 +136,8 @@ class FineTuned(Method):
                 )
                 if self.keeps_adapter:
                     save_trained(model, log, work.trained)
+            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):  # by its very last step
+                log = dataclasses.replace(log, steps=[*log.steps[:-1], log.steps[-1] | {"loss": math.nan}])
             if math.isfinite(log.steps[-1]["loss"]):
                 original = work.load() if arm.merge in FROM_ORIGINAL else None
                 merge(model, arm.merge, format=arm.format, original=original)

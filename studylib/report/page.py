@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from studylib.config.arm import Arm
 from studylib.config.files import write_whole
 from studylib.config.words import number
-from studylib.evidence.claims import BY_PAPER
 from studylib.evidence.measures import FULL, Cell, accuracies, gather
 from studylib.evidence.statistics import POWER
 from studylib.evidence.verdicts import FAMILY, NOT_TESTED, VERDICTS
 from studylib.methods.arms import Setting, corpus_title, method_title
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER
 from studylib.report import recipes
-from studylib.report.ledger import SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
+from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
 from studylib.study.notebooks import read_published
 from studylib.study.records import Record
@@ -151,7 +150,7 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
 
 
 def _recipe(found: recipes.Recommendation) -> dict[str, str]:
-    from studylib.report.figures.recipes import frontier_figure  # matplotlib, which the page's text needs not
+    from studylib.report.recipes import frontier_figure  # matplotlib, which the page's text needs not
 
     svg, table = io.BytesIO(), recipes.frontier_table(found)
     frontier_figure(found).savefig(svg, format="svg")

@@ -33,6 +33,10 @@ from studylib.study.records import Record, seconds_alone
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
 
 LORA = setting("lora", "16-16-16")  # what fine-tuned models are compared with
 TITLE = "Which recipe for this model"
@@ -42,6 +46,7 @@ SIZES = (
 )
 PHASES = {"data": "text", "quantize": "rounding", "train": "training"}  # of making a model, in words
 SAVING = 0.1  # of the reference's size: a recipe that saves less is no smaller model
+LIMIT = 3  # times the reference's perplexity; what is above stands at the edge, or is not drawn if off the frontier
 NAMED = 6  # of the recipes that are as good; how many there are besides is said
 
 
@@ -346,3 +351,73 @@ def as_markdown_section(records: Sequence[Record], budget: float | None = None) 
         blocks += ["\n".join(f"- {sentence}" for sentence in found.details)] if found.details else []
         blocks.append(as_markdown(frontier_table(found)))
     return "\n\n".join([*blocks, SIZES] if blocks else ["No arm finished."])
+
+
+def frontier_figure(found: Recommendation) -> "Figure":
+    """Size against times the reference's perplexity, with paired intervals and names for the frontier; ringed: what is
+    recommended."""
+    import matplotlib as mpl  # what only reads a recommendation draws nothing
+    from matplotlib.lines import Line2D
+
+    from studylib.report.style import (
+        STYLE,
+        draw_best,
+        draw_point,
+        draw_times,
+        finish,
+        marker_style,
+        new_panels,
+    )
+
+    family, front = found.family, found.family.frontier()
+    marked = [candidate for candidate in (found.best, found.cheapest) if candidate]
+    named = list(dict.fromkeys([*front, *marked]))
+    height = {candidate: min(_times(family, candidate), LIMIT) for candidate in family.candidates}
+    with mpl.rc_context(STYLE):
+        figure, (ax,) = new_panels(1, width=9, height=6.5)
+        for candidate in family.candidates:
+            if candidate not in named and height[candidate] < LIMIT:
+                ax.plot(candidate.size, height[candidate], **marker_style(candidate.cell.method), ms=4, alpha=0.4)
+        for candidate in named:
+            interval = family.measure.interval(np.divide, candidate.cell, family.reference.cell)
+            draw_point(ax, candidate.size, height[candidate], candidate.cell.method, interval, "y", LIMIT)
+        for candidate in marked:
+            ax.plot(candidate.size, height[candidate], "o", ms=13, mfc="none", mec="#444444", zorder=4)
+        line = draw_best(ax, [candidate.size for candidate in front], [height[candidate] for candidate in front])
+        further = [line]
+        if marked:
+            further.append(Line2D([], [], color="#444444", marker="o", ms=11, mfc="none", ls="", label="recommended"))
+        if found.budget is None:
+            ax.axhspan(1, 1 + SHARE, color="#000000", alpha=0.08, lw=0, zorder=0)
+            further.append(Line2D([], [], color="#000000", alpha=0.08, lw=6, label=f"within {percent(SHARE)}"))
+        elif found.budget <= max(candidate.size for candidate in family.candidates):
+            ax.axvline(found.budget, color="#000000", lw=1, ls=":")
+            further.append(Line2D([], [], color="#000000", lw=1, ls=":", label=f"budget, {found.budget:g} MB"))
+        draw_times(ax, family.measure, family.reference.cell)
+        ax.margins(x=0.12, y=0.06)
+        ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
+        cells = {candidate.cell.setting: candidate.cell for candidate in family.candidates}
+        finish(figure, found.headline.removesuffix("."), cells, *further)
+        _label(ax, found, named, height, line)
+    return figure
+
+
+def _times(family: Family, candidate: Candidate) -> float:
+    return family.loss(candidate) / family.loss(family.reference)
+
+
+def _label(
+    ax: "Axes", found: Recommendation, named: Sequence[Candidate], height: dict[Candidate, float], line: "Line2D"
+) -> None:
+    """Names at the points, clear of every point that is drawn and of the line between the best."""
+    from studylib.report.style import HALO, look_of, move_apart
+
+    family, texts = found.family, []
+    for candidate in named:
+        y, colour = height[candidate], look_of(candidate.cell.method).colour
+        text = candidate.title + (f": {number(_times(family, candidate))}" if y == LIMIT else "")
+        side = "top" if candidate is found.best else "bottom"  # of its equals, which stand above it, the best
+        texts.append(ax.text(candidate.size, y, text, va=side, fontsize=8, color=colour, path_effects=[HALO]))
+    drawn = [candidate for candidate in family.candidates if candidate in named or height[candidate] < LIMIT]
+    sizes, heights = [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn]
+    move_apart(ax, texts, sizes, heights, line)

@@ -46,8 +46,8 @@ def export_model(record: Record, store: Store, folder: Path) -> Exported:
     """Write the record's model, its tokenizer and a README.md into the new folder, and score what transformers loads.
 
     The model is the one that was kept, or is made again (see run.deployed). Integers keep their scales in fp32; what is
-    not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds or that
-    is of other weights, and for a folder that is there.
+    not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds, one
+    of other weights, and a folder that is there.
     """
     kind = container(record.arm)
     if record.status != FINISHED:

@@ -131,8 +131,13 @@ class Record:
             raise ValueError("it is no record")
         found = fields.pop("format", 1)
         if found != FORMAT:
-            age = "an older" if isinstance(found, int) and found < FORMAT else "another"
-            raise ValueError(f"it has {age} format, {found!r}; this version of studylib reads {FORMAT}")
+            older = isinstance(found, int) and found < FORMAT
+            how = (
+                f"an older format, {found!r}, which results/rekey.py turns into"
+                if older
+                else f"another format, {found!r}, than"
+            )
+            raise ValueError(f"it has {how} {FORMAT}")
         for name in fields.keys() ^ set(names):
             raise ValueError(f"unknown field {name!r}" if name in fields else f"the field {name!r} is missing")
         return cls(**fields | {"arm": Arm.from_dict(fields["arm"])})

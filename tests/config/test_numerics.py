@@ -116,7 +116,7 @@ def another_strength(patch):
     patch.setattr(calibration, "smoothquant", lambda model, text, strength=0.45: original(model, text, strength))
 
 
-def adapters_that_are_not_rounded(patch):
+def adapters_that_are_scaled_otherwise(patch):
     original = deploy._beside
 
     def changed(layer, *rest):
@@ -157,7 +157,7 @@ CHANGES = [
     ("formats", another_middle),
     ("generation", samples_of_more_tokens),
     ("ptq", another_strength),
-    ("fine-tuning", adapters_that_are_not_rounded),
+    ("fine-tuning", adapters_that_are_scaled_otherwise),
     ("fine-tuning", adapters_of_another_seed),
     ("models", another_random_model),
     ("execution", another_middle_of_the_codes),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from studylib.config.settings import Format
-from studylib.evidence.claims import CLAIMS
+from studylib.report.ledger import CLAIMS
 from studylib.evidence.measures import gather
 from studylib.evidence.verdicts import NOT_TESTED, judge
 from studylib.methods import arms

@@ -153,7 +153,7 @@ def of_evaluation() -> Iterator[float]:
             asked.clear()
             scores.task_scores(model, tokenizer, [task], items)
             yield from (len(asked), *(sum(len(request[i]) for request, _ in asked) for i in (0, 1)))
-            yield -sum(answer for _, (answer, _) in asked) / len(asked)
+            yield from (-answer for _, (answer, _) in asked)
     yield from (spec.items + spec.shots for spec in scores.TASKS.values())
     for format in (Format("nf"), Format("nf", 3, 32, True)):
         yield weights.normal_error(format, groups=1024)
@@ -351,31 +351,32 @@ def of_fine_tuning() -> Iterator[float]:
         base, a, b = split(weight, Format("nf", 4, 32), Adapter(4, 8.0, kind=kind))
         yield from (*summary(base), *summary(b @ a))
     nf4 = Format("nf", 4, 32, double=True)
-    for method, format, kind, how in (
-        ("lora", None, "lora", MERGES[3]),
-        ("lora", None, "dora", MERGES[1]),
-        ("qlora", nf4, "lora", MERGES[0]),
-        ("qlora", nf4, "lora", MERGES[2]),
-        ("qlora", nf4, "loftq", MERGES[4]),
-        ("qlora", Format("affine", 3, 32), ADAPTER_KINDS[2], MERGES[0]),
-        ("qa-lora", Format("affine", 4, 32), "lora", MERGES[0]),
+    affine = Format("affine", 3, 32)
+    original = tiny(opinionated=True)
+    for method, format, kind, merges in (
+        ("lora", None, "lora", (MERGES[0], MERGES[3])),
+        ("lora", None, "dora", (MERGES[1],)),
+        ("qlora", nf4, "lora", MERGES),
+        ("qlora", nf4, "loftq", (MERGES[4],)),
+        ("qlora", affine, ADAPTER_KINDS[2], (MERGES[0],)),
+        ("qa-lora", affine, "lora", (MERGES[0],)),
     ):
-        model = attach(tiny(opinionated=True), method, format=format, adapter=Adapter(4, 8.0, kind=kind), seed=2)
+        adapter = Adapter(4, 8.0, kind=kind)
+        for how in merges:
+            model = attach(tiny(opinionated=True), method, format=format, adapter=adapter, seed=2)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data += 0.1 * normal(*parameter.shape)
+            merge(model, how, original=original)
+            yield from (*summary(weights(model) - weights(original)), storage.stored_bytes(model))
+        model = attach(tiny(opinionated=True), method, format=format, adapter=adapter, seed=2)
         before = copied(model)
         yield from summary(torch.cat([p.flatten() for name, p in before.items() if "lora_A" in name]))
+        settings = Tuning(3, 2, 1e-3, weight_decay=0.01, warmup=0.34)
         with tempfile.TemporaryDirectory() as folder:
-            log = finetuning.fine_tune(
-                model,
-                tokenizer,
-                pairs,
-                Instructions(length=192, seed=1),
-                Tuning(3, 2, 1e-3, weight_decay=0.01, warmup=0.34),
-                folder,
-                held_out=pairs[:2],
-            )
+            learn = Instructions(length=192, seed=1)
+            log = finetuning.fine_tune(model, tokenizer, pairs, learn, settings, folder, held_out=pairs[:2])
         yield from trained_by(model, log, before)
-        merge(model, how, original=tiny(opinionated=True))
-        yield from (*summary(weights(model)), storage.stored_bytes(model))
 
 
 def of_learned_grids() -> Iterator[float]:

@@ -1,5 +1,6 @@
-"""Write golden values anew, after a version in config/numerics.py was raised: python tests/golden/write.py COMPONENT ...
+"""Write golden values anew, after a version in config/numerics.py was raised.
 
+Usage: python tests/golden/write.py COMPONENT ...
 Without a component, those whose version was raised or that have none yet.
 """
 

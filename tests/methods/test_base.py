@@ -241,7 +241,7 @@ def test_versions_are_those_of_the_components_that_an_arm_passes_through():
     assert parts("lora") == always | {"training", "fine-tuning"}
     assert parts("l4q") == always | {"training", "fine-tuning", "formats", "learned grids"}
     assert isinstance(usual(find("gptq")).data, Sampling) and isinstance(usual(find("llm-qat")).training, Training)
-    with pytest.raises(ValueError, match="^numerics: 'astrology' is not known; use some of models, corpora"):
+    with pytest.raises(ValueError, match=r"^numerics: 'astrology' is not known; use some of models, corpora"):
         versions(usual(find("rtn")), ("astrology",))
 
 

@@ -134,6 +134,20 @@ def test_a_diverged_training_is_not_deployed(fp32, tmp_path, method):
     assert not math.isfinite(log.steps[-1]["loss"]) and hasattr(model, "adaptation")
 
 
+@pytest.mark.parametrize("method", ["qlora", "l4q", "qat"])
+def test_a_training_that_its_last_step_ruined_has_diverged(fp32, tmp_path, monkeypatch, method):
+    original = finetuning.fine_tune
+
+    def ruined(model, *args, **kwargs):
+        log = original(model, *args, **kwargs)
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).data[0] = math.nan
+        return log
+
+    monkeypatch.setattr(finetuning, "fine_tune", ruined)
+    record = schedule.run([ARMS[method]], tmp_path)[0]
+    assert record.status == "diverged" and record.training[-1]["loss"] is None and record.training[0]["loss"] > 0
+
+
 def test_a_killed_training_goes_on_from_its_checkpoint(fp32, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass

@@ -258,22 +258,6 @@ def test_sixteen_bit_scales_cost_their_rounding_only():
     torch.testing.assert_close(rounded.decode(), exact.decode(), rtol=2**-11, atol=0)
 
 
-def test_titles():
-    assert [format.title for format in ALL[:7]] == [
-        "NF2",
-        "NF3",
-        "NF4",
-        "FP4 (E2M1)",
-        "FP4 (bitsandbytes)",
-        "FP4 (E3M0)",
-        "Int2",
-    ]
-    assert Format("nf", 3, 32).title == "NF3, groups of 32"
-    assert Format("nf", double=True).title == "NF4 + DQ"
-    assert Format("affine", group=None, scale_bits=16).title == "affine Int4, per channel, 16-bit scales"
-    assert len({format.title for format in VARIANTS}) == len(VARIANTS)
-
-
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -445,28 +429,6 @@ def test_peft_adapts_encoded_layers_and_merges_them_once_decoded(model, use_dora
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kind": "nf5"}, "format: 'nf5' is not known; use one of nf, fp-e2m1, fp-bnb, fp-e3m0, int, affine"),
-        ({"kind": "nf", "bits": 5}, "bits: 5 is not allowed for 'nf'; use 2 or 3 or 4"),
-        ({"kind": "nf", "bits": 4.0}, "bits: 4.0 is not allowed for 'nf'; use 2 or 3 or 4"),
-        ({"kind": "nf", "bits": 8}, "bits: 8 is not allowed for 'nf'; use 2 or 3 or 4"),
-        ({"kind": "fp-e2m1", "bits": 3}, "bits: 3 is not allowed for 'fp-e2m1'; use 4"),
-        ({"kind": "int", "bits": 1}, "bits: 1 is not allowed for 'int'; use 2 or 3 or 4 or 8"),
-        ({"kind": "nf", "group": 0}, "group: 0 is not allowed; use a positive integer, or None for whole rows"),
-        ({"kind": "nf", "group": True}, "group: True is not allowed"),
-        ({"kind": "nf", "scale_bits": 8}, "scale_bits: 8 is not allowed; use 16 or 32"),
-        ({"kind": "nf", "group": None, "double": True}, "double: True is not allowed with group None"),
-        ({"kind": "nf", "scale_bits": 16, "double": True}, "double: True is not allowed with group 64 and scale_bits"),
-    ],
-)
-def test_bad_formats_name_the_value_and_what_is_allowed(arguments, message):
-    with pytest.raises(ValueError) as caught:
-        Format(**arguments)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

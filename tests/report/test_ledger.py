@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.evidence.claims import CLAIMS
+from studylib.report.ledger import CLAIMS
 from studylib.evidence.statistics import Interval
 from studylib.evidence.verdicts import (
     ACCURACY,
@@ -21,8 +21,7 @@ from studylib.evidence.verdicts import (
     PaperNumber,
     judge,
 )
-from studylib.report.figures.claims import LIMIT, overview
-from studylib.report.ledger import WIDTH, Entry, ledger, ledger_frame, ledger_table, picture
+from studylib.report.ledger import LIMIT, WIDTH, Entry, ledger, ledger_frame, ledger_table, overview, picture
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from studylib.evidence.claims import BY_PAPER, CLAIMS
+from studylib.report.ledger import BY_PAPER, CLAIMS
 from studylib.evidence.verdicts import VERDICTS, judge
 from studylib.methods.base import PAPERS
 from studylib.report import tables

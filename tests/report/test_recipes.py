@@ -14,7 +14,7 @@ from studylib.config.settings import REQUANTIZED, Format
 from studylib.evidence.measures import Cell, Measure, identity
 from studylib.methods.arms import Setting, setting
 from studylib.report import recipes
-from studylib.report.figures.recipes import frontier_figure
+from studylib.report.recipes import frontier_figure
 from studylib.study.records import DIVERGED
 
 CACHE = 2048 * 100 / 1e6  # MB, of make_record's 100 bytes a token

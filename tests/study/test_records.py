@@ -144,9 +144,9 @@ def test_a_record_comes_back_from_its_file_as_it_was(make_record, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields | {"format": 1}, "an older format, 1; this version of studylib reads 2"),
-        (lambda fields: {k: v for k, v in fields.items() if k != "format"}, "an older format, 1;"),
-        (lambda fields: fields | {"format": 9}, "another format, 9;"),
+        (lambda fields: fields | {"format": 1}, "it has an older format, 1, which results/rekey.py turns into 2"),
+        (lambda fields: {k: v for k, v in fields.items() if k != "format"}, "an older format, 1, which"),
+        (lambda fields: fields | {"format": 9}, "another format, 9, than 2"),
         (lambda fields: fields | {"mood": "good"}, "unknown field 'mood'"),
         (lambda fields: {k: v for k, v in fields.items() if k != "scores"}, "the field 'scores' is missing"),
         (lambda fields: fields | {"arm": fields["arm"] | {"bit": "4-8-4"}}, "arm: unknown field 'bit'"),

@@ -1,7 +1,5 @@
-from .claims import overview
 from .comparisons import bit_allocation, cache_cost, differences, learning_curve, recovery, size_accuracy
 from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
-from .recipes import frontier_figure
 from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
 
 __all__ = [
@@ -12,11 +10,9 @@ __all__ = [
     "error_by_layer",
     "format_frontier",
     "format_table",
-    "frontier_figure",
     "learning_curve",
     "measured_beside_planned",
     "memory_bars",
-    "overview",
     "papers_figure",
     "papers_table",
     "readable_memory",
