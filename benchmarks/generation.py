@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studylib.config.profiles import profile
+from studylib.config.budgets import profile
 from studylib.data import models
 from studylib.config.budgets import Sampling
 from studylib.data.generation import generate_sequences, generate_windows

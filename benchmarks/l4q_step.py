@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from studylib.data import corpora, models
 from studylib.study.machine import keep_freed_memory
-from studylib.quant.l4q import l4q_model
+from studylib.quant.learned import l4q_model
 from studylib.study.machine import environment
 
 MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 8, 2

@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     import yaml
     from papermill import PapermillExecutionError
 
-    from studylib.config import profiles
+    from studylib.config import budgets as profiles
     from studylib.data import models
     from studylib.report import page, recipes, tables
     from studylib.study import notebooks as batch

@@ -9,8 +9,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no hub, and must not ask it
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this is for those that they start
 
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
 from studylib.methods.arms import build_arm

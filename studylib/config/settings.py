@@ -146,6 +146,8 @@ class Scheme:
 DEFAULT_GROUP = 64
 FLOATS = ("fp-e2m1", "fp-bnb", "fp-e3m0")
 INTEGER_FORMATS = {"int": SYMMETRIC, "affine": ASYMMETRIC}  # formats that are a Grid
+BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
+BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FORMATS = ("nf", *FLOATS, *INTEGER_FORMATS)
 
 
@@ -211,6 +213,12 @@ class Format:
     def check_width(self, width: int) -> None:
         """Raise ValueError unless rows of `width` numbers can be cut into groups."""
         check_width(self.group, width)
+
+
+def in_bitsandbytes(format: Format) -> bool:
+    """Whether bitsandbytes stores it: NF4 and its own FP4, in its block sizes."""
+    known = format.bits == 4 and format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
+    return known and format.scale_bits == 32
 
 
 PLAIN, DORA, PISSA, LOFTQ = ADAPTER_KINDS = ("lora", "dora", "pissa", "loftq")

@@ -23,8 +23,7 @@ from studylib.config.budgets import SHAPES
 from studylib.config.settings import DORA, INTEGER_FORMATS, Adapter, Format
 from studylib.data import models
 from studylib.data.generation import check_length
-from studylib.methods.adapters import attach, find_tuned
-from studylib.methods.deploy import merge
+from studylib.methods.adapters import attach, find_tuned, merge
 from studylib.quant.formats import EncodedLinear, levels, scale_levels
 from studylib.quant.layers import cache_bytes_per_token
 from studylib.quant.storage import stored_bytes

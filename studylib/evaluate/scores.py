@@ -1,11 +1,15 @@
-"""Scores of a model: perplexity on token windows, loss on responses, and benchmark tasks through lm-eval."""
+"""Scores of a model: perplexity on token windows, loss on responses, benchmarks through lm-eval, and what its low-bit
+weights are like: their rounding error, and the time of a token that is decoded with them."""
 
 import contextlib
+import copy
 import io
 import logging
+import math
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +21,33 @@ import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import Tensor
-from transformers import PreTrainedModel
+from scipy.stats import shapiro
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
-from studylib.config.budgets import ARCHIVE, HUB, TASK_SOURCES, Evaluation, check_tasks
+from studylib.config.budgets import (
+    ARCHIVE,
+    EXECUTIONS,
+    HUB,
+    OWN,
+    TASK_SOURCES,
+    TIMED_LAYERS,
+    Decoding,
+    Evaluation,
+    check_tasks,
+)
+from studylib.config.settings import Adapter, Format
+from studylib.data import models
 from studylib.data.corpora import Pair, conversation, evenly_spaced, instruction_pairs
 from studylib.data.corpora import windows as corpus_windows
 from studylib.data.models import autocast
 from studylib.data.sources import cache_folder, fetch
+from studylib.evaluate.memory import CONFIGURATIONS
 from studylib.evaluate.packing import log_likelihoods
+from studylib.methods.adapters import attach
+from studylib.quant.formats import check_matrix, encode, encode_model
+from studylib.quant.kernel import int4_model
+from studylib.quant.layers import decoder_linears
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
 GENERATED = 8  # answers of a batch, in tasks where the model writes them
@@ -275,3 +297,101 @@ def score(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> tuple[dict[s
         scores["loss/responses"] = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
         metrics["perplexity/responses"] = float(np.exp(scores["loss/responses"].mean()))
     return metrics, scores
+
+
+NEURONS = 16  # of each layer whose weights are tested for normality, evenly spaced
+SHAPIRO_LIMIT = 5000  # numbers up to which the p-values of the Shapiro-Wilk test are accurate
+
+
+def normal_error(format: Format, groups: int = 16_384, seed: int = 0) -> float:
+    """Mean |x - x_q| of x from N(0, 1), over `groups` groups of the format.
+
+    Worked: NF4 in groups of 64: 0.0728, bitsandbytes' published number. Raises ValueError for whole rows as groups.
+    """
+    if format.group is None:
+        raise ValueError("group: None is not allowed; the error on a normal distribution depends on the group")
+    x = torch.randn(groups, format.group, generator=torch.Generator().manual_seed(seed))
+    return (x - encode(x, format).decode()).abs().mean().item()
+
+
+def non_normal_share(weight: Tensor, level: float = 0.05) -> float:
+    """The share of the rows (output neurons) of `weight` [out, in] that fail the Shapiro-Wilk test at `level`.
+
+    QLoRA, appendix F, tests LLaMA-7B's neurons so: 7.5% fail at 5%, where 5% of exactly normal ones would. Of a row of
+    more than 5000 numbers, for which the test's p-values are not accurate, every k-th is used, with the least k that
+    leaves at most 5000. A row of equal numbers fails.
+    Raises ValueError for a weight that is no matrix, not finite, or has rows of fewer than 3 numbers.
+    """
+    check_matrix(weight, columns=3)
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level!r} is not allowed; use a number between 0 and 1")
+    rows = weight.detach().double().cpu()[:, :: math.ceil(weight.shape[1] / SHAPIRO_LIMIT)]
+    varied = rows[rows.amin(1) < rows.amax(1)]
+    passed = (shapiro(varied.numpy(), axis=1).pvalue >= level).sum() if len(varied) else 0
+    return 1 - float(passed) / len(rows)
+
+
+@torch.no_grad()
+def weight_scores(original: nn.Module, model: nn.Module) -> dict[str, list[float]]:
+    """Scores of the layers of `model`, whose weights are in low bits, beside those of `original`, in their order.
+
+    "error/<layer>", for q_proj, ... each: |W - W_q| / |W| (Frobenius norms) of the decoder's layers. "non_normal": the
+    share of NEURONS neurons of each layer whose weights fail the Shapiro-Wilk test at 5%. "bits": stored bits a weight.
+    """
+    scores, layers, originals = defaultdict(list), decoder_linears(model), decoder_linears(original)
+    stored = numbers = 0
+    for name, layer in layers.items():
+        codes = layer.codes() if hasattr(layer, "codes") else None
+        if codes is None:
+            raise ValueError(f"{name}: it is a {type(layer).__name__}; only weights in low bits have an error")
+        weight = originals[name].weight
+        error = (weight - codes.decode()).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        scores[f"error/{name.rpartition('.')[2]}"].append(error.item())
+        rows = weight[evenly_spaced(NEURONS, len(weight)).to(weight.device)]
+        scores["non_normal"].append(non_normal_share(rows))
+        stored += codes.nbytes
+        numbers += weight.numel()
+    return dict(scores) | {"bits": [8 * stored / numbers]}
+
+
+VOCABULARY = 1024  # of a shape that is timed
+
+
+def decoding_seconds(
+    load: Callable[[], PreTrainedModel], format: Format, settings: Decoding
+) -> dict[tuple[str, str], np.ndarray]:
+    """Seconds that a decoded token takes, [rounds], of each model that is timed and each of EXECUTIONS.
+
+    The models: OWN, which `load` gives, and settings.shapes. 4 bits: the weights rounded to `format`, as every method
+    leaves them that deploys integers only; an adapter: LoRA's usual one on all layers. Executions take turns, so that
+    whatever else the machine does meets all alike.
+    """
+    sources = {OWN: load} | {shape: lambda shape=shape: _layers_of(shape) for shape in settings.shapes}
+    found = {}
+    for name, source in sources.items():
+        executions = (
+            source().cpu().to(models.compute_dtype()).eval(),
+            int4_model(encode_model(source().cpu(), format), models.compute_dtype()),
+            int4_model(attach(source().cpu(), "qlora", format=format, adapter=Adapter()), models.compute_dtype()),
+        )
+        rounds = [[_seconds(model, settings) for model in executions] for _ in range(settings.rounds + 1)]
+        found |= {(name, kind): times for kind, times in zip(EXECUTIONS, np.array(rounds[1:]).T, strict=True)}
+    return found
+
+
+def _layers_of(shape: str) -> PreTrainedModel:
+    config = copy.deepcopy(CONFIGURATIONS[shape])
+    config.num_hidden_layers, config.vocab_size = TIMED_LAYERS, VOCABULARY
+    return models.skeleton(config)
+
+
+@torch.no_grad()
+def _seconds(model: PreTrainedModel, settings: Decoding) -> float:
+    """Seconds of one token, the mean over those that are decoded."""
+    cache = DynamicCache(config=model.config)
+    context = torch.arange(settings.context)[None] % model.config.vocab_size
+    logits = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    begun = time.perf_counter()
+    for _ in range(settings.tokens):
+        logits = model(input_ids=logits[:, -1].argmax(1, keepdim=True), past_key_values=cache, use_cache=True).logits
+    return (time.perf_counter() - begun) / settings.tokens

@@ -1,4 +1,4 @@
-from .measures import Cell, Measure, gather, measures, of_profile, response_measures
+from .measures import Cell, Measure, gather, of_profile, response_measures
 from .verdicts import VERDICTS, Claim, Effect, Finding, PaperNumber, judge
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "PaperNumber",
     "gather",
     "judge",
-    "measures",
     "of_profile",
     "response_measures",
 ]

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import EXECUTIONS, OWN, TIMED_LAYERS, ZERO_SHOT, Evaluation, RealText
-from studylib.config.profiles import Profile
+from studylib.config.budgets import EXECUTIONS, OWN, TIMED_LAYERS, ZERO_SHOT, Evaluation, Profile, RealText
 from studylib.config.words import listed, number, points
 from studylib.evidence.statistics import Array, Interval, paired_bootstrap, perplexity, stratified_mean
 from studylib.methods.arms import CHANGES, Setting, corpus_title, order, seedless, setting
@@ -300,7 +299,7 @@ def accuracy_title(tasks: Sequence[str]) -> str:
     return f"accuracy on {TASK_TITLES[tasks[0]]}" if len(tasks) == 1 else "mean accuracy"
 
 
-def measures(records: Sequence[Record]) -> list[Measure]:
+def usual_measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
     return perplexities(records) + accuracies(records)
 

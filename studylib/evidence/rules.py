@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from studylib.config.budgets import ADAPTED, EXECUTIONS, PACKED
+from studylib.config.budgets import ADAPTED_4_BITS, EXECUTIONS, IN_4_BITS
 from studylib.config.words import listed, nats, number, percent, points
 from studylib.evidence.measures import Cell, Contrast, Measure, identity, speedup, won_back, won_back_share
 from studylib.evidence.statistics import Interval, paired_bootstrap
@@ -181,7 +181,7 @@ def takes_at_most(times: float, measure: Measure, usual: Cell, cell: Cell) -> Ou
 
 def decodes_faster(times: float, measure: Measure, cell: Cell) -> Outcome:
     """Whether integers alone decode at least so many times as fast as with an adapter beside them."""
-    found = speedup(measure, cell, PACKED, ADAPTED)
+    found = speedup(measure, cell, IN_4_BITS, ADAPTED_4_BITS)
     what = "as fast without an adapter beside 4 bits"
     effect = Effect(found, TIMES, what, above=times)
     medians = [1000 * np.median(cell.scores(part)) for part in measure.parts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from studylib.config.words import capital, listed, nats, number, percent, points
-from studylib.evidence.measures import Measure, gather, measures
+from studylib.evidence.measures import Measure, gather, usual_measures
 from studylib.evidence.statistics import Interval
 from studylib.methods.arms import Setting
 from studylib.study.records import Record
@@ -145,7 +145,7 @@ class Claim:
     needs: tuple[Setting, ...] = ()
     test: Callable[..., Outcome] | None = None
     optional: tuple[Setting, ...] = ()
-    measures: Callable[[Sequence[Record]], list[Measure]] = measures
+    measures: Callable[[Sequence[Record]], list[Measure]] = usual_measures
     untested: str = ""
     effect: PaperNumber | None = None
 

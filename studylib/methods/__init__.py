@@ -24,4 +24,3 @@ register(  # in the order of tables and legends
     QAT(),
 )
 
-__all__ = ["METHODS", "FineTuned", "Look", "Method", "Work", "check", "find", "register"]

@@ -9,8 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from studylib.config.arm import PARTS, Arm
-from studylib.config.budgets import ALPACA, CORPORA, KL, RealText, Sampling
-from studylib.config.profiles import Profile
+from studylib.config.budgets import ALPACA, CORPORA, KL, Profile, RealText, Sampling
 from studylib.config.settings import (
     ALL,
     BESIDE,
@@ -239,3 +238,11 @@ def seedless(arm: Arm) -> Arm:
         if part is not None
     }
     return dataclasses.replace(arm, **changes)
+
+
+def container(arm: Arm) -> str:
+    """Which of base.CONTAINERS holds what the arm deploys. ValueError, with the reason, where none does."""
+    try:
+        return find(arm.method).container(arm)
+    except ValueError as error:
+        raise ValueError(f"record: {title(arm)} cannot be exported; {error}") from None

@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING
 
 from studylib.config.arm import PARTS, Arm
 from studylib.config.budgets import NOTHING
-from studylib.config.settings import BESIDE, LSQ, Adapter, Format, Scheme
+from studylib.config.settings import BESIDE, INTEGER_FORMATS, LSQ, OFF, Adapter, Format, Scheme, in_bitsandbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from studylib.train.data import TrainingData
-    from studylib.train.log import Log
+    from studylib.config.budgets import Log
+    from studylib.train.distillation import TrainingData
 
+INTEGERS, FOUR_BIT, PEFT, SIXTEEN_BITS = CONTAINERS = (
+    "compressed-tensors",
+    "bitsandbytes",
+    "peft adapter",
+    "16-bit weights",
+)  # of other software, for what is deployed
 LLM_QAT_PAPER, QLORA_PAPER, L4Q_PAPER = PAPERS = ("LLM-QAT", "QLoRA", "L4Q")  # that the study reruns
 
 
@@ -131,6 +137,23 @@ class Method(ABC):
 
     def usual_adapter(self) -> Adapter | None:
         return Adapter() if "adapter" in self.needs else None
+
+    def container(self, arm: Arm) -> str:
+        """Which of CONTAINERS holds what the arm deploys. ValueError, with the reason, where none does."""
+        format = arm.format
+        if not self.rounds and not arm.tuning:
+            raise ValueError("it is the model as it was loaded")
+        if format and in_bitsandbytes(format):
+            return FOUR_BIT
+        if format and format.kind not in INTEGER_FORMATS:
+            raise ValueError(f"neither compressed-tensors nor bitsandbytes has {format.title}")
+        if arm.widths.weights == OFF and not format:
+            raise ValueError("its weights are not quantized")
+        if arm.scheme.grid not in INTEGER_FORMATS.values() and arm.widths.activations != OFF:
+            raise ValueError(
+                f"other software scales activations by their largest magnitude, not by {arm.scheme.grid!r}"
+            )
+        return INTEGERS
 
     def as_trained(self, arm: Arm) -> Arm:
         """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""

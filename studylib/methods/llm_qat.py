@@ -6,12 +6,12 @@ from studylib.config.arm import Arm
 from studylib.config.budgets import ATTENTION
 from studylib.config.settings import AFTER_ROTARY, LSQ, OFF
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
-from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable
+from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable, smoothquant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from studylib.train.log import Log
+    from studylib.config.budgets import Log
 
 HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
 
@@ -75,8 +75,6 @@ class SmoothQuantLLMQAT(LLMQAT):
         check_smoothable(skeleton)
 
     def apply(self, work: Work) -> "Log":
-        from studylib.methods.calibration import smoothquant
-
         with work.phase("quantize"):
             smoothquant(work.model, work.calibration(CALIBRATION_WINDOWS))
         return super().apply(work)

@@ -9,31 +9,32 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from studylib.config.arm import Arm
+from studylib.config.budgets import TINY
 from studylib.config.settings import (
     ALL,
     BESIDE,
+    DEFAULT_GROUP,
+    DEQUANTIZED,
     DORA,
     FROM_ORIGINAL,
     INITS,
     LOFTQ,
+    MERGED_16,
     PACKED,
     PISSA,
     PLAIN,
     Adapter,
     Format,
     Scheme,
+    in_bitsandbytes,
 )
-from studylib.methods.base import L4Q_PAPER, QLORA_PAPER, Look, Method, Work
+from studylib.methods.base import L4Q_PAPER, PEFT, QLORA_PAPER, SIXTEEN_BITS, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from studylib.train.log import Log
-
-
-BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
-BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    from studylib.config.budgets import Log
 
 
 class FineTuned(Method):
@@ -107,9 +108,22 @@ class FineTuned(Method):
         if how in PACKED and format is None:
             raise ValueError(f"format: missing; {how!r} rounds to one")
 
+    def container(self, arm: Arm) -> str:
+        if arm.adapter is None or arm.merge in PACKED:
+            return super().container(arm)
+        if arm.merge in (DEQUANTIZED, MERGED_16):
+            return SIXTEEN_BITS
+        if not self.keeps_adapter:
+            raise ValueError(
+                "no format that transformers loads has an offset a group that is not a whole number of steps"
+            )
+        stock = "format" not in self.needs or (in_bitsandbytes(arm.format) and arm.format.group == DEFAULT_GROUP)
+        if not stock or arm.adapter.kind not in (PLAIN, DORA) or arm.model == TINY:
+            raise ValueError("its adapter goes with a base that transformers does not make; take an arm that is merged")
+        return PEFT
+
     def apply(self, work: Work) -> "Log":
-        from studylib.methods.adapters import attach
-        from studylib.methods.deploy import load_trained, merge, save_trained
+        from studylib.methods.adapters import attach, load_trained, merge, save_trained
         from studylib.train.finetuning import fine_tune, training_pairs
 
         arm, model = work.arm, work.model
@@ -209,7 +223,7 @@ class GPTQLoRA(FineTuned):
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
         from studylib.methods.adapters import inject
-        from studylib.methods.calibration import gptq
+        from studylib.methods.ptq import gptq
 
         gptq(model, f"{format.bits}-16-16", tokens, format.group, symmetric=format.kind == "int")
         inject(model, adapter, names, seed)
@@ -225,7 +239,7 @@ class QALoRA(FineTuned):
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
-        from studylib.quant.adapted import qa_lora_model
+        from studylib.quant.learned import qa_lora_model
 
         qa_lora_model(model, format, adapter, names, seed)
 
@@ -242,7 +256,7 @@ class QATLoRA(FineTuned):
     ) -> None:
         from studylib.data import models
         from studylib.methods.adapters import inject
-        from studylib.quant.adapted import learned_grid_model, train_grids
+        from studylib.quant.learned import learned_grid_model, train_grids
 
         learned_grid_model(model, format.bits, format.group, models.compute_dtype())
         inject(model, adapter, names, seed)
@@ -262,7 +276,7 @@ class L4Q(FineTuned):
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
         from studylib.methods.adapters import compact
-        from studylib.quant.l4q import l4q_model
+        from studylib.quant.learned import l4q_model
 
         compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
         rank, alpha, init = adapter.rank, adapter.alpha, adapter.init
@@ -286,9 +300,3 @@ class QAT(FineTuned):
         quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.group))
         for linear in decoder_linears(model).values():
             linear.weight.requires_grad_(True)
-
-
-def in_bitsandbytes(format: Format) -> bool:
-    """Whether bitsandbytes stores it: NF4 and its own FP4, in its block sizes."""
-    known = format.bits == 4 and format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
-    return known and format.scale_bits == 32

@@ -1,12 +1,23 @@
 """The methods that train nothing: full precision, rounding, SmoothQuant, GPTQ, AWQ, formats, the 4-bit kernel."""
 
-from typing import TYPE_CHECKING
+import contextlib
+import copy
+import io
+import logging
+import os
+from typing import TYPE_CHECKING, Any
 
+from studylib import data, quant  # doors: what stands behind them is loaded when it is used
 from studylib.config.arm import Arm
+from studylib.config.settings import OFF, BitWidths, Grid
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, PAPERS, QLORA_PAPER, Look, Method, Work
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from studylib.quant import Codes
+
 
 SMOOTHABLE = ("llama", "mistral", "qwen2", "qwen3")  # norms that feed q, k, v and gate, up, and nothing else
 CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant and GPTQ, whose time grows with them
@@ -32,10 +43,8 @@ class RoundToNearest(Method):
     few_shot_at = ("4-8-4",)
 
     def apply(self, work: Work) -> None:
-        from studylib.quant.layers import round_to_nearest
-
         with work.phase("quantize"):
-            round_to_nearest(work.model, work.arm.bits, work.arm.scheme)
+            quant.round_to_nearest(work.model, work.arm.bits, work.arm.scheme)
 
 
 class SmoothQuant(Method):
@@ -48,12 +57,9 @@ class SmoothQuant(Method):
         check_smoothable(skeleton)
 
     def apply(self, work: Work) -> None:
-        from studylib.methods.calibration import smoothquant
-        from studylib.quant.layers import round_to_nearest
-
         with work.phase("quantize"):
             smoothquant(work.model, work.calibration(CALIBRATION_WINDOWS))
-            round_to_nearest(work.model, work.arm.bits, work.arm.scheme)
+            quant.round_to_nearest(work.model, work.arm.bits, work.arm.scheme)
 
 
 class GPTQ(Method):
@@ -62,8 +68,6 @@ class GPTQ(Method):
     needs, numerics = frozenset({"data"}), ("grids", "ptq")
 
     def apply(self, work: Work) -> None:
-        from studylib.methods.calibration import gptq
-
         with work.phase("quantize"):
             gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS))
 
@@ -77,8 +81,6 @@ class AWQ(Method):
         check_smoothable(skeleton)
 
     def apply(self, work: Work) -> None:
-        from studylib.methods.calibration import awq
-
         with work.phase("quantize"):
             awq(work.model, work.arm.bits, work.calibration(AWQ_WINDOWS))
 
@@ -95,11 +97,9 @@ class RoundedWeights(Method):
         """None: which format it is, is what is asked."""
 
     def apply(self, work: Work) -> None:
-        from studylib.quant.formats import decode_model, encode_model
-
         assert work.arm.format is not None
         with work.phase("quantize"):
-            decode_model(encode_model(work.model, work.arm.format))
+            quant.decode_model(quant.encode_model(work.model, work.arm.format))
 
 
 class FourBitKernel(Method):
@@ -110,24 +110,17 @@ class FourBitKernel(Method):
     needs, numerics = frozenset({"format", "decoding"}), ("formats", "execution")
 
     def check(self, arm: Arm) -> None:
-        from studylib.quant.kernel import check_format
-
         super().check(arm)
-        check_format(arm.format)
+        quant.check_format(arm.format)
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
-        from studylib.quant.kernel import check_executable
-
-        check_executable(skeleton, arm.format)
+        quant.check_executable(skeleton, arm.format)
 
     def apply(self, work: Work) -> None:
-        from studylib.data import models
-        from studylib.quant.formats import encode_model
-        from studylib.quant.kernel import int4_model
-
         assert work.arm.format is not None
         with work.phase("quantize"):
-            work.model = int4_model(encode_model(work.model.cpu(), work.arm.format), models.compute_dtype())
+            encoded = quant.encode_model(work.model.cpu(), work.arm.format)
+            work.model = quant.int4_model(encoded, data.models.compute_dtype())
 
 
 def check_smoothable(model: "PreTrainedModel") -> None:
@@ -137,3 +130,143 @@ def check_smoothable(model: "PreTrainedModel") -> None:
             f"model: which norms to smooth is not known for {model.config.model_type!r}; use one of "
             f"{', '.join(SMOOTHABLE)}"
         )
+
+
+BATCH = 4  # windows in one forward pass
+
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # with logging off altogether GPTQ fails
+
+
+def smoothquant(model: "nn.Module", tokens: "Tensor", strength: float = 0.5) -> "nn.Module":
+    """Move the scale of the activations into the weights; nothing is rounded and the model computes the same function.
+
+    Input channel j of q, k, v and of gate, up is divided by s_j = max|X_j|^strength / max|W_j|^(1 - strength) (Xiao et
+    al. 2023, Eq. 4) in the weight of the norm before them, and their weights are multiplied by it. llm-compressor takes
+    max X_j - min X_j for max|X_j| and 2 max|W_j| for max|W_j|: the same s_j up to a factor, but for one-sided channels.
+    strength: 0.5 as in the paper; its authors' repository takes 0.8 to 0.85 for Llama and Mistral, at 8-bit weights.
+    Raises ValueError for a strength outside 0..1, tokens that are no windows, a model that is quantized already, or one
+    whose layers are not known to be smoothable.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: {strength!r} is not allowed; use a number from 0 to 1")
+    _check(model, tokens, smoothed=True)
+    from llmcompressor.modifiers.transform import SmoothQuantModifier
+    from llmcompressor.pipelines.basic import BasicPipeline
+
+    _calibrate(model, tokens, BasicPipeline, SmoothQuantModifier(smoothing_strength=strength))
+    return model
+
+
+def gptq(
+    model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", group: int | None = None, symmetric: bool = True
+) -> "nn.Module":
+    """GPTQ (Frantar et al. 2023) for the weights, then activations and cache rounded on the fly as by RTN.
+
+    Layer after layer, the weights' columns are rounded one by one, and those to come make up for the error on the
+    layer's inputs. These inputs come from layers whose weights are rounded already, but are not rounded themselves
+    (llm-compressor's default, as are columns in the order of their activations' size and a dampening of 1%). Its grid
+    has a level more than RTN's: -2^(b-1)..2^(b-1)-1 with scale max|w| / (2^(b-1) - 0.5); with symmetric=False the
+    levels span min to max of w, and 0. group: input columns that share a scale, None for one an output channel.
+    Raises ValueError for weights at 16 bits, tokens that are no windows, a group that does not divide a layer's input,
+    a model that is quantized already or has no linear layers.
+    """
+    bits = _with_weights(bits, "GPTQ")
+    _check(model, tokens)
+    for linear in quant.decoder_linears(model).values():
+        Grid(bits.weights, "symmetric" if symmetric else "asymmetric", group).check_width(linear.in_features)
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.pipelines.sequential import SequentialPipeline
+
+    grid = _weight_grid(model, bits, group, symmetric)
+    calibrated = _calibrate(model, tokens, SequentialPipeline, GPTQModifier(config_groups=grid))
+    quant.quantize_model(model, bits)
+    for name, module in model.named_modules():
+        if isinstance(module, quant.QuantizedLinear):
+            module.weight_grid = None  # they lie on GPTQ's own grid
+            module.stored = _codes(calibrated.get_submodule(name), bits.weights, symmetric)
+    return model
+
+
+def _codes(layer: "nn.Module", bits: int, symmetric: bool) -> "Codes":
+    """The integers of a layer that llm-compressor has rounded, by the scales and zero points that it left there."""
+    low = -(2 ** (bits - 1))
+    scale = layer.weight_scale.float()
+    rows = layer.weight.float().unflatten(1, (scale.shape[1], -1))
+    zero = 0.0 if symmetric else layer.weight_zero_point.float()[..., None]
+    integers = (rows / scale[..., None] + zero).round().clamp(low, -low - 1).flatten(1)
+    if symmetric:
+        return quant.Codes.of_integers(integers, bits, low, scale)
+    return quant.Codes.of_integers(integers - low, bits, 0, scale, layer.weight_zero_point - low)
+
+
+def awq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor") -> "nn.Module":
+    """AWQ (Lin et al. 2024): scale the weights' input channels, as SmoothQuant does, for less error; then RTN.
+
+    A layer's scales are the best of 20 candidates, by the squared error of the block's output: 1, and 19 that grow with
+    the mean activation (their Eq. 4-5) and fall with the mean weight. llm-compressor tries them on its own grid (see
+    `gptq`); what follows is our `round_to_nearest`. The inputs of down (and of o, where values have as many heads as
+    queries) are scaled, too, in the rows of up (of v). Slow on a CPU: each window passes every block 20 times.
+    Raises ValueError for weights at 16 bits, tokens that are no windows, a model that is quantized already, or one
+    whose layers are not known to be smoothable.
+    """
+    bits = _with_weights(bits, "AWQ")
+    _check(model, tokens, smoothed=True)
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform import AWQModifier
+    from llmcompressor.pipelines.sequential import SequentialPipeline
+
+    grid = QuantizationModifier(config_groups=_weight_grid(model, bits))
+    _calibrate(model, tokens, SequentialPipeline, AWQModifier(), grid)
+    return quant.round_to_nearest(model, bits)
+
+
+def _with_weights(bits: str | BitWidths, method: str) -> BitWidths:
+    bits = BitWidths.parse(bits)
+    if bits.weights == OFF:
+        raise ValueError(f"bits of the weights: {OFF} (off) is not allowed for {method}, which rounds them; use 2 to 8")
+    return bits
+
+
+def _check(model: "nn.Module", tokens: "Tensor", smoothed: bool = False) -> None:
+    if any(isinstance(module, quant.QuantizedLinear) for module in quant.decoder_linears(model).values()):
+        raise ValueError("the model is quantized already; load it anew to quantize it in another way")
+    import torch
+
+    if tokens.ndim != 2 or not tokens.numel() or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: {tokens.dtype} of shape {list(tokens.shape)} is not allowed; use int64 [N, T]")
+    if smoothed:
+        check_smoothable(model)
+
+
+def _weight_grid(model: "nn.Module", bits: BitWidths, group: int | None = None, symmetric: bool = True) -> dict:
+    blocks = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": bits.weights, "type": "int", "symmetric": symmetric} | blocks
+    return {"weights": {"targets": list(quant.decoder_linears(model)), "weights": weights}}
+
+
+def _calibrate(model: "nn.Module", tokens: "Tensor", pipeline: type, *modifiers: Any) -> "nn.Module":
+    """What llm-compressor's `oneshot` does, without its traces: all but the weights happens to a copy that shares them,
+    which is returned.
+
+    (`oneshot` wants a checkpoint on disk and shuffles; it leaves hooks, wrapped forwards and a session behind.)
+    """
+    import torch
+    from compressed_tensors.utils import patch_attr
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.core import create_session
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    shell = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    batches = [{"input_ids": batch} for batch in tokens.split(BATCH)]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # progress bars
+        stack.enter_context(patch_attr(logging.getLogger("torch.fx._symbolic_trace"), "disabled", True))
+        if not torch.cuda.is_available():  # AWQ pins memory, which takes an accelerator
+            stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda self, index: None))
+        session = stack.enter_context(create_session())
+        session.initialize(model=shell, start=-1, recipe=list(modifiers), calib_data=batches)
+        pipeline()(shell, batches, DatasetArguments())
+        session.finalize()
+        for name, parameter in model.named_parameters():
+            parameter.copy_(shell.get_parameter(name))
+    return shell

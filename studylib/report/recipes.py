@@ -26,9 +26,8 @@ from studylib.evidence.measures import (
 )
 from studylib.evidence.rules import SHARE
 from studylib.evidence.statistics import Interval
-from studylib.methods.arms import corpus_title, setting
+from studylib.methods.arms import container, corpus_title, setting
 from studylib.report.tables import as_markdown
-from studylib.study.containers import container
 from studylib.study.records import Record, seconds_alone
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from studylib.evidence.measures import (
     accuracy_title,
     gather,
     identity,
-    measures,
     response_measures,
     task_measures,
+    usual_measures,
 )
 from studylib.methods.arms import Setting, corpus_title, data_title, method_title
 from studylib.study.records import Record
@@ -69,7 +69,7 @@ def scoreboard(records: Sequence[Record]) -> "pd.DataFrame":
 
     cells = gather(records).values()
     several = any(len(cell.records) + len(cell.diverged) > 1 for cell in cells)
-    main, tasks = measures(records) + response_measures(records), task_measures(records)
+    main, tasks = usual_measures(records) + response_measures(records), task_measures(records)
     return pd.DataFrame([_row(cell, main, tasks, several) for cell in cells])
 
 

@@ -21,11 +21,11 @@ from studylib.config.words import number
 from studylib.data import models
 from studylib.evaluate.scores import score
 from studylib.methods.adapters import four_bit, unrepacked
-from studylib.methods.arms import corpus_title, title
+from studylib.methods.arms import container, corpus_title, title
+from studylib.methods.base import FOUR_BIT, INTEGERS, PEFT
 from studylib.methods.lora import BITSANDBYTES
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import Codes, DeployedLinear, coded_layers, sixteen_bits
-from studylib.study.containers import ADAPTER, FOUR_BIT, INTEGERS, container
 from studylib.study.records import FINISHED, Record, Store
 from studylib.study.run import deployed
 
@@ -62,7 +62,7 @@ def export_model(record: Record, store: Store, folder: Path) -> Exported:
     try:
         model, tokenizer = deployed(record.arm, store)
         base = model.name_or_path
-        if kind == ADAPTER:
+        if kind == PEFT:
             _write_adapter(record.arm, model, base, partial)
         else:
             _write_weights(kind, record.arm, model, partial)
@@ -210,7 +210,7 @@ def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Modul
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
     where = {"dtype": torch.float32, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
     with _without_bars():
-        if kind == ADAPTER:
+        if kind == PEFT:
             from peft import PeftModel
 
             quantized = format and _bitsandbytes(format, torch.float32)
@@ -251,7 +251,7 @@ def _card(record: Record, exported: Exported, base: str) -> str:
         "",
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="float32")',
     ]
-    if exported.container == ADAPTER:
+    if exported.container == PEFT:
         format, given = record.arm.format, [f'"{base}"', 'dtype="float32"']
         if format:
             kind = BITSANDBYTES[format.kind]

@@ -22,16 +22,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import ARCHIVE, CHAT, NOTHING, Evaluation, RealText, Sampling
+from studylib.config.budgets import ARCHIVE, CHAT, NOTHING, Evaluation, Log, RealText, Sampling
 from studylib.config.files import write_whole
 from studylib.config.numerics import NUMERICS
 from studylib.config.settings import LSQ, OFF, SYMMETRIC
 from studylib.data import corpora, models
 from studylib.data.generation import chat_opening, check_length
 from studylib.data.sources import fetch
-from studylib.evaluate.scores import TASKS, score
-from studylib.evaluate.speed import decoding_seconds
-from studylib.evaluate.weights import weight_scores
+from studylib.evaluate.scores import TASKS, decoding_seconds, score, weight_scores
 from studylib.methods.adapters import adapted_layers
 from studylib.methods.arms import title
 from studylib.methods.base import Method, Work, find
@@ -39,10 +37,8 @@ from studylib.quant.layers import cache_bytes_per_token, decoder_linears, quanti
 from studylib.quant.storage import keep_model, restore_model, stored_bytes
 from studylib.study.machine import environment, peak_memory
 from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
-from studylib.train.data import TrainingData, prepare
-from studylib.train.distillation import check_head
+from studylib.train.distillation import TrainingData, check_head, prepare
 from studylib.train.finetuning import check_paging, encode, training_pairs
-from studylib.train.log import Log
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
 GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from studylib.config.budgets import Instructions, Tuning
+from studylib.config.budgets import Instructions, Log, Tuning
 from studylib.data.corpora import Pair, conversation, instruction_pairs
 from studylib.train.distillation import last_hidden
-from studylib.train.log import Log
 from studylib.train.losses import label_loss
 
 IGNORED = -100  # the label of a position whose next token is not learned

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from studylib.config.budgets import Budget
+from studylib.config.budgets import Budget, Log
 from studylib.data import models
-from studylib.train.log import Log
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
 COMPILED_STEPS = 20  # from so many steps on, compiling the layers pays for itself

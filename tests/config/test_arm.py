@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib.config.arm import PARTS, Arm
-from studylib.config.budgets import Evaluation, Training
-from studylib.config.profiles import PROFILES, profile
+from studylib.config.budgets import PROFILES, Evaluation, Training, profile
 from studylib.config.settings import REQUANTIZED, Adapter, Format, Scheme
 from studylib.methods.arms import build_arm
 from studylib.methods.base import METHODS, check

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studylib.config.profiles import PROFILES, profile
+from studylib.config.budgets import PROFILES, profile
 from studylib.methods.arms import Setting, build_arm
 
 SMOKE = profile("smoke")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, MistralConfig, Qwen2Config
 
-from studylib.data import decoding, models
-from studylib.data.decoding import decoding_cache, fill_holes
+from studylib.data import generation as decoding
+from studylib.data import models
+from studylib.data.generation import decoding_cache, fill_holes
 
 
 def logits_of_steps(model, tokens, cache, keep=None):

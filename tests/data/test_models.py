@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.data import corpora, models
 from studylib.data.sources import fetch
 from studylib.evaluate.scores import window_losses

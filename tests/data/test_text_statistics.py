@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from studylib.data import models
-from studylib.data.text_statistics import _pairs_and_fours, text_statistics
+from studylib.data.corpora import _pairs_and_fours, text_statistics
 from studylib.evaluate.scores import window_losses
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from studylib.config.settings import Format
-from studylib.evaluate.weights import NEURONS, non_normal_share, normal_error, weight_scores
+from studylib.evaluate.scores import NEURONS, non_normal_share, normal_error, weight_scores
 from studylib.quant.formats import encode, encode_model
 from studylib.quant.layers import decoder_linears
 

@@ -7,10 +7,10 @@ import pytest
 
 from studylib.config.budgets import EXECUTIONS
 from studylib.config.settings import Adapter, Format, Scheme
-from studylib.report.ledger import CLAIMS
 from studylib.evidence.statistics import Interval
 from studylib.evidence.verdicts import ACCURACY, INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Effect, judge
 from studylib.methods.arms import Setting
+from studylib.report.ledger import CLAIMS
 from studylib.study.records import DIVERGED
 
 

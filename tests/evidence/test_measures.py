@@ -4,17 +4,17 @@ import math
 import numpy as np
 import pytest
 
-from studylib.config.profiles import profile
+from studylib.config.budgets import profile
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.config.words import number, percent, points
 from studylib.evidence.measures import (
     FULL,
     gather,
     identity,
-    measures,
     of_profile,
     task_measures,
     text_measures,
+    usual_measures,
     won_back,
 )
 from studylib.methods.arms import Setting, setting
@@ -28,7 +28,7 @@ def budget(make_record):
 
 
 def measure(records, name):
-    (found,) = [each for each in measures(records) if each.name == name]
+    (found,) = [each for each in usual_measures(records) if each.name == name]
     return found
 
 
@@ -53,7 +53,7 @@ def test_seeds_are_averaged_item_by_item(make_record):
 
 
 def test_measures_are_the_papers(picture):
-    assert [(each.name, each.items) for each in measures(picture)] == [
+    assert [(each.name, each.items) for each in usual_measures(picture)] == [
         ("perplexity/wikipedia", 32),
         ("perplexity/c4", 32),
         ("accuracy/mean", 300),
@@ -106,7 +106,7 @@ def test_few_shot_tasks_do_not_keep_arms_apart(make_record):
         few, arm=dataclasses.replace(few.arm, evaluation=evaluation), scores=few.scores | {"accuracy/mmlu": [0.0, 1.0]}
     )
     cells = gather([plain, few])
-    assert [each.name for each in measures([few, plain])] == ["perplexity/wikipedia", "perplexity/c4", "accuracy/mean"]
+    assert [each.name for each in usual_measures([few, plain])] == ["perplexity/wikipedia", "perplexity/c4", "accuracy/mean"]
     mmlu = task_measures([plain, few])[-1]
     assert mmlu.name == "accuracy/mmlu" and [mmlu.covers(cell) for cell in cells.values()] == [False, True]
     longer = dataclasses.replace(plain.arm, evaluation=dataclasses.replace(plain.arm.evaluation, windows=33))
@@ -118,7 +118,7 @@ def test_diverged_runs_are_kept_apart(make_record):
     records = [make_record("llm-qat", "4-8-4", seed=0), make_record("llm-qat", "4-8-4", seed=1, status=DIVERGED)]
     (cell,) = gather(records).values()
     assert len(cell.records) == len(cell.diverged) == 1
-    assert measures(records[1:]) == []
+    assert usual_measures(records[1:]) == []
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_records_of_a_method_that_is_not_registered_here_are_kept(make_record, b
 
 def test_measures_are_named_by_what_they_are_of(make_record):
     record = make_record("full-precision")
-    assert [(each.kind, each.of, each.short_title) for each in measures([record])] == [
+    assert [(each.kind, each.of, each.short_title) for each in usual_measures([record])] == [
         ("perplexity", "wikipedia", "perplexity on Wikipedia"),
         ("perplexity", "c4", "perplexity on C4"),
         ("accuracy", "mean", "mean accuracy"),

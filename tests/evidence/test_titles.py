@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from studylib.config.settings import Format
-from studylib.report.ledger import CLAIMS
 from studylib.evidence.measures import gather
 from studylib.evidence.verdicts import NOT_TESTED, judge
 from studylib.methods import arms
 from studylib.methods.base import METHODS
+from studylib.report.ledger import CLAIMS
 from studylib.study.records import read_records
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "records"

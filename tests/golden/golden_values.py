@@ -31,7 +31,8 @@ from studylib.config.budgets import (
 from studylib.config.numerics import NUMERICS
 from studylib.config.settings import ADAPTER_KINDS, GRIDS, INITS, MERGES, Adapter, Format, Grid, Scheme
 from studylib.data import corpora, generation, models, text_statistics
-from studylib.quant import adapted, formats, grids, kernel, l4q, layers, storage
+from studylib.quant import formats, grids, kernel, l4q, layers, storage
+from studylib.quant import l4q as adapted
 
 FILE = Path(__file__).with_name("numerics.json")
 TOLERANCE = 2e-3
@@ -110,7 +111,7 @@ def of_models() -> Iterator[float]:
 
 
 def of_corpora() -> Iterator[float]:
-    from studylib.train.data import _real_windows
+    from studylib.train.distillation import _real_windows
 
     tokenizer, theirs = (models.load_tokenizer(name) for name in ("tiny-random", "smollm2-135m"))
     plain = copy.deepcopy(tokenizer)
@@ -334,8 +335,7 @@ def of_distillation() -> Iterator[float]:
 
 
 def of_fine_tuning() -> Iterator[float]:
-    from studylib.methods.adapters import attach, split
-    from studylib.methods.deploy import merge
+    from studylib.methods.adapters import attach, merge, split
     from studylib.train import finetuning
 
     tokenizer, pairs = models.load_tokenizer("tiny-random"), corpora.instruction_pairs("training")[:24]
@@ -409,7 +409,7 @@ def of_learned_grids() -> Iterator[float]:
 
 
 def of_ptq() -> Iterator[float]:
-    from studylib.methods import calibration
+    from studylib.methods import ptq as calibration
 
     text = tokens(6, 24)
     plain = tiny()

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from studylib.config.settings import Adapter, Format
 from studylib.data import models
 from studylib.methods import adapters
-from studylib.methods.adapters import attach, split
-from studylib.methods.deploy import merge
+from studylib.methods.adapters import attach, merge, split
 from studylib.methods.lora import in_bitsandbytes
-from studylib.quant.adapted import LearnedGridLinear, QALoRALinear
 from studylib.quant.formats import EncodedLinear, encode, encode_model
 from studylib.quant.layers import decoder_linears, quantize_model
+from studylib.quant.learned import LearnedGridLinear, QALoRALinear
 from studylib.train.finetuning import check_paging
 
 QLORA_FORMATS = [

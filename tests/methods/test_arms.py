@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import Decoding, RealText, Sampling
-from studylib.config.profiles import profile
+from studylib.config.budgets import Decoding, RealText, Sampling, profile
 from studylib.config.settings import MERGED_16, REQUANTIZED, Adapter, Format, Scheme
 from studylib.methods.arms import (
     CHANGES,

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from studylib.config.arm import PARTS, Arm
-from studylib.config.budgets import NOTHING, Evaluation, Sampling, Training
+from studylib.config.budgets import NOTHING, Evaluation, Sampling, Training, profile
 from studylib.config.numerics import NUMERICS, versions
-from studylib.config.profiles import profile
 from studylib.config.settings import REQUANTIZED, Adapter, Format, Grid, Scheme
 from studylib.data import models
 from studylib.methods import base

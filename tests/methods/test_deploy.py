@@ -6,14 +6,13 @@ import pytest
 import torch
 from attached import AFFINE, NF4, SETTINGS, SMALL, TUNED, logits, stir, tokens, train
 
+from studylib.config.budgets import Log
 from studylib.config.settings import MERGES, Adapter, Format, Scheme
-from studylib.methods.adapters import attach
+from studylib.methods.adapters import attach, load_trained, merge, save_trained
 from studylib.methods.base import find
-from studylib.methods.deploy import load_trained, merge, save_trained
 from studylib.quant.formats import encode, encode_model
 from studylib.quant.layers import decoder_linears, quantize_model
 from studylib.quant.storage import DeployedLinear, stored_bytes
-from studylib.train.log import Log
 
 KINDS = ("lora", "dora", "pissa", "loftq")
 QUANTIZED = [name for name in TUNED if not find(name).keeps_adapter]

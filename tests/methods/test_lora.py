@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.config.settings import DEQUANTIZED, REQUANTIZED, Adapter, Format
 from studylib.data import models
 from studylib.data.corpora import windows
@@ -25,7 +24,7 @@ from studylib.quant.storage import DeployedLinear
 from studylib.study import run, schedule
 from studylib.study.records import Store, arm_key
 from studylib.train import finetuning
-from studylib.train.data import TrainingData
+from studylib.train.distillation import TrainingData
 
 EVALUATION = Evaluation(("wikipedia",), windows=4, length=32, pairs=2)
 TUNING = dataclasses.replace(profile("smoke").tuning, learning_rate=5e-3)  # of four steps, each has to count

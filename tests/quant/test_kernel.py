@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from studylib.config.budgets import EXECUTIONS, OWN
-from studylib.config.profiles import profile
+from studylib.config.budgets import EXECUTIONS, OWN, profile
 from studylib.config.settings import Adapter, Format
 from studylib.data.models import compute_dtype, load_model
-from studylib.methods.adapters import attach
+from studylib.methods.adapters import attach, merge
 from studylib.methods.arms import build_arm
-from studylib.methods.deploy import merge
 from studylib.quant.formats import EncodedLinear
 from studylib.quant.kernel import Int4Linear, int4_model
 from studylib.quant.storage import stored_bytes

@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from studylib.config.settings import INITS, Adapter, Format
 from studylib.data import models
-from studylib.methods.adapters import attach
-from studylib.methods.deploy import merge
+from studylib.methods.adapters import attach, merge
 from studylib.quant.kernel import int4_model
-from studylib.quant.l4q import BITS, L4QLinear, initial_grid, l4q_model, levels_of
 from studylib.quant.layers import decoder_linears
+from studylib.quant.learned import BITS, L4QLinear, initial_grid, l4q_model, levels_of
 from studylib.quant.storage import DeployedLinear, coded_layers, keep_model, restore_model, stored_bytes
 
 LEARNED = ("lora_A", "lora_B", "scale", "offset")

@@ -14,15 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from studylib.config.settings import GRIDS, MERGES, Adapter, Format, Grid, Scheme
 from studylib.data import models
-from studylib.methods.adapters import attach, bitsandbytes_codes, bitsandbytes_weight, four_bit
+from studylib.methods.adapters import attach, bitsandbytes_codes, bitsandbytes_weight, four_bit, merge
 from studylib.methods.base import find
-from studylib.methods.calibration import gptq
-from studylib.methods.deploy import merge
-from studylib.quant.adapted import LearnedGridLinear, QALoRALinear
+from studylib.methods.ptq import gptq
 from studylib.quant.formats import EncodedLinear, decode_model, encode, encode_model
 from studylib.quant.kernel import Int4Linear, int4_model
-from studylib.quant.l4q import L4QLinear
 from studylib.quant.layers import QuantizedLinear, decoder_linears, freeze_weights, quantize_model, round_to_nearest
+from studylib.quant.learned import L4QLinear, LearnedGridLinear, QALoRALinear
 from studylib.quant.storage import (
     Beside,
     Codes,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.report.ledger import CLAIMS
 from studylib.evidence.statistics import Interval
 from studylib.evidence.verdicts import (
     ACCURACY,
@@ -21,7 +20,7 @@ from studylib.evidence.verdicts import (
     PaperNumber,
     judge,
 )
-from studylib.report.ledger import LIMIT, WIDTH, Entry, ledger, ledger_frame, ledger_table, overview, picture
+from studylib.report.ledger import CLAIMS, LIMIT, WIDTH, Entry, ledger, ledger_frame, ledger_table, overview, picture
 
 
 @pytest.fixture

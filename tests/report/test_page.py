@@ -6,12 +6,11 @@ import re
 
 import pytest
 
-from studylib.report.ledger import BY_PAPER, CLAIMS
 from studylib.evidence.verdicts import VERDICTS, judge
 from studylib.methods.base import PAPERS
 from studylib.report import tables
 from studylib.report.figures import comparisons as figures
-from studylib.report.ledger import ledger, ledger_table
+from studylib.report.ledger import BY_PAPER, CLAIMS, ledger, ledger_table
 from studylib.report.page import SECTIONS, SUMMARY, summary, write_report
 from studylib.report.recipes import SIZES, recommendations
 from studylib.study import notebooks as batch

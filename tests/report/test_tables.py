@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from studylib.evidence.measures import measures
 from studylib.report.style import axis_title
 from studylib.report.tables import as_html, as_markdown, as_text, data_statistics, readable, samples, scoreboard
 from studylib.study.records import DIVERGED
@@ -55,7 +54,7 @@ def test_the_mean_of_one_task_goes_by_its_name(make_record):
     alone = dataclasses.replace(several.arm, evaluation=dataclasses.replace(several.arm.evaluation, tasks=("piqa",)))
     for record, name in ((several, "Mean accuracy"), (dataclasses.replace(several, arm=alone), "Accuracy on PIQA")):
         assert [title for title in readable(scoreboard([record])) if "ccuracy" in title] == [f"{name}, %"]
-        assert axis_title(measures([record])[-1]) == f"{name}, % (higher is better)"
+        assert axis_title(usual_measures([record])[-1]) == f"{name}, % (higher is better)"
 
 
 def test_variants_have_a_column_of_words(ablations):

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.config.settings import DEQUANTIZED, MERGED_QUANTIZED, REQUANTIZED, Adapter, Format, Grid, Scheme
 from studylib.data import models
 from studylib.evaluate.scores import score
-from studylib.methods.arms import build_arm, title
+from studylib.methods import base
+from studylib.methods.arms import build_arm, container, title
 from studylib.quant.formats import encode
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import Codes
-from studylib.study import containers, export, run, schedule
+from studylib.study import export, run, schedule
 from studylib.study.records import DIVERGED, Store, arm_key
 from studylib.train import distillation, finetuning
 
@@ -70,7 +70,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_integers_come_back_as_the_weights_that_were_scored(fp32, store, tmp_path, name):
     record, found, tensors = exported(WEIGHTS[name], store, tmp_path / "model")
-    assert found.container == containers.INTEGERS
+    assert found.container == base.INTEGERS
     deployed, tokenizer = run.deployed(record.arm, store)
     perplexities = {name: value for name, value in record.metrics.items() if name.startswith("perplexity/")}
     # What LLM-QAT trains beside the decoder's weights is kept in 16 bits.
@@ -121,7 +121,7 @@ def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, gr
 )
 def test_four_bit_floats_go_to_bitsandbytes(fp32, store, tmp_path, wanted):
     record, found, tensors = exported(wanted, store, tmp_path / "model")
-    assert found.container == containers.FOUR_BIT
+    assert found.container == base.FOUR_BIT
     names = decoder_linears(models.load_model("tiny-random"))
     assert all(tensors[f"{name}.weight"].dtype == torch.uint8 for name in names)
     for name, value in found.metrics.items():
@@ -152,7 +152,7 @@ def folder_model(tmp_path):
 )
 def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, folder_model, fields):
     record, found, tensors = exported(arm(model=folder_model, **fields), store, tmp_path / "model")
-    assert found.container == containers.ADAPTER
+    assert found.container == base.PEFT
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert 2 * sum(tensor.numel() for tensor in tensors.values()) < found.bytes
     for name, value in found.metrics.items():
@@ -171,7 +171,7 @@ def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, fol
         {"method": "encoded", "format": Format("nf", 4, 32)},
         {"method": "qlora", "format": Format("nf", 4, 32), "merge": DEQUANTIZED},
     ],
-    ids=containers.CONTAINERS[:2] + containers.CONTAINERS[3:],
+    ids=base.CONTAINERS[:2] + base.CONTAINERS[3:],
 )
 def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, fields):
     config = Qwen2Config(**shape | {"intermediate_size": 64}, tie_word_embeddings=False)
@@ -191,7 +191,7 @@ def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, f
 
 def test_merged_into_16_bits(fp32, store, tmp_path):
     record, found, tensors = exported(arm("qlora", format=NF4, merge=DEQUANTIZED), store, tmp_path / "model")
-    assert found.container == containers.SIXTEEN and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert found.container == base.SIXTEEN_BITS and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     for name, value in found.metrics.items():
         assert value == pytest.approx(record.metrics[name], rel=2e-3)
 
@@ -200,8 +200,8 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
     ("wanted", "message"),
     [
         (arm("full-precision", "16-16-16"), "it is the model as it was loaded"),
-        (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
-        (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is no whole number"),
+        (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is no whole number"),
         (arm("gptq+lora", format=Format("affine", 4, 32)), "take an arm that is merged"),
         (arm("qlora", "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
         (arm("qlora", format=NF4, adapter=Adapter(4, 4, kind="pissa")), "take an arm that is merged"),
@@ -214,7 +214,7 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
 )
 def test_what_no_container_holds_is_refused_with_the_reason(wanted, message):
     with pytest.raises(ValueError, match=f"^record: .*cannot be exported; .*{message}"):
-        containers.container(wanted)
+        container(wanted)
 
 
 def test_nothing_is_written_over_and_nothing_is_left_half(store, tmp_path, monkeypatch, make_record):

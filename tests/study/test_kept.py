@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from studylib.cli import main
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.evaluate.scores import score
 from studylib.methods.arms import build_arm

@@ -13,8 +13,7 @@ import pytest
 from studylib.cli import REFERENCE
 from studylib.config import numerics as numerics_module
 from studylib.config.arm import Arm
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.data import models
 from studylib.methods.arms import CHANGES, build_arm
 from studylib.study import records, schedule

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.config.settings import Scheme
 from studylib.data import models
 from studylib.data.corpora import windows

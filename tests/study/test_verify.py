@@ -9,8 +9,7 @@ import torch
 from scipy import stats
 
 from studylib.cli import REFERENCE, main
-from studylib.config.budgets import Evaluation
-from studylib.config.profiles import profile
+from studylib.config.budgets import Evaluation, profile
 from studylib.methods.arms import build_arm, title
 from studylib.study import schedule
 from studylib.study.records import Store, read_records

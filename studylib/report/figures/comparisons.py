@@ -20,9 +20,9 @@ from studylib.evidence.measures import (
     frontier,
     gather,
     identity,
-    measures,
     megabytes,
     perplexities,
+    usual_measures,
     won_back,
 )
 from studylib.evidence.statistics import Array, Interval
@@ -56,7 +56,7 @@ MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge w
 
 def bit_allocation(records: Sequence[Record]) -> Figure:
     """A row for each setting, the worst last; perplexities (log) and mean accuracy with their 95% intervals."""
-    cells, panels = _defaults(records), measures(records)
+    cells, panels = _defaults(records), usual_measures(records)
     if not panels:
         return empty_figure("No arm finished")
     with mpl.rc_context(STYLE):
@@ -114,7 +114,7 @@ def _allocation_title(cells: Cells, measure: Measure) -> str:
 
 def recovery(records: Sequence[Record]) -> Figure:
     """A row for each setting with every method that was run at it: what rounding loses and what each wins back."""
-    cells, panels = _defaults(records), measures(records)
+    cells, panels = _defaults(records), usual_measures(records)
     settings = [s.bits for s in cells if s.method == "llm-qat" and Setting("rtn", s.bits) in cells]
     if not panels or not settings:
         return empty_figure("No setting was both rounded and trained")
@@ -140,7 +140,7 @@ def _recovery_title(cells: Cells, measure: Measure, bits: str) -> str:
 
 def size_accuracy(records: Sequence[Record]) -> Figure:
     """Memory of weights and a cache of CONTEXT tokens against each measure, with 95% intervals and Pareto fronts."""
-    cells, panels = _defaults(records), measures(records)
+    cells, panels = _defaults(records), usual_measures(records)
     shown = [cell for cell in cells.values() if cell.records]
     if not panels:
         return empty_figure("No arm finished")
@@ -188,7 +188,7 @@ def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[M
 
     Filled markers where the 95% interval excludes no difference. panels: default, perplexities and mean accuracy.
     """
-    cells, panels = gather(records), list(panels) or measures(records)
+    cells, panels = gather(records), list(panels) or usual_measures(records)
     base = cells.get(baseline)
     others = [cell for cell in cells.values() if cell.setting not in (baseline, FULL)]
     if not panels or not base or not base.records or not others:

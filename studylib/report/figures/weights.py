@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.config.budgets import ADAPTED, EXECUTIONS, OWN, PACKED, TIMED_LAYERS
+from studylib.config.budgets import ADAPTED_4_BITS, EXECUTIONS, IN_4_BITS, OWN, TIMED_LAYERS
 from studylib.config.settings import DEFAULT_GROUP, Format
 from studylib.config.words import EMPTY, capital, listed, number, percent, points, signed
 from studylib.evidence.measures import (
@@ -22,10 +22,10 @@ from studylib.evidence.measures import (
     frontier,
     gather,
     identity,
-    measures,
     perplexities,
     response_measures,
     speedup,
+    usual_measures,
 )
 from studylib.evidence.statistics import Array, paired_bootstrap
 from studylib.report.style import (
@@ -123,7 +123,7 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
     """One row a format, as text: bits by formula and as stored, errors on normal numbers and weights, what it costs."""
     import pandas as pd
 
-    from studylib.evaluate.weights import normal_error  # not for the figures, which need no torch
+    from studylib.evaluate.scores import normal_error  # not for the figures, which need no torch
     from studylib.quant.formats import bits_per_parameter
 
     full, shown = gather(records).get(FULL), []
@@ -136,7 +136,7 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
             "Error, N(0,1)": EMPTY if format.group is None else f"{normal_error(format):.4f}",
             "Error, weights, %": points(100 * np.mean(np.concatenate(list(_errors(cell).values())))),
         }
-        for measure in measures(records):
+        for measure in usual_measures(records):
             name = capital(measure.title)
             if full is None or not full.records:
                 row[name] = measure.text(measure.value(identity, cell))
@@ -270,7 +270,7 @@ def decoding_times(records: Sequence[Record]) -> Figure:
                 )
             ax.set_xlim(0, 1.5 * ax.get_xlim()[1])
             ax.set_xlabel(f"{capital(measure.title)}, ms (lower is better)")
-            times_as_fast = speedup(measure, cell, PACKED, ADAPTED).text(number)
+            times_as_fast = speedup(measure, cell, IN_4_BITS, ADAPTED_4_BITS).text(number)
             where = "" if measure.of == OWN else f"in {TIMED_LAYERS} layers of {measure.of} "
             found.append(f"{where}{times_as_fast}" if found else f"{times_as_fast} times as fast")
         name_rows(axes[0], EXECUTIONS)
