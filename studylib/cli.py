@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from studylib.study.records import Record
+    from studylib.study import Record
 
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
@@ -133,9 +133,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import budgets as profiles
     from studylib.data import models
     from studylib.report import page, recipes, tables
+    from studylib.study import Store, schedule
     from studylib.study import notebooks as batch
-    from studylib.study import schedule
-    from studylib.study.records import Store
 
     recipes.check_budget(options.budget_mb)
     budget = profiles.profile(options.profile)
@@ -196,7 +195,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _folder_name(model: str) -> str:
     """The model's part of a run's folder: two that share the last part of their names do not share a folder."""
-    from studylib.study.records import digest
+    from studylib.study import digest
 
     path = Path(model)
     if path.is_absolute():
@@ -248,10 +247,8 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.config.words import listed
-    from studylib.study.machine import environment
-    from studylib.study.records import read_records
-    from studylib.study.verify import TOGETHER, verify_records
+    from studylib.config import listed
+    from studylib.study import TOGETHER, environment, read_records, verify_records
 
     records = list(read_records(options.reference / "records"))
     if not records:
@@ -271,7 +268,7 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.evaluate.memory import plan_text
+    from studylib.evaluate import plan_text
 
     print(
         plan_text(
@@ -289,8 +286,8 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.methods.arms import title
-    from studylib.study.records import model_file, read_records
+    from studylib.methods import title
+    from studylib.study import model_file, read_records
 
     skipped: list[Exception] = []
     records = list(read_records(options.results / "records", skipped.append))
@@ -325,7 +322,7 @@ def _size(count: int) -> str:
 
 
 def _clean(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.study.records import clean
+    from studylib.study import clean
 
     freed = clean(options.results, options.parts)
     for part, (files, size, busy) in freed.items():
@@ -343,8 +340,7 @@ def _show(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.study.export import export_model, summary
-    from studylib.study.records import Store
+    from studylib.study import Store, export_model, summary
 
     record = _find(options)
     print(summary(record, export_model(record, Store(options.results.resolve()), options.output.resolve())))
@@ -354,7 +350,7 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
 def _find(options: argparse.Namespace) -> "Record":
     """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
     of the reference."""
-    from studylib.study.records import read_record, short_key
+    from studylib.study import read_record, short_key
 
     found: list[Path] = []
     for folder in (options.results, REFERENCE):

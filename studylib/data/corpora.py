@@ -1,4 +1,4 @@
-"""Text corpora cut into token windows and what these are like; instruction pairs. Training and evaluation text is apart."""
+"""Text corpora cut into token windows, and what these are like; instruction pairs. Training text is kept apart."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from studylib.config.budgets import ALPACA, check_corpus, check_instructions
+from studylib.config import ALPACA, check_corpus, check_instructions
 from studylib.data.models import autocast
 from studylib.data.sources import fetch, file_sha256
 

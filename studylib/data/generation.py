@@ -20,8 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config.budgets import CHAT, GREEDY, GREEDY_TOKENS, Sampling
-from studylib.config.files import write_whole, written_whole
+from studylib.config import CHAT, GREEDY, GREEDY_TOKENS, Sampling, write_whole, written_whole
 from studylib.data import models
 
 TURNS = 2  # of a chat: the user's and the assistant's, each closed by an end token

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from studylib.config.budgets import SMOLLM2, TINY
+from studylib.config import SMOLLM2, TINY
 from studylib.data.sources import ARCHIVES, cache_folder, fetch, file_sha256
 
 transformers.logging.set_verbosity_error()

@@ -19,16 +19,11 @@ from transformers import AttentionInterface, AutoConfig, LlamaConfig, PreTrained
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config.budgets import SHAPES
-from studylib.config.settings import DORA, INTEGER_FORMATS, Adapter, Format
-from studylib.data import models
-from studylib.data.generation import check_length
-from studylib.methods.adapters import attach, find_tuned, merge
-from studylib.quant.formats import EncodedLinear, levels, scale_levels
-from studylib.quant.layers import cache_bytes_per_token
-from studylib.quant.storage import stored_bytes
-from studylib.train.distillation import last_hidden
-from studylib.train.losses import label_loss
+from studylib.config import DORA, INTEGER_FORMATS, SHAPES, Adapter, Format
+from studylib.data import check_length, models
+from studylib.methods import attach, find_tuned, merge
+from studylib.quant import EncodedLinear, cache_bytes_per_token, levels, scale_levels, stored_bytes
+from studylib.train import label_loss, last_hidden
 
 GB = 2**30  # bytes, as nvidia-smi and PyTorch count, and cards are sold
 TITLES = {

@@ -25,29 +25,25 @@ from scipy.stats import shapiro
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from studylib.config.budgets import (
+from studylib.config import (
     ARCHIVE,
     EXECUTIONS,
     HUB,
     OWN,
     TASK_SOURCES,
     TIMED_LAYERS,
+    Adapter,
     Decoding,
     Evaluation,
+    Format,
     check_tasks,
 )
-from studylib.config.settings import Adapter, Format
-from studylib.data import models
-from studylib.data.corpora import Pair, conversation, evenly_spaced, instruction_pairs
-from studylib.data.corpora import windows as corpus_windows
-from studylib.data.models import autocast
-from studylib.data.sources import cache_folder, fetch
+from studylib.data import Pair, autocast, cache_folder, conversation, evenly_spaced, fetch, instruction_pairs, models
+from studylib.data import windows as corpus_windows
 from studylib.evaluate.memory import CONFIGURATIONS
 from studylib.evaluate.packing import log_likelihoods
-from studylib.methods.adapters import attach
-from studylib.quant.formats import check_matrix, encode, encode_model
-from studylib.quant.kernel import int4_model
-from studylib.quant.layers import decoder_linears
+from studylib.methods import attach
+from studylib.quant import check_matrix, decoder_linears, encode, encode_model, int4_model
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
 GENERATED = 8  # answers of a batch, in tasks where the model writes them

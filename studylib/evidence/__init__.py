@@ -1,6 +1,6 @@
-"""From records to verdicts: measures, intervals, the papers' claims and the rules that they are judged by.
+"""From records to verdicts: measures, intervals, rules, and the claims of the three papers.
 
-What is offered here is listed in __init__.pyi, and imported when it is asked for.
+What other wings may use is listed in __init__.pyi, and imported when it is asked for.
 """
 
 import lazy_loader

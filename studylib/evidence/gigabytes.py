@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from studylib.config.files import write_whole
-from studylib.config.numerics import NUMERICS
-from studylib.config.settings import Adapter, Format
-from studylib.config.words import percent
-from studylib.data.sources import cache_folder
+from studylib.config import NUMERICS, Adapter, Format, percent, write_whole
+from studylib.data import cache_folder
 from studylib.evidence.measures import Measure
 from studylib.evidence.rules import together
 from studylib.evidence.statistics import Interval
 from studylib.evidence.verdicts import GIGABYTES, MEMORY, TIMES, Effect, Outcome, Unit
-from studylib.methods.base import find
-from studylib.study.records import Record, digest
+from studylib.methods import find
+from studylib.study import Record, digest
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from studylib.config.settings import Format
+from studylib.config import Format
 from studylib.evidence.gigabytes import near_lora, planned_memory
 from studylib.evidence.measures import decoding_measures, learned, response_measures, training_times
 from studylib.evidence.rules import (
@@ -14,7 +14,7 @@ from studylib.evidence.rules import (
     takes_at_most,
 )
 from studylib.evidence.verdicts import ACCURACY, TIMES, Claim, PaperNumber
-from studylib.methods.arms import setting
+from studylib.methods import setting
 
 UNIFORM = {bits: {"format": Format("affine", bits, 64)} for bits in (4, 3)}  # what the paper marks with a star
 CLAIMS = (

@@ -13,7 +13,7 @@ from studylib.evidence.rules import (
     wins_back,
 )
 from studylib.evidence.verdicts import ACCURACY, TIMES, WON_BACK, Claim, PaperNumber
-from studylib.methods.arms import setting
+from studylib.methods import setting
 
 DEFAULT = setting("llm-qat", "4-8-4")
 CLAIMS = (

@@ -8,13 +8,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from studylib.config.arm import Arm
-from studylib.config.budgets import EXECUTIONS, OWN, TIMED_LAYERS, ZERO_SHOT, Evaluation, Profile, RealText
-from studylib.config.words import listed, number, points
+from studylib.config import (
+    EXECUTIONS,
+    OWN,
+    TIMED_LAYERS,
+    ZERO_SHOT,
+    Arm,
+    Evaluation,
+    Profile,
+    RealText,
+    listed,
+    number,
+    points,
+)
 from studylib.evidence.statistics import Array, Interval, paired_bootstrap, perplexity, stratified_mean
-from studylib.methods.arms import CHANGES, Setting, corpus_title, order, seedless, setting
-from studylib.methods.base import METHODS
-from studylib.study.records import Record, arm_key, contents
+from studylib.methods import CHANGES, METHODS, Setting, corpus_title, order, seedless, setting
+from studylib.study import Record, arm_key, contents
 
 TASK_TITLES = {
     "boolq": "BoolQ",

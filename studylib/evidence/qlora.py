@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from studylib.config.settings import Format
+from studylib.config import Format
 from studylib.evidence.gigabytes import activations_dominate, fits_cards, planned_memory
 from studylib.evidence.measures import learned, normality, perplexities, stored_bits, training_times
 from studylib.evidence.rules import (
@@ -15,7 +15,7 @@ from studylib.evidence.rules import (
     takes_at_most,
 )
 from studylib.evidence.verdicts import ACCURACY, BITS, COST, GIGABYTES, MEMORY, NEURONS, Claim, PaperNumber
-from studylib.methods.arms import setting
+from studylib.methods import setting
 
 NF4, NF4_DQ, INT4, E2M1, E3M0 = (
     setting("encoded", "4-16-16", {"format": format})

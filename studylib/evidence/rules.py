@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from studylib.config.budgets import ADAPTED_4_BITS, EXECUTIONS, IN_4_BITS
-from studylib.config.words import listed, nats, number, percent, points
+from studylib.config import ADAPTED_4_BITS, EXECUTIONS, IN_4_BITS, listed, nats, number, percent, points
 from studylib.evidence.measures import Cell, Contrast, Measure, identity, speedup, won_back, won_back_share
 from studylib.evidence.statistics import Interval, paired_bootstrap
 from studylib.evidence.verdicts import (
@@ -28,8 +27,8 @@ from studylib.evidence.verdicts import (
     Outcome,
     Unit,
 )
-from studylib.methods.arms import method_title
-from studylib.study.records import Record
+from studylib.methods import method_title
+from studylib.study import Record
 
 POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
 SHARE = 0.05  # tolerance in perplexity: five percent

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from studylib.config.words import capital, listed, nats, number, percent, points
+from studylib.config import capital, listed, nats, number, percent, points
 from studylib.evidence.measures import Measure, gather, usual_measures
 from studylib.evidence.statistics import Interval
-from studylib.methods.arms import Setting
-from studylib.study.records import Record
+from studylib.methods import Setting
+from studylib.study import Record
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
     "reproduced",

@@ -1,8 +1,10 @@
 """One object a method, and the registry of all. To add one: its file, and its line below."""
 
-from studylib.methods.base import METHODS, Look, Method, Work, check, find, register
+import lazy_loader
+
+from studylib.methods.base import register
 from studylib.methods.llm_qat import LLMQAT, SmoothQuantLLMQAT
-from studylib.methods.lora import L4Q, QAT, FineTuned, GPTQLoRA, LoRA, QALoRA, QATLoRA, QLoRA
+from studylib.methods.lora import L4Q, QAT, GPTQLoRA, LoRA, QALoRA, QATLoRA, QLoRA
 from studylib.methods.ptq import AWQ, GPTQ, FourBitKernel, FullPrecision, RoundedWeights, RoundToNearest, SmoothQuant
 
 register(  # in the order of tables and legends
@@ -24,3 +26,4 @@ register(  # in the order of tables and legends
     QAT(),
 )
 
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

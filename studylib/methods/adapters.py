@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from studylib.config.budgets import Log
-from studylib.config.files import written_whole
-from studylib.config.settings import (
+from studylib.config import (
     ALL,
     BESIDE,
+    BITSANDBYTES,
     DEQUANTIZED,
     DORA,
     FROM_ORIGINAL,
@@ -29,13 +28,14 @@ from studylib.config.settings import (
     PISSA,
     Adapter,
     Format,
+    Log,
+    in_bitsandbytes,
+    written_whole,
 )
 from studylib.data import models
 from studylib.methods.base import METHODS
-from studylib.methods.lora import BITSANDBYTES, FineTuned, in_bitsandbytes
-from studylib.quant.formats import EncodedLinear, encode
-from studylib.quant.layers import decoder_linears
-from studylib.quant.storage import PEFT_ADAPTER, Beside, Codes, DeployedLinear
+from studylib.methods.lora import FineTuned
+from studylib.quant import PEFT_ADAPTER, Beside, Codes, DeployedLinear, EncodedLinear, decoder_linears, encode
 
 LOFTQ_STEPS = 5  # LoftQ, section 4: "we perform 5 iterations"
 OVERSAMPLED = 8  # directions more than the rank, for the accuracy of the last ones

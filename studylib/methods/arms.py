@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from studylib.config.arm import PARTS, Arm
-from studylib.config.budgets import ALPACA, CORPORA, KL, Profile, RealText, Sampling
-from studylib.config.settings import (
+from studylib.config import (
     ALL,
+    ALPACA,
     BESIDE,
+    CORPORA,
     DEQUANTIZED,
+    KL,
     MERGED_16,
     MERGED_QUANTIZED,
+    PARTS,
     PLAIN,
     REQUANTIZED,
     Adapter,
+    Arm,
     BitWidths,
     Format,
+    Profile,
+    RealText,
+    Sampling,
     Scheme,
 )
 from studylib.methods.base import METHODS, find

@@ -10,16 +10,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from studylib.config.arm import PARTS, Arm
-from studylib.config.budgets import NOTHING
-from studylib.config.settings import BESIDE, INTEGER_FORMATS, LSQ, OFF, Adapter, Format, Scheme, in_bitsandbytes
+from studylib.config import (
+    BESIDE,
+    INTEGER_FORMATS,
+    LSQ,
+    NOTHING,
+    OFF,
+    PARTS,
+    Adapter,
+    Arm,
+    Format,
+    Scheme,
+    in_bitsandbytes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from studylib.config.budgets import Log
-    from studylib.train.distillation import TrainingData
+    from studylib.config import Log
+    from studylib.train import TrainingData
 
 INTEGERS, FOUR_BIT, PEFT, SIXTEEN_BITS = CONTAINERS = (
     "compressed-tensors",

@@ -2,16 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from studylib.config.arm import Arm
-from studylib.config.budgets import ATTENTION
-from studylib.config.settings import AFTER_ROTARY, LSQ, OFF
+from studylib.config import AFTER_ROTARY, ATTENTION, LSQ, OFF, Arm
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable, smoothquant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from studylib.config.budgets import Log
+    from studylib.config import Log
 
 HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
 
@@ -34,8 +32,8 @@ class LLMQAT(Method):
             )
 
     def apply(self, work: Work) -> "Log":
-        from studylib.quant.layers import freeze_weights, quantize_model
-        from studylib.train.distillation import held_out_windows, train_llm_qat
+        from studylib.quant import freeze_weights, quantize_model
+        from studylib.train import held_out_windows, train_llm_qat
 
         arm, model, data = work.arm, work.model, work.data
         assert arm.training is not None and data is not None

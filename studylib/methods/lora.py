@@ -8,9 +8,7 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from studylib.config.arm import Arm
-from studylib.config.budgets import TINY
-from studylib.config.settings import (
+from studylib.config import (
     ALL,
     BESIDE,
     DEFAULT_GROUP,
@@ -23,7 +21,9 @@ from studylib.config.settings import (
     PACKED,
     PISSA,
     PLAIN,
+    TINY,
     Adapter,
+    Arm,
     Format,
     Scheme,
     in_bitsandbytes,
@@ -34,7 +34,7 @@ from studylib.methods.ptq import CALIBRATION_WINDOWS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from studylib.config.budgets import Log
+    from studylib.config import Log
 
 
 class FineTuned(Method):
@@ -124,7 +124,7 @@ class FineTuned(Method):
 
     def apply(self, work: Work) -> "Log":
         from studylib.methods.adapters import attach, load_trained, merge, save_trained
-        from studylib.train.finetuning import fine_tune, training_pairs
+        from studylib.train import fine_tune, training_pairs
 
         arm, model = work.arm, work.model
         assert arm.instructions is not None and arm.tuning is not None
@@ -239,7 +239,7 @@ class QALoRA(FineTuned):
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
-        from studylib.quant.learned import qa_lora_model
+        from studylib.quant import qa_lora_model
 
         qa_lora_model(model, format, adapter, names, seed)
 
@@ -256,7 +256,7 @@ class QATLoRA(FineTuned):
     ) -> None:
         from studylib.data import models
         from studylib.methods.adapters import inject
-        from studylib.quant.learned import learned_grid_model, train_grids
+        from studylib.quant import learned_grid_model, train_grids
 
         learned_grid_model(model, format.bits, format.group, models.compute_dtype())
         inject(model, adapter, names, seed)
@@ -276,7 +276,7 @@ class L4Q(FineTuned):
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
         from studylib.methods.adapters import compact
-        from studylib.quant.learned import l4q_model
+        from studylib.quant import l4q_model
 
         compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
         rank, alpha, init = adapter.rank, adapter.alpha, adapter.init
@@ -295,7 +295,7 @@ class QAT(FineTuned):
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
-        from studylib.quant.layers import decoder_linears, quantize_model
+        from studylib.quant import decoder_linears, quantize_model
 
         quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.group))
         for linear in decoder_linears(model).values():

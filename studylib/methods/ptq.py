@@ -8,8 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from studylib import data, quant  # doors: what stands behind them is loaded when it is used
-from studylib.config.arm import Arm
-from studylib.config.settings import OFF, BitWidths, Grid
+from studylib.config import OFF, Arm, BitWidths, Grid
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, PAPERS, QLORA_PAPER, Look, Method, Work
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config.settings import INTEGER_FORMATS, Format
+from studylib.config import INTEGER_FORMATS, Format
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import SCALES_IN_GROUP, Codes, DeployedLinear, pack

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studylib.config.settings import Grid
+from studylib.config import Grid
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config.settings import INTEGER_FORMATS, Format
+from studylib.config import INTEGER_FORMATS, Format
 from studylib.quant.layers import cast_parameters, decoder_linears
 from studylib.quant.storage import PEFT_ADAPTER, Codes
 

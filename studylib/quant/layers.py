@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config.settings import AFTER_ROTARY, OFF, PER_HEAD, BitWidths, Grid, Scheme
+from studylib.config import AFTER_ROTARY, OFF, PER_HEAD, BitWidths, Grid, Scheme
 from studylib.quant.grids import fake_quantize, initial_step, quantize
 from studylib.quant.storage import FLOAT_BYTES, Codes
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config.settings import INITS, Adapter, Format
+from studylib.config import INITS, Adapter, Format
 from studylib.quant.formats import EncodedLinear, encode_model
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import Codes

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config.files import written_whole
+from studylib.config import written_whole
 
 SCALES_IN_GROUP = 256  # double quantization: scales that share an fp32 number
 PEFT_ADAPTER = "default"  # peft's name for the only adapter of a model

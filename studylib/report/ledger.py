@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config.words import EMPTY, capital, listed
-from studylib.evidence import l4q, llm_qat, qlora
-from studylib.evidence.verdicts import (
+from studylib.config import EMPTY, capital, listed
+from studylib.evidence import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     NOT_TESTED,
@@ -23,9 +22,12 @@ from studylib.evidence.verdicts import (
     Finding,
     PaperNumber,
     judge,
+    l4q,
+    llm_qat,
+    qlora,
 )
-from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, QLORA_PAPER
-from studylib.study.records import Record
+from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, QLORA_PAPER
+from studylib.study import Record
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config.arm import Arm
-from studylib.config.files import write_whole
-from studylib.config.words import number
-from studylib.evidence.measures import FULL, Cell, accuracies, gather
-from studylib.evidence.statistics import POWER
-from studylib.evidence.verdicts import FAMILY, NOT_TESTED, VERDICTS
-from studylib.methods.arms import Setting, corpus_title, method_title
-from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER
+from studylib.config import Arm, number, write_whole
+from studylib.evidence import FAMILY, FULL, NOT_TESTED, POWER, VERDICTS, Cell, accuracies, gather
+from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
 from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
-from studylib.study.notebooks import read_published
-from studylib.study.records import Record
+from studylib.study import Record, read_published
 
 if TYPE_CHECKING:
     import pandas as pd

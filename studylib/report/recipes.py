@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studylib.config.arm import Arm
-from studylib.config.budgets import RealText
-from studylib.config.words import capital, listed, number, percent, points
-from studylib.evidence.measures import (
+from studylib.config import Arm, RealText, capital, listed, number, percent, points
+from studylib.evidence import (
     CONTEXT,
     FULL,
+    SHARE,
     Cell,
+    Interval,
     Measure,
     accuracies,
     frontier,
@@ -24,11 +24,9 @@ from studylib.evidence.measures import (
     response_measures,
     text_measures,
 )
-from studylib.evidence.rules import SHARE
-from studylib.evidence.statistics import Interval
-from studylib.methods.arms import container, corpus_title, setting
+from studylib.methods import container, corpus_title, setting
 from studylib.report.tables import as_markdown
-from studylib.study.records import Record, seconds_alone
+from studylib.study import Record, seconds_alone
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,11 +16,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator, StrMethodFormatter
 
-from studylib.config.words import capital
-from studylib.evidence.measures import FULL, Cell, Cells, Measure, identity
-from studylib.evidence.statistics import Array, Interval
-from studylib.methods.arms import method_title
-from studylib.methods.base import METHODS, Look
+from studylib.config import capital
+from studylib.evidence import FULL, Array, Cell, Cells, Interval, Measure, identity
+from studylib.methods import METHODS, Look, method_title
 
 STYLE = {
     "font.size": 9,

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config.budgets import ZERO_SHOT
-from studylib.config.words import EMPTY, capital, number, points
-from studylib.evidence.measures import (
+from studylib.config import EMPTY, ZERO_SHOT, capital, number, points
+from studylib.evidence import (
     TASK_TITLES,
     Cell,
     Measure,
@@ -20,8 +19,8 @@ from studylib.evidence.measures import (
     task_measures,
     usual_measures,
 )
-from studylib.methods.arms import Setting, corpus_title, data_title, method_title
-from studylib.study.records import Record
+from studylib.methods import Setting, corpus_title, data_title, method_title
+from studylib.study import Record
 
 if TYPE_CHECKING:
     import pandas as pd

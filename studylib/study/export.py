@@ -15,17 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from studylib.config.arm import Arm
-from studylib.config.settings import DORA, OFF, SYMMETRIC, Format
-from studylib.config.words import number
+from studylib.config import BITSANDBYTES, DORA, OFF, SYMMETRIC, Arm, Format, number
 from studylib.data import models
-from studylib.evaluate.scores import score
-from studylib.methods.adapters import four_bit, unrepacked
-from studylib.methods.arms import container, corpus_title, title
-from studylib.methods.base import FOUR_BIT, INTEGERS, PEFT
-from studylib.methods.lora import BITSANDBYTES
-from studylib.quant.layers import decoder_linears
-from studylib.quant.storage import Codes, DeployedLinear, coded_layers, sixteen_bits
+from studylib.evaluate import score
+from studylib.methods import (
+    FOUR_BIT,
+    INTEGERS,
+    PEFT,
+    container,
+    corpus_title,
+    four_bit,
+    title,
+    unrepacked,
+)
+from studylib.quant import Codes, DeployedLinear, coded_layers, decoder_linears, sixteen_bits
 from studylib.study.records import FINISHED, Record, Store
 from studylib.study.run import deployed
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from studylib.data.models import compute_dtype
+from studylib.data import compute_dtype
 
 LIBRARIES = (
     *("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy"),

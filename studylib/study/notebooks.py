@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config.arm import Arm
-from studylib.config.files import write_whole
-from studylib.config.words import listed
-from studylib.methods.arms import Setting
+from studylib.config import Arm, listed, write_whole
+from studylib.methods import Setting
 from studylib.study.records import Record, RecordError, find_record, read_record
 
 if TYPE_CHECKING:

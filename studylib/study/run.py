@@ -21,24 +21,35 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from studylib.config.arm import Arm
-from studylib.config.budgets import ARCHIVE, CHAT, NOTHING, Evaluation, Log, RealText, Sampling
-from studylib.config.files import write_whole
-from studylib.config.numerics import NUMERICS
-from studylib.config.settings import LSQ, OFF, SYMMETRIC
-from studylib.data import corpora, models
-from studylib.data.generation import chat_opening, check_length
-from studylib.data.sources import fetch
-from studylib.evaluate.scores import TASKS, decoding_seconds, score, weight_scores
-from studylib.methods.adapters import adapted_layers
-from studylib.methods.arms import title
-from studylib.methods.base import Method, Work, find
-from studylib.quant.layers import cache_bytes_per_token, decoder_linears, quantize_model
-from studylib.quant.storage import keep_model, restore_model, stored_bytes
+from studylib.config import (
+    ARCHIVE,
+    CHAT,
+    LSQ,
+    NOTHING,
+    NUMERICS,
+    OFF,
+    SYMMETRIC,
+    Arm,
+    Evaluation,
+    Log,
+    RealText,
+    Sampling,
+    write_whole,
+)
+from studylib.data import chat_opening, check_length, corpora, fetch, models
+from studylib.evaluate import TASKS, decoding_seconds, score, weight_scores
+from studylib.methods import Method, Work, adapted_layers, find, title
+from studylib.quant import (
+    cache_bytes_per_token,
+    decoder_linears,
+    keep_model,
+    quantize_model,
+    restore_model,
+    stored_bytes,
+)
 from studylib.study.machine import environment, peak_memory
 from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
-from studylib.train.distillation import TrainingData, check_head, prepare
-from studylib.train.finetuning import check_paging, encode, training_pairs
+from studylib.train import TrainingData, check_head, check_paging, encode, prepare, training_pairs
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
 GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much

@@ -15,9 +15,8 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from studylib.config.arm import Arm
-from studylib.methods.arms import title
-from studylib.methods.base import METHODS, register
+from studylib.config import Arm
+from studylib.methods import METHODS, register, title
 from studylib.study.machine import keep_freed_memory
 from studylib.study.records import Record, Store, arm_key
 from studylib.study.run import advance, carry_out, check, data_folder, data_lock, planned_work

@@ -11,8 +11,8 @@ import torch
 from scipy.special import ndtri
 from scipy.stats import sem
 
-from studylib.config.words import points
-from studylib.methods.arms import seedless, title
+from studylib.config import points
+from studylib.methods import seedless, title
 from studylib.study import schedule
 from studylib.study.records import FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
 

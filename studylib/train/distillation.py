@@ -12,12 +12,21 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from studylib.config.budgets import ATTENTION, CHAT, HIDDEN, LABELS, Log, RealText, Sampling, Training, split_loss
-from studylib.config.files import write_whole, written_whole
-from studylib.data import corpora, models
-from studylib.data.corpora import text_statistics
-from studylib.data.generation import chat_opening, check_length, generate_windows
-from studylib.quant.layers import cast_parameters
+from studylib.config import (
+    ATTENTION,
+    CHAT,
+    HIDDEN,
+    LABELS,
+    Log,
+    RealText,
+    Sampling,
+    Training,
+    split_loss,
+    write_whole,
+    written_whole,
+)
+from studylib.data import chat_opening, check_length, corpora, generate_windows, models, text_statistics
+from studylib.quant import cast_parameters
 from studylib.train.losses import attention_loss, hidden_loss, label_loss, soft_logit_loss
 
 

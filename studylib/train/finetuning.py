@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from studylib.config.budgets import Instructions, Log, Tuning
-from studylib.data.corpora import Pair, conversation, instruction_pairs
+from studylib.config import Instructions, Log, Tuning
+from studylib.data import Pair, conversation, instruction_pairs
 from studylib.train.distillation import last_hidden
 from studylib.train.losses import label_loss
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from studylib.config.budgets import Budget, Log
+from studylib.config import Budget, Log
 from studylib.data import models
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from studylib.config.budgets import KL, LOGIT_LOSSES, SYMMETRIC_KL
+from studylib.config import KL, LOGIT_LOSSES, SYMMETRIC_KL
 
 CHUNK = 256  # tokens whose logits are held at once: 256 x 49,152 x 4 bytes = 50 MB a model
 

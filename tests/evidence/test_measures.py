@@ -106,7 +106,8 @@ def test_few_shot_tasks_do_not_keep_arms_apart(make_record):
         few, arm=dataclasses.replace(few.arm, evaluation=evaluation), scores=few.scores | {"accuracy/mmlu": [0.0, 1.0]}
     )
     cells = gather([plain, few])
-    assert [each.name for each in usual_measures([few, plain])] == ["perplexity/wikipedia", "perplexity/c4", "accuracy/mean"]
+    names = [each.name for each in usual_measures([few, plain])]
+    assert names == ["perplexity/wikipedia", "perplexity/c4", "accuracy/mean"]
     mmlu = task_measures([plain, few])[-1]
     assert mmlu.name == "accuracy/mmlu" and [mmlu.covers(cell) for cell in cells.values()] == [False, True]
     longer = dataclasses.replace(plain.arm, evaluation=dataclasses.replace(plain.arm.evaluation, windows=33))

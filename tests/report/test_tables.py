@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from studylib.evidence.measures import usual_measures
 from studylib.report.style import axis_title
 from studylib.report.tables import as_html, as_markdown, as_text, data_statistics, readable, samples, scoreboard
 from studylib.study.records import DIVERGED

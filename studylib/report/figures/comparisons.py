@@ -9,13 +9,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from studylib.config.settings import AFTER_ROTARY, BEFORE_ROTARY, BitWidths
-from studylib.config.words import capital, listed, nats, number, percent, points, signed
-from studylib.evidence.measures import (
+from studylib.config import (
+    AFTER_ROTARY,
+    BEFORE_ROTARY,
+    BitWidths,
+    capital,
+    listed,
+    nats,
+    number,
+    percent,
+    points,
+    signed,
+)
+from studylib.evidence import (
     CONTEXT,
     FULL,
+    Array,
     Cell,
     Cells,
+    Interval,
     Measure,
     frontier,
     gather,
@@ -25,8 +37,7 @@ from studylib.evidence.measures import (
     usual_measures,
     won_back,
 )
-from studylib.evidence.statistics import Array, Interval
-from studylib.methods.arms import Setting, corpus_title, method_title
+from studylib.methods import Setting, corpus_title, method_title
 from studylib.report.style import (
     HALO,
     STYLE,
@@ -47,7 +58,7 @@ from studylib.report.style import (
     say_diverged,
     set_title,
 )
-from studylib.study.records import Record
+from studylib.study import Record
 
 PANELS_A_ROW = 4
 PLACES = {BEFORE_ROTARY: "before", AFTER_ROTARY: "after"}  # of quantizing keys, in words

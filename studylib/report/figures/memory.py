@@ -7,14 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studylib.config.settings import Adapter
-from studylib.config.words import EMPTY, listed, number, percent
+from studylib.config import EMPTY, Adapter, listed, number, percent
 from studylib.data import models
-from studylib.evaluate.memory import PURPOSES, TITLES, measure, plan
-from studylib.evidence.gigabytes import against_papers
-from studylib.methods.adapters import attach
-from studylib.methods.arms import method_title
-from studylib.methods.base import find
+from studylib.evaluate import PURPOSES, TITLES, measure, plan
+from studylib.evidence import against_papers
+from studylib.methods import attach, find, method_title
 from studylib.report.style import LINES, STYLE, name_rows, new_panels, set_title
 
 MB = 1e6

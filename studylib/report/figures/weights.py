@@ -10,11 +10,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from studylib.config.budgets import ADAPTED_4_BITS, EXECUTIONS, IN_4_BITS, OWN, TIMED_LAYERS
-from studylib.config.settings import DEFAULT_GROUP, Format
-from studylib.config.words import EMPTY, capital, listed, number, percent, points, signed
-from studylib.evidence.measures import (
+from studylib.config import (
+    ADAPTED_4_BITS,
+    DEFAULT_GROUP,
+    EMPTY,
+    EXECUTIONS,
+    IN_4_BITS,
+    OWN,
+    TIMED_LAYERS,
+    Format,
+    capital,
+    listed,
+    number,
+    percent,
+    points,
+    signed,
+)
+from studylib.evidence import (
     FULL,
+    Array,
     Cell,
     Measure,
     accuracies,
@@ -22,12 +36,12 @@ from studylib.evidence.measures import (
     frontier,
     gather,
     identity,
+    paired_bootstrap,
     perplexities,
     response_measures,
     speedup,
     usual_measures,
 )
-from studylib.evidence.statistics import Array, paired_bootstrap
 from studylib.report.style import (
     LINES,
     STYLE,
@@ -44,7 +58,7 @@ from studylib.report.style import (
     plain_ticks,
     set_title,
 )
-from studylib.study.records import Record
+from studylib.study import Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,8 +137,8 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
     """One row a format, as text: bits by formula and as stored, errors on normal numbers and weights, what it costs."""
     import pandas as pd
 
-    from studylib.evaluate.scores import normal_error  # not for the figures, which need no torch
-    from studylib.quant.formats import bits_per_parameter
+    from studylib.evaluate import normal_error
+    from studylib.quant import bits_per_parameter
 
     full, shown = gather(records).get(FULL), []
     for cell in sorted(_encoded(records), key=_bits, reverse=True):

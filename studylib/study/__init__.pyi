@@ -1,0 +1,40 @@
+from . import notebooks, schedule
+from .export import export_model, summary
+from .machine import environment
+from .notebooks import read_published
+from .records import (
+    Record,
+    Store,
+    arm_key,
+    clean,
+    contents,
+    digest,
+    model_file,
+    read_record,
+    read_records,
+    seconds_alone,
+    short_key,
+)
+from .verify import TOGETHER, verify_records
+
+__all__ = [
+    "TOGETHER",
+    "Record",
+    "Store",
+    "arm_key",
+    "clean",
+    "contents",
+    "digest",
+    "environment",
+    "export_model",
+    "model_file",
+    "notebooks",
+    "read_published",
+    "read_record",
+    "read_records",
+    "schedule",
+    "seconds_alone",
+    "short_key",
+    "summary",
+    "verify_records",
+]

@@ -1,0 +1,17 @@
+from .distillation import TrainingData, check_head, held_out_windows, last_hidden, prepare, train_llm_qat
+from .finetuning import check_paging, encode, fine_tune, training_pairs
+from .losses import label_loss
+
+__all__ = [
+    "TrainingData",
+    "check_head",
+    "check_paging",
+    "encode",
+    "fine_tune",
+    "held_out_windows",
+    "label_loss",
+    "last_hidden",
+    "prepare",
+    "train_llm_qat",
+    "training_pairs",
+]
