@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from studylib.config.budgets import profile
+from studylib.config.budgets import Sampling, profile
 from studylib.data import models
-from studylib.config.budgets import Sampling
 from studylib.data.generation import generate_sequences, generate_windows
 from studylib.evaluate.scores import window_losses
 from studylib.study.machine import environment

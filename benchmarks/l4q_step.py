@@ -10,9 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from studylib.data import corpora, models
-from studylib.study.machine import keep_freed_memory
 from studylib.quant.learned import l4q_model
-from studylib.study.machine import environment
+from studylib.study.machine import environment, keep_freed_memory
 
 MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 8, 2
 RANK, ALPHA, BITS, GROUP = 4, 8, 4, 64

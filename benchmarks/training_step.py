@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from studylib.config.budgets import Training
 from studylib.data import corpora, models
 from studylib.quant.layers import quantize_model
 from studylib.study.machine import environment
-from studylib.config.budgets import Training
 from studylib.train.distillation import keep_teacher_states, train_llm_qat
 
 MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 12, 3

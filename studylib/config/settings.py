@@ -215,10 +215,11 @@ class Format:
         check_width(self.group, width)
 
 
-def in_bitsandbytes(format: Format) -> bool:
+def in_bitsandbytes(format: Format | None) -> bool:
     """Whether bitsandbytes stores it: NF4 and its own FP4, in its block sizes."""
-    known = format.bits == 4 and format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
-    return known and format.scale_bits == 32
+    if format is None or format.bits != 4 or format.scale_bits != 32:
+        return False
+    return format.kind in BITSANDBYTES and format.group in BITSANDBYTES_BLOCKS
 
 
 PLAIN, DORA, PISSA, LOFTQ = ADAPTER_KINDS = ("lora", "dora", "pissa", "loftq")

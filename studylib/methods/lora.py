@@ -117,7 +117,8 @@ class FineTuned(Method):
             raise ValueError(
                 "no format that transformers loads has an offset a group that is not a whole number of steps"
             )
-        stock = "format" not in self.needs or (in_bitsandbytes(arm.format) and arm.format.group == DEFAULT_GROUP)
+        own = arm.format
+        stock = "format" not in self.needs or (own is not None and in_bitsandbytes(own) and own.group == DEFAULT_GROUP)
         if not stock or arm.adapter.kind not in (PLAIN, DORA) or arm.model == TINY:
             raise ValueError("its adapter goes with a base that transformers does not make; take an arm that is merged")
         return PEFT

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import math
 import os
 import shutil
 import sys
@@ -97,7 +98,7 @@ def _write_weights(kind: str, arm: Arm, model: PreTrainedModel, folder: Path) ->
         dense = stored[owner].decode() if kind_of == "weight" and owner in stored else model.get_parameter(name)
         parameter.data.copy_(dense)
     compressor = _compress(plain, arm, stored) if kind == INTEGERS else None
-    if kind == FOUR_BIT:
+    if kind == FOUR_BIT and arm.format:
         _store_four_bits(plain, arm.format, dtype)
     for name, parameter in plain.named_parameters():
         if parameter.is_floating_point() and not name.endswith(".weight_scale"):
@@ -186,12 +187,13 @@ def _write_adapter(arm: Arm, model: PreTrainedModel, base: str, folder: Path) ->
     """What peft loads beside the base, in bf16 as it is deployed."""
     from peft import LoraConfig
 
+    assert arm.adapter is not None
     layers = {
         name: layer.beside
         for name, layer in model.named_modules()
         if isinstance(layer, DeployedLinear) and layer.beside is not None
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, beside in layers.items():
         own = {"lora_A.weight": beside.a, "lora_B.weight": beside.b, "lora_magnitude_vector": beside.magnitude}
         prefix = f"base_model.model.{name}"
@@ -231,7 +233,7 @@ def summary(record: Record, exported: Exported) -> str:
     for name in (name for name in record.metrics if name.startswith("perplexity/")):
         text = name.removeprefix("perplexity/")
         what = "of held-out Alpaca responses" if text == "responses" else f"on {corpus_title(text)}"
-        here, there = (number(metrics[name]) for metrics in (exported.metrics, record.metrics))
+        here, there = (number(metrics[name] or math.nan) for metrics in (exported.metrics, record.metrics))
         lines.append(f"| perplexity {what} | {here} | {there} |")
     bits = record.arm.widths
     if bits.activations != OFF and record.arm.scheme.grid == SYMMETRIC:

@@ -54,7 +54,7 @@ def _memory_in_use(process: psutil.Process) -> int:
     resident, allocated = process.memory_info().rss, _of_glibc("mallinfo2")  # there since glibc 2.33
     if allocated is None:
         return resident
-    allocated.restype = _Allocated
+    allocated.restype = _Allocated  # type: ignore[attr-defined]
     return resident - allocated().fordblks
 
 
@@ -76,7 +76,7 @@ def peak_memory() -> Iterator[dict[str, int]]:
     gc.collect()
     process, done = psutil.Process(), threading.Event()
 
-    def watch():
+    def watch() -> None:
         while True:
             peak["bytes"] = max(peak["bytes"], _memory_in_use(process))
             if done.wait(0.05):

@@ -72,7 +72,7 @@ def assign_parameters(notebooks: Sequence[Path], parameters: dict[str, Any]) -> 
     return assigned
 
 
-def _check_type(notebook: Path, name: str, value: object, default: object) -> None:
+def _check_type(notebook: Path, name: str, value: Any, default: Any) -> None:
     kind = type(default)
     if type(value) is not kind:
         raise ValueError(

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,10 @@ def carry_out(
     The deployed model of a trained arm is kept in the store, packed, beside its record.
     """
     set_seed(arm.seed)
-    method, key, seconds, tokens = find(arm.method), arm_key(arm), {}, {}
+    method, key = find(arm.method), arm_key(arm)
+    seconds: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    scores: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -124,24 +127,24 @@ def carry_out(
     with peak_memory() as peak:
         with phase("load"):
             work = _work_on(arm, store, keep_checkpoints, progress, phase)
-        identity, vocabulary, scores = models.identity(arm.model), work.model.config.vocab_size, {}
+        identity, vocabulary = models.identity(arm.model), work.model.config.vocab_size
         cache_bytes = cache_bytes_per_token(work.model, arm.bits, arm.scheme)
         log = _deploy(method, work, store, progress)
         if method.checks_weights:
             scores |= weight_scores(work.load(), work.model)
-        if arm.decoding:
+        if arm.decoding and arm.format:
             with phase("decode"):
                 timed = decoding_seconds(work.load, arm.format, arm.decoding)
                 scores |= {f"seconds/{name}/{kind}": values for (name, kind), values in timed.items()}
         if work.data:
             tokens["data"] = work.data.windows.numel()
-        if arm.training:
+        if arm.training and arm.data:
             tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
         if arm.tuning:
-            tokens["trained"] = log.curve[-1]["tokens"]
+            tokens["trained"] = int(log.curve[-1]["tokens"])
         diverged = not _converged(log)
         size = None if diverged else stored_bytes(work.model)
-        sizes = {"bytes/weights": size, "bytes/cache_per_token": cache_bytes}
+        sizes: dict[str, float | None] = {"bytes/weights": size, "bytes/cache_per_token": cache_bytes}
         with phase("evaluate"), _counted(work.model, progress) as seen:
             metrics, found = ({}, {}) if diverged else score(work.model, work.tokenizer, arm.evaluation)
         tokens["evaluated"] = seen["tokens"]
@@ -150,7 +153,7 @@ def carry_out(
         key=key,
         arm=arm,
         status=FINISHED if finite else DIVERGED,
-        metrics=_json_entries(metrics | sizes),
+        metrics=_json_entries({**metrics, **sizes}),
         scores={name: _json_numbers(np.array(values)) for name, values in (found | scores).items()},
         training=[_json_entries(entry) for entry in log.steps],
         curve=[_json_entries(entry) for entry in log.curve],
@@ -204,7 +207,7 @@ def _deploy(method: Method, work: Work, store: Store, progress: Progress) -> Log
     """Make of the loaded model what the arm is scored on. The log is empty where nothing was trained."""
     if work.arm.data:
         with work.phase("data"):
-            work.data = _prepare_data(work.arm, work.model, work.tokenizer, store, progress)
+            work.data = _prepare_data(work, store, progress)
     alone = store.lock(f"adapter-{work.trained.stem}") if work.arm.tuning else contextlib.nullcontext()
     with alone:
         return method.apply(work) or Log([], [])
@@ -269,7 +272,7 @@ def trained_adapter(arm: Arm, store: Store) -> Path:
     return store.adapter_file(arm_key(find(arm.method).as_trained(arm))) if arm.tuning else Path()
 
 
-def _json_entries(numbers: dict[str, float | None]) -> dict[str, float | None]:
+def _json_entries(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
 
 
@@ -279,10 +282,12 @@ def _json_numbers(values: np.ndarray) -> list[float | None]:
 
 def _data_description(arm: Arm) -> dict[str, Any]:
     """What an arm's text depends on, beside the contents that its key has: all arms that agree in it share the text."""
+    assert arm.data is not None
     used = ("models", "corpora", "generation") if isinstance(arm.data, Sampling) else ("models", "corpora")
+    names = (arm.model, arm.data.corpus) if isinstance(arm.data, RealText) else (arm.model,)
     return {
         "model": models.identity(arm.model),
-        "contents": {name: found for name, found in contents(arm).items() if name not in arm.evaluation.corpora},
+        "contents": {name: found for name, found in contents(arm).items() if name in names},
         "data": dataclasses.asdict(arm.data),
         "numerics": {name: NUMERICS[name].number for name in used},
     }
@@ -298,25 +303,30 @@ def data_lock(folder: Path) -> str:
     return f"data-{folder.name}"
 
 
-def _prepare_data(arm: Arm, model: PreTrainedModel, tokenizer, store: Store, progress: Progress) -> TrainingData:
+def _prepare_data(work: Work, store: Store, progress: Progress) -> TrainingData:
     """The arm's windows, made once for all arms that share them."""
+    arm = work.arm
+    assert arm.data is not None
     folder = data_folder(arm, store)
     states = folder / f"teacher_states-{NUMERICS['distillation'].number}.npy"
     teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
     with store.lock(data_lock(folder)):
-        data = prepare(model, tokenizer, arm.data, arm.training, folder, states, teacher, progress)
+        data = prepare(work.model, work.tokenizer, arm.data, arm.training, folder, states, teacher, progress)
         write_whole(folder / "provenance.json", json.dumps(_data_description(arm) | environment(), indent=1))
     return data
 
 
 def _checkpoints(arm: Arm, store: Store) -> Path:
     """The folder of the arm's last checkpoint; an extended arm's begins with what the arm it extends has kept."""
-    folder = store.checkpoint_folder(arm_key(arm))
-    name, budget = ("training", arm.training) if arm.training else ("tuning", arm.tuning)
-    *before, last = budget.extended_from or (None,)
-    if last is not None and not folder.exists():
-        shorter = dataclasses.replace(budget, steps=last, extended_from=tuple(before))
-        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, **{name: shorter}))) / f"checkpoint-{last}"
+    folder, budget = store.checkpoint_folder(arm_key(arm)), arm.budget
+    assert budget is not None
+    if budget.extended_from and not folder.exists():
+        *before, last = budget.extended_from
+        shorter: dict[str, Any] = {
+            name: own and dataclasses.replace(own, steps=last, extended_from=tuple(before))
+            for name, own in (("training", arm.training), ("tuning", arm.tuning))
+        }
+        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, **shorter))) / f"checkpoint-{last}"
         if kept.exists():
             shutil.copytree(kept, folder / kept.name, copy_function=os.link)
     return folder
@@ -327,7 +337,7 @@ def _counted(model: nn.Module, progress: Progress) -> Iterator[dict[str, int]]:
     """Count the tokens of every forward pass inside."""
     seen = {"tokens": 0}
 
-    def count(module, args, kwargs):
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs["input_ids"]
         seen["tokens"] += ids.numel()
         progress(ids.numel())
@@ -344,10 +354,10 @@ def planned_work(arm: Arm) -> int:
     wanted = arm.evaluation
     work = (len(wanted.corpora) * wanted.windows + wanted.pairs) * wanted.length
     work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
-    if arm.tuning:
+    if arm.tuning and arm.instructions:
         work += TRAINING_WORK * arm.tuning.steps * arm.tuning.batch * arm.instructions.length
     if arm.data:
         work += GENERATION_WORK * arm.data.count * arm.data.length
-    if arm.training:
+    if arm.training and arm.data:
         work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.data.length
     return work

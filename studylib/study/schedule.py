@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import torch
@@ -84,7 +85,7 @@ def _of_arm(arm: Arm, store: Store) -> Record:
 
 
 @contextlib.contextmanager
-def _sharing_threads(helpers: int, arms: Sequence[Arm], *where) -> Iterator[None]:
+def _sharing_threads(helpers: int, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
     """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
     threads = torch.get_num_threads()
     share = max(1, threads // (helpers + 1))

@@ -5,13 +5,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import ndtri
 from scipy.stats import sem
 
-from studylib.config import points
+from studylib.config import Arm, points
 from studylib.methods import seedless, title
 from studylib.study import schedule
 from studylib.study.records import FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
@@ -114,36 +115,38 @@ def _mean(numbers: Sequence[Difference], compared: int) -> Difference:
     return Difference(TOGETHER, numbers[0].metric, None, float(change), float(items), float(training), compared, exact)
 
 
-def _differences(reference: Record, found: Record, spreads: dict, compared: int) -> Iterator[Difference]:
+def _differences(reference: Record, found: Record, spreads: dict[Any, float], compared: int) -> Iterator[Difference]:
     arm, alike = reference.arm, seedless(reference.arm)
     scores = [name for name in reference.scores if not name.startswith("seconds/")]
     exact = all(reference.scores[name] == found.scores.get(name) for name in scores)
     for metric in (name for name in reference.metrics if name.startswith(NUMBERS)):
         value, own = reference.metrics[metric], found.metrics.get(metric)
         change, noise, spread = 0.0 if own == value else np.inf, 0.0, 0.0
-        if None not in (own, value):
+        if own is not None and value is not None:
             change = _additive(metric, own) - _additive(metric, value)
             items = metric.replace("perplexity/", "loss/")
-            noise = float(sem(np.subtract(found.scores[items], reference.scores[items])))
+            noise = float(sem(np.array(found.scores[items], float) - np.array(reference.scores[items], float)))
             spread = max(spreads.get(key, 0.0) for key in ((alike, metric), (arm.method, arm.model, metric)))
         yield Difference(title(arm), metric, own, float(change), noise, math.sqrt(2) * spread, compared, exact)
 
 
 def _additive(metric: str, value: float) -> float:
-    return np.log(value) if metric.startswith("perplexity/") else value
+    return float(np.log(value)) if metric.startswith("perplexity/") else value
 
 
-def _spreads(records: Sequence[Record]) -> dict[tuple[str, ...], float]:
+def _spreads(records: Sequence[Record]) -> dict[Any, float]:
     """Standard deviations over seeds, of arms with several: by (seedless arm, metric), and the median of a method's by
     (method, model, metric)."""
     arms = defaultdict(list)
     for record in records:
         if record.status == FINISHED:
             arms[seedless(record.arm)].append(record)
-    found, methods = {}, defaultdict(list)
+    found: dict[Any, float] = {}
+    methods = defaultdict(list)
     for key, seeds in arms.items():
         for metric in (name for name in seeds[0].metrics if name.startswith(NUMBERS)):
-            values = [_additive(metric, record.metrics[metric]) for record in seeds if metric in record.metrics]
+            known = [record.metrics.get(metric) for record in seeds]
+            values = [_additive(metric, value) for value in known if value is not None]
             if len(values) > 1:
                 found[key, metric] = float(np.std(values, ddof=1))
                 methods[seeds[0].arm.method, seeds[0].arm.model, metric].append(found[key, metric])
@@ -159,7 +162,7 @@ def verify_records(
     GPTQ rounds. Raises ValueError as `choose` and schedule.run do.
     """
     chosen, threads, store = choose(records, wanted, minutes * max(1, jobs)), torch.get_num_threads(), Store(results)
-    found = {}
+    found: dict[Arm, Record] = {}
     try:
         for cores in sorted({_threads(record) for record in chosen}):
             arms = [record.arm for record in chosen if _threads(record) == cores]
