@@ -1,9 +1,8 @@
-"""Key the records of an older studylib (format 1, found by hashes of source) anew, once: python results/rekey.py FOLDER...
+"""Key the records of an older studylib (format 1, found by hashes of source) anew: python results/rekey.py FOLDER...
 
-FOLDER: a results folder, or one that holds record files. Each record gets its key by arm, contents and numerics versions,
-a readable name, and its fields' present names; notes of what notebooks showed (published.json) follow. Numbers
-stay as they are: who runs this says that they are those of numerics version 1, as all were that the last version of format
-1 found.
+FOLDER: a results folder, or one that holds record files. Each record gets a key by arm, contents and numerics versions,
+a readable name, and its fields' present names; notes of what notebooks showed (published.json) follow. Numbers stay as
+they are: who runs this says that they are those of numerics version 1, as those of the last version of format 1 are.
 """
 
 import json
