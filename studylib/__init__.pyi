@@ -3,9 +3,10 @@ from .config.budgets import PROFILES, Profile, profile
 from .config.settings import Adapter, BitWidths, Format, Grid, Scheme
 from .data.models import load_model, load_tokenizer
 from .evidence.verdicts import judge
-from .methods.adapters import attach, merge
+from .methods.adapters import merge
 from .methods.arms import Setting, build_arm, setting, title
 from .methods.base import METHODS, Look, Method, Work, register
+from .methods.lora import attach
 from .quant.formats import encode_model
 from .quant.layers import quantize_model, round_to_nearest
 from .quant.storage import stored_bytes

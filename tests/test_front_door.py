@@ -102,5 +102,5 @@ def test_what_is_not_registered_is_refused_in_one_line(tmp_path):
 def test_the_door_can_be_looked_at():
     assert {"load_model", "build_arm", "run", "judge", "frame", "register"} <= set(dir(studylib))
     assert studylib.__doc__ and "DataFrame" in studylib.__doc__
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="studylib attribute nothing"):
         studylib.nothing  # noqa: B018

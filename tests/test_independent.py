@@ -26,7 +26,7 @@ from studylib.data import corpora, models
 from studylib.data.sources import fetch
 from studylib.evaluate import scores as evaluation
 from studylib.evaluate.scores import score
-from studylib.methods import calibration as ptq
+from studylib.quant import round_to_nearest
 from studylib.quant.layers import decoder_linears
 
 SMOLLM2 = "smollm2-135m"
@@ -116,7 +116,7 @@ def assert_nearest(model, original, steps, lowest, highest):
 def test_rtn_is_numpys_rounding(language_model, bits):
     """All weights of a real model, one by one: MinMax over each output channel, levels -(2^(b-1)-1)..2^(b-1)-1."""
     high = 2 ** (bits - 1) - 1
-    rounded = ptq.round_to_nearest(models.load_model(SMOLLM2), f"{bits}-16-16")
+    rounded = round_to_nearest(models.load_model(SMOLLM2), f"{bits}-16-16")
     assert_nearest(rounded, language_model[0], high, -high, high)
 
 
@@ -126,7 +126,7 @@ def test_llm_compressor_on_our_grid_is_our_rtn(fp32, windows, language_model, tm
     weights, and transformers unpacks them and computes the loss. All weights are ours to the last bit.
     """
     theirs = compressed(bits, tmp_path / "checkpoint", "llm-qat")
-    ours = ptq.round_to_nearest(models.load_model(SMOLLM2), f"{bits}-16-16")
+    ours = round_to_nearest(models.load_model(SMOLLM2), f"{bits}-16-16")
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(name)), name
     assert our_perplexity(ours, language_model[1]) == pytest.approx(plain_perplexity(theirs, windows), rel=TOLERANCE)
@@ -149,7 +149,7 @@ def test_rtn_costs_as_much_as_on_llm_compressors_grid(fp32, windows, language_mo
     squared errors are.
     """
     (original, tokenizer), (theirs, bits) = language_model, checkpoint
-    ours = ptq.round_to_nearest(models.load_model(SMOLLM2), f"{bits}-16-16")
+    ours = round_to_nearest(models.load_model(SMOLLM2), f"{bits}-16-16")
     names = list(decoder_linears(original))
     weights = [original.get_submodule(name).weight for name in names]
     gradients = torch.autograd.grad(own_loss(original, windows), weights)
@@ -209,7 +209,7 @@ def test_every_item_scores_as_by_lm_evals_command_line(fp32, tmp_path, monkeypat
     """A 4-bit checkpoint by `lm_eval run --model hf`, in a process that knows nothing of studylib: the same prompts,
     log-likelihoods, greedy hits and right answers, item by item, and the metric that we report."""
     folder = str(tmp_path / "model")
-    rounded = ptq.round_to_nearest(models.load_model(SMOLLM2), "4-16-16")
+    rounded = round_to_nearest(models.load_model(SMOLLM2), "4-16-16")
     rounded.save_pretrained(folder)
     models.load_tokenizer(SMOLLM2).save_pretrained(folder)
     (tmp_path / "tasks").mkdir()

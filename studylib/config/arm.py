@@ -22,7 +22,7 @@ class Arm:
     method: the name of one that is registered (see methods.base), which says what goes with it (`Method.check`).
     bits "W-A-KV"; scheme: grids and where they apply. data: the text that a method is calibrated or distilled on,
     training: the distillation. format: the number format of rounded weights, or of the base that is fine-tuned on
-    `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see methods.deploy.merge).
+    `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see methods.merge).
     decoding: how tokens a second are timed.
     seed draws the data; it is 0 for methods that draw nothing, so that all seeds share one record.
     """

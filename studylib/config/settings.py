@@ -267,6 +267,6 @@ BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED = MERGES = (
     "requantized",
     "merged-16",
     "merged-quantized",
-)  # how a fine-tuned model is deployed (see methods.deploy.merge)
+)  # how a fine-tuned model is deployed (see methods.merge)
 FROM_ORIGINAL = (MERGED_16, MERGED_QUANTIZED)
 PACKED = (REQUANTIZED, MERGED_QUANTIZED)

@@ -150,7 +150,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 def measure(
     model: PreTrainedModel, batch: int, length: int, *, checkpointing: bool = False, dtype: torch.dtype | None = None
 ) -> TrainingMemory:
-    """The memory of one training step of a prepared model (see adapters.attach), on [batch, length] tokens.
+    """The memory of one training step of a prepared model (see methods.attach), on [batch, length] tokens.
 
     Forward pass, the loss on labels that never holds all logits (losses.label_loss), backward pass, one step of AdamW
     at rate zero: the parameters stay as they are. The same numbers on every machine with the same dtype: bf16 for

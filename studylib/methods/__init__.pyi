@@ -1,4 +1,4 @@
-from .adapters import adapted_layers, attach, find_tuned, four_bit, merge, unrepacked
+from .adapters import adapted_layers, four_bit, merge, unrepacked
 from .arms import (
     CHANGES,
     Setting,
@@ -27,6 +27,7 @@ from .base import (
     find,
     register,
 )
+from .lora import attach, find_tuned
 
 __all__ = [
     "CHANGES",

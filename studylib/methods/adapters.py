@@ -33,8 +33,7 @@ from studylib.config import (
     written_whole,
 )
 from studylib.data import models
-from studylib.methods.base import METHODS
-from studylib.methods.lora import FineTuned
+from studylib.methods.base import Method
 from studylib.quant import PEFT_ADAPTER, Beside, Codes, DeployedLinear, EncodedLinear, decoder_linears, encode
 
 LOFTQ_STEPS = 5  # LoftQ, section 4: "we perform 5 iterations"
@@ -45,63 +44,10 @@ OVERSAMPLED = 8  # directions more than the rank, for the accuracy of the last o
 class Adaptation:
     """What `attach` made of a model, which keeps it as `model.adaptation`; layers: the decoder's linear layers."""
 
-    method: FineTuned
+    method: Method
     format: Format | None
     adapter: Adapter | None
     layers: tuple[str, ...]
-
-
-def attach(
-    model: PreTrainedModel,
-    method: FineTuned | str,
-    *,
-    format: Format | None = None,
-    adapter: Adapter | None = None,
-    seed: int = 0,
-    tokens: Tensor | None = None,
-) -> PreTrainedModel:
-    """Prepare a transformers model (fp32, as loaded) in place for fine-tuning; what requires gradients is what trains.
-
-    method: one of methods.lora, or its name. seed draws the adapters. tokens [N, T]: what a base is calibrated on, for
-    a method that needs it.
-    Trained parameters are fp32; frozen ones bf16 where the hardware computes in bf16: run it under models.autocast.
-    Raises ValueError, and changes nothing, for anything that does not fit together.
-    """
-    linears = decoder_linears(model)
-    plain = (nn.Linear, DeployedLinear)  # what is deployed can be adapted anew, from its dense weights
-    if hasattr(model, "adaptation") or any(type(linear) not in plain for linear in linears.values()):
-        raise ValueError("the model is quantized or adapted already; load it anew")
-    own = find_tuned(method) if isinstance(method, str) else method
-    own.check_parts(format, adapter)
-    if (tokens is None) == ("data" in own.needs):
-        raise ValueError(
-            f"tokens: {'missing; its base is calibrated on them' if tokens is None else f'{own.name!r} takes none'}"
-        )
-    names = [] if adapter is None else adapted_layers(model, adapter.layers)
-    for name, linear in linears.items():
-        if format is not None:
-            format.check_width(linear.in_features)
-        if adapter is not None and adapter.kind in (PISSA, LOFTQ) and adapter.rank > min(linear.weight.shape):
-            raise ValueError(
-                f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {min(linear.weight.shape)} "
-                "singular values"
-            )
-    for name, linear in linears.items():
-        if isinstance(linear, DeployedLinear):
-            model.set_submodule(name, linear.plain())
-    model.requires_grad_(False)
-    own.prepare(model, format, adapter, names, seed, tokens)
-    compact(model)
-    model.adaptation = Adaptation(own, format, adapter, tuple(linears))
-    return model
-
-
-def find_tuned(name: str) -> FineTuned:
-    """The method of fine-tuning of this name; ValueError, with the names there are, where there is none."""
-    tuned = {name: method for name, method in METHODS.items() if isinstance(method, FineTuned)}
-    if name not in tuned:
-        raise ValueError(f"method: {name!r} is not known; use one of {', '.join(tuned)}")
-    return tuned[name]
 
 
 def compact(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from studylib.config import (
     LSQ,
     NOTHING,
     OFF,
+    PACKED,
     PARTS,
     Adapter,
     Arm,
@@ -89,7 +90,8 @@ class Method(ABC):
     numerics: the components of config.numerics that it passes through besides those that its arm's parts imply;
     version: its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the
     adapters'. few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of them (None: all that a
-    profile has). checks_weights: whether the rounding error of each layer is recorded.
+    profile has). checks_weights: whether the rounding error of each layer is recorded. keeps_adapter: whether it leaves
+    a 16-bit adapter beside the base; what a method without one makes is deployed in one way.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Method(ABC):
     few_shot: tuple[str, ...] | None = None
     relative_rate: float = 1.0
     checks_weights: bool = False
+    keeps_adapter: bool = False
 
     @abstractmethod
     def apply(self, work: Work) -> "Log | None":
@@ -137,6 +140,15 @@ class Method(ABC):
             raise ValueError(
                 f"bits: {arm.bits} does not go with the format {arm.format.title}; use {arm.format.bits}-16-16"
             )
+
+    def check_merge(self, how: str, format: Format | None) -> None:
+        """Raise ValueError unless what it trained can be deployed in this way (see methods.merge)."""
+        if how != BESIDE and not self.keeps_adapter:
+            raise ValueError(
+                f"merge: {how!r} is not allowed for {self.name!r}, which leaves no adapter; use {BESIDE!r}"
+            )
+        if how in PACKED and format is None:
+            raise ValueError(f"format: missing; {how!r} rounds to one")
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:  # noqa: B027
         """Raise ValueError unless it can be applied to the model; `skeleton`: that, without numbers."""

@@ -28,10 +28,11 @@ from studylib.config import (
     Scheme,
     in_bitsandbytes,
 )
-from studylib.methods.base import L4Q_PAPER, PEFT, QLORA_PAPER, SIXTEEN_BITS, Look, Method, Work
+from studylib.methods.base import L4Q_PAPER, METHODS, PEFT, QLORA_PAPER, SIXTEEN_BITS, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from studylib.config import Log
@@ -41,8 +42,7 @@ class FineTuned(Method):
     """A method that learns from instructions, on a base in `format` and through `adapter`.
 
     formats: the kinds of format that its base can have, None for any. kinds: the kinds of adapter. chooses_layers,
-    drops_out: whether the adapter's layers and dropout can be chosen. keeps_adapter: whether a 16-bit adapter is left
-    beside the base; a method without trains what is deployed, and there is one way to do that.
+    drops_out: whether the adapter's layers and dropout can be chosen.
     """
 
     papers: tuple[str, ...] = (L4Q_PAPER,)
@@ -99,15 +99,6 @@ class FineTuned(Method):
                 default = getattr(Adapter(), name)
                 raise ValueError(f"{name}: {chosen!r} is not allowed for {self.name!r}; use {default!r}")
 
-    def check_merge(self, how: str, format: Format | None) -> None:
-        """Raise ValueError unless what it trained can be deployed in this way (see methods.deploy.merge)."""
-        if how != BESIDE and not self.keeps_adapter:
-            raise ValueError(
-                f"merge: {how!r} is not allowed for {self.name!r}, which trains what is deployed; use {BESIDE!r}"
-            )
-        if how in PACKED and format is None:
-            raise ValueError(f"format: missing; {how!r} rounds to one")
-
     def container(self, arm: Arm) -> str:
         if arm.adapter is None or arm.merge in PACKED:
             return super().container(arm)
@@ -124,7 +115,7 @@ class FineTuned(Method):
         return PEFT
 
     def apply(self, work: Work) -> "Log":
-        from studylib.methods.adapters import attach, load_trained, merge, save_trained
+        from studylib.methods.adapters import load_trained, merge, save_trained
         from studylib.train import fine_tune, training_pairs
 
         arm, model = work.arm, work.model
@@ -157,6 +148,64 @@ class FineTuned(Method):
                 original = work.load() if arm.merge in FROM_ORIGINAL else None
                 merge(model, arm.merge, format=arm.format, original=original)
         return log
+
+
+def attach(
+    model: "PreTrainedModel",
+    method: FineTuned | str,
+    *,
+    format: Format | None = None,
+    adapter: Adapter | None = None,
+    seed: int = 0,
+    tokens: "Tensor | None" = None,
+) -> "PreTrainedModel":
+    """Prepare a transformers model (fp32, as loaded) in place for fine-tuning; what requires gradients is what trains.
+
+    method: a FineTuned, or its name. seed draws the adapters. tokens [N, T]: what a base is calibrated on, for
+    a method that needs it.
+    Trained parameters are fp32; frozen ones bf16 where the hardware computes in bf16: run it under models.autocast.
+    Raises ValueError, and changes nothing, for anything that does not fit together.
+    """
+    from torch import nn
+
+    from studylib.methods.adapters import Adaptation, adapted_layers, compact
+    from studylib.quant import DeployedLinear, decoder_linears
+
+    linears = decoder_linears(model)
+    plain = (nn.Linear, DeployedLinear)  # what is deployed can be adapted anew, from its dense weights
+    if hasattr(model, "adaptation") or any(type(linear) not in plain for linear in linears.values()):
+        raise ValueError("the model is quantized or adapted already; load it anew")
+    own = find_tuned(method) if isinstance(method, str) else method
+    own.check_parts(format, adapter)
+    if (tokens is None) == ("data" in own.needs):
+        raise ValueError(
+            f"tokens: {'missing; its base is calibrated on them' if tokens is None else f'{own.name!r} takes none'}"
+        )
+    names = [] if adapter is None else adapted_layers(model, adapter.layers)
+    for name, linear in linears.items():
+        if format is not None:
+            format.check_width(linear.in_features)
+        if adapter is not None and adapter.kind in (PISSA, LOFTQ) and adapter.rank > min(linear.weight.shape):
+            raise ValueError(
+                f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {min(linear.weight.shape)} "
+                "singular values"
+            )
+    for name, linear in linears.items():
+        if isinstance(linear, DeployedLinear):
+            model.set_submodule(name, linear.plain())
+    model.requires_grad_(False)
+    own.prepare(model, format, adapter, names, seed, tokens)
+    compact(model)
+    model.adaptation = Adaptation(own, format, adapter, tuple(linears))
+    return model
+
+
+def find_tuned(name: str) -> FineTuned:
+    """The method of fine-tuning of this name; ValueError, with the names there are, where there is none."""
+    tuned = {name: method for name, method in METHODS.items() if isinstance(method, FineTuned)}
+    if name not in tuned:
+        raise ValueError(f"method: {name!r} is not known; use one of {', '.join(tuned)}")
+    return tuned[name]
 
 
 class LoRA(FineTuned):

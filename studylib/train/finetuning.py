@@ -87,7 +87,7 @@ def fine_tune(
     keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Log:
-    """Train the parameters of `model` that require gradients (see adapters.attach) on `pairs`, in place.
+    """Train the parameters of `model` that require gradients (see methods.attach) on `pairs`, in place.
 
     Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
     whose response loss is measured as training goes on. folder, keep, and what happens to a killed training: as

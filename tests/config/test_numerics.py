@@ -13,11 +13,10 @@ from golden_values import VALUES, problem
 
 from studylib.config import budgets, numerics
 from studylib.config.numerics import NUMERICS, Version
-from studylib.config.settings import MERGED_16
 from studylib.data import corpora, generation, models
 from studylib.evaluate import packing, scores
-from studylib.methods import adapters, calibration, deploy
-from studylib.quant import formats, grids, kernel, l4q
+from studylib.methods import adapters, ptq
+from studylib.quant import formats, grids, kernel, learned
 from studylib.train import losses
 
 
@@ -62,13 +61,13 @@ def a_loss_of_the_other_direction(patch):
 
 
 def another_first_scale(patch):
-    original = l4q.initial_grid
+    original = learned.initial_grid
 
     def changed(weight, bits, group, init="l4q"):
         scale, offset = original(weight, bits, group, init)
         return (scale * 1.05, offset) if init == "l4q" else (scale, offset)
 
-    patch.setattr(l4q, "initial_grid", changed)
+    patch.setattr(learned, "initial_grid", changed)
 
 
 def a_schedule_that_ends_above_zero(patch):
@@ -112,18 +111,18 @@ def samples_of_more_tokens(patch):
 
 
 def another_strength(patch):
-    original = calibration.smoothquant
-    patch.setattr(calibration, "smoothquant", lambda model, text, strength=0.45: original(model, text, strength))
+    original = ptq.smoothquant
+    patch.setattr(ptq, "smoothquant", lambda model, text, strength=0.45: original(model, text, strength))
 
 
 def adapters_that_are_scaled_otherwise(patch):
-    original = deploy._beside
+    original = adapters._beside
 
     def changed(layer, *rest):
         beside = original(layer, *rest)
         return type(beside)(beside.a, beside.b, beside.scaling * 1.01, beside.magnitude, beside.base)
 
-    patch.setattr(deploy, "_beside", changed)
+    patch.setattr(adapters, "_beside", changed)
 
 
 def adapters_of_another_seed(patch):
@@ -174,7 +173,7 @@ def test_a_changed_formula_is_found_and_its_component_named(monkeypatch, compone
 
 
 def test_every_component_has_a_change_that_is_found():
-    assert {component for component, _ in CHANGES} == NUMERICS.keys() and MERGED_16
+    assert {component for component, _ in CHANGES} == NUMERICS.keys()
 
 
 def test_a_version_that_was_raised_asks_for_new_values_and_a_new_component_for_its_first(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from studylib.config.settings import Adapter, Format
 from studylib.data import models
 from studylib.evaluate import memory
 from studylib.evaluate.memory import CONFIGURATIONS, GB, inference_bytes, measure, plan
-from studylib.methods.adapters import attach, merge
+from studylib.methods import attach, merge
 from studylib.methods.base import find
 from studylib.quant import formats
 from studylib.quant.storage import stored_bytes

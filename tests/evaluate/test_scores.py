@@ -13,13 +13,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn import functional as F
 
-from studylib.config.budgets import ZERO_SHOT, check_tasks
+from studylib.config import EXECUTIONS, OWN, ZERO_SHOT, Decoding, Format, check_tasks
 from studylib.data import corpora, models
 from studylib.data.corpora import Pair
 from studylib.data.sources import fetch
 from studylib.evaluate import scores as evaluation
 from studylib.evaluate.scores import TASKS, response_losses, task_scores, window_losses
-from studylib.methods import calibration as ptq
+from studylib.quant import round_to_nearest
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_every_item_of_a_quantized_model_scores_as_with_lm_evals_own(fp32, monke
     """In fp32, any other order of the same additions moves some activations of a quantized model to the next level, and
     its answers by nats (padded batches with eager attention, too); in fp64, what remains is what packing changes."""
     model, tokenizer = models.load_model("smollm2-135m"), models.load_tokenizer("smollm2-135m")
-    ptq.round_to_nearest(model, "4-8-4").double()
+    round_to_nearest(model, "4-8-4").double()
     found = {}
 
     class Packed(evaluation.PackedLM):
@@ -271,3 +271,12 @@ def test_unknown_names():
         check_tasks(["piqa", "squad"])
     with pytest.raises(ValueError, match="source: 'disk' is not known"):
         task_scores(None, None, [], source="disk")
+
+
+def test_every_execution_of_every_model_is_timed(monkeypatch):
+    monkeypatch.setattr(evaluation, "_layers_of", lambda shape: models.load_model("tiny-random"))
+    found = evaluation.decoding_seconds(
+        lambda: models.load_model("tiny-random"), Format("affine", 4, 32), Decoding(4, 2, 3, ("llama-7b",))
+    )
+    assert set(found) == {(name, kind) for name in (OWN, "llama-7b") for kind in EXECUTIONS}
+    assert all(times.shape == (3,) and (times > 0).all() for times in found.values())

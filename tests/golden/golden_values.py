@@ -30,9 +30,8 @@ from studylib.config.budgets import (
 )
 from studylib.config.numerics import NUMERICS
 from studylib.config.settings import ADAPTER_KINDS, GRIDS, INITS, MERGES, Adapter, Format, Grid, Scheme
-from studylib.data import corpora, generation, models, text_statistics
-from studylib.quant import formats, grids, kernel, l4q, layers, storage
-from studylib.quant import l4q as adapted
+from studylib.data import corpora, generation, models
+from studylib.quant import formats, grids, kernel, layers, learned, storage
 
 FILE = Path(__file__).with_name("numerics.json")
 TOLERANCE = 2e-3
@@ -134,7 +133,7 @@ def of_corpora() -> Iterator[float]:
 
 
 def of_evaluation() -> Iterator[float]:
-    from studylib.evaluate import packing, scores, weights
+    from studylib.evaluate import packing, scores
 
     model, tokenizer = tiny(opinionated=True), models.load_tokenizer("tiny-random")
     yield from scores.window_losses(model, tokens(4), batch=3)
@@ -157,11 +156,11 @@ def of_evaluation() -> Iterator[float]:
             yield from (-answer for _, (answer, _) in asked)
     yield from (spec.items + spec.shots for spec in scores.TASKS.values())
     for format in (Format("nf"), Format("nf", 3, 32, True)):
-        yield weights.normal_error(format, groups=1024)
+        yield scores.normal_error(format, groups=1024)
     x = normal(20, 200)
-    yield from (weights.non_normal_share(x), weights.non_normal_share(x**3))
+    yield from (scores.non_normal_share(x), scores.non_normal_share(x**3))
     encoded = formats.encode_model(tiny(), Format("nf", 4, 32))
-    found = weights.weight_scores(tiny(), encoded)
+    found = scores.weight_scores(tiny(), encoded)
     yield from (sum(values) for name, values in found.items() if name != "non_normal")
 
 
@@ -248,7 +247,7 @@ def of_generation() -> Iterator[float]:
             opening = [5, 9, 7] if strategy == "chat" else ()
             windows = generation.generate_windows(model, settings, Path(folder, strategy), opening)
             yield from map(float, windows.flatten())
-        yield from text_statistics.text_statistics(model, windows).values()
+        yield from corpora.text_statistics(model, windows).values()
     yield from map(float, generation._start_tokens(320, 3, 310, 20)[:, 0])
     yield from map(float, generation.chat_opening(models.load_tokenizer("tiny-random")))
 
@@ -335,7 +334,8 @@ def of_distillation() -> Iterator[float]:
 
 
 def of_fine_tuning() -> Iterator[float]:
-    from studylib.methods.adapters import attach, merge, split
+    from studylib.methods import attach, merge
+    from studylib.methods.adapters import split
     from studylib.train import finetuning
 
     tokenizer, pairs = models.load_tokenizer("tiny-random"), corpora.instruction_pairs("training")[:24]
@@ -381,35 +381,35 @@ def of_fine_tuning() -> Iterator[float]:
 
 def of_learned_grids() -> Iterator[float]:
     weight = normal(32, 96) * 0.1 + 0.02
-    for bits in l4q.BITS:
+    for bits in learned.BITS:
         for init in INITS:
             for group in (None, 32):
-                scale, offset = l4q.initial_grid(weight, bits, group, init)
+                scale, offset = learned.initial_grid(weight, bits, group, init)
                 yield from (*summary(scale), *summary(offset))
     for bits in (2, 4):
         linear = nn.Linear(96, 32, bias=False)
         linear.weight.data = weight.clone()
         generator = torch.Generator().manual_seed(3)
-        layer = l4q.L4QLinear(linear, bits, group=32, rank=4, init="asymmetric", generator=generator)
+        layer = learned.L4QLinear(linear, bits, group=32, rank=4, init="asymmetric", generator=generator)
         layer.lora_B.data = normal(32, 4, seed=1) * 0.05
         layer.scale.data *= 0.7
-        learned = adapted.LearnedGridLinear(copy.deepcopy(linear), bits, 32, torch.float32)
-        learned.scale.data *= 0.7
-        for own in (layer, learned):
+        alone = learned.LearnedGridLinear(copy.deepcopy(linear), bits, 32, torch.float32)
+        alone.scale.data *= 0.7
+        for own in (layer, alone):
             x = normal(20, 96, seed=2).requires_grad_()
             y = own(x)
             y.backward(normal(20, 32, seed=4))
             yield from (*summary(y), *summary(x.grad), *summary(own.dense()), own.codes().nbytes)
             for name, parameter in own.named_parameters():
-                if parameter.grad is not None and not (own is learned and name == "weight"):
+                if parameter.grad is not None and not (own is alone and name == "weight"):
                     yield from summary(parameter.grad)
         yield from summary(layer.lora_A)
-    model = l4q.l4q_model(tiny(), 4, group=32, seed=5)
+    model = learned.l4q_model(tiny(), 4, group=32, seed=5)
     yield from summary(torch.cat([p.flatten() for name, p in model.named_parameters() if name.endswith("lora_A")]))
 
 
 def of_ptq() -> Iterator[float]:
-    from studylib.methods import ptq as calibration
+    from studylib.methods import ptq
 
     text = tokens(6, 24)
     plain = tiny()
@@ -419,11 +419,11 @@ def of_ptq() -> Iterator[float]:
         if "layernorm" in name:
             parameter.data[::8] *= 20
     for apply in (
-        lambda model: calibration.smoothquant(model, text),
-        lambda model: calibration.smoothquant(model, text, strength=0.8),
-        lambda model: calibration.gptq(model, "4-16-16", text),
-        lambda model: calibration.gptq(model, "3-16-16", text, group=16, symmetric=False),
-        lambda model: calibration.awq(model, "4-16-16", text),
+        lambda model: ptq.smoothquant(model, text),
+        lambda model: ptq.smoothquant(model, text, strength=0.8),
+        lambda model: ptq.gptq(model, "4-16-16", text),
+        lambda model: ptq.gptq(model, "3-16-16", text, group=16, symmetric=False),
+        lambda model: ptq.awq(model, "4-16-16", text),
     ):
         model = apply(copy.deepcopy(plain))
         yield from summary(weights(model))

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from studylib.config.settings import Adapter, Format
 from studylib.data import models
-from studylib.methods import adapters
-from studylib.methods.adapters import attach, merge, split
+from studylib.methods import adapters, attach, merge
+from studylib.methods.adapters import split
 from studylib.methods.lora import in_bitsandbytes
 from studylib.quant.formats import EncodedLinear, encode, encode_model
 from studylib.quant.layers import decoder_linears, quantize_model
@@ -201,7 +201,7 @@ import sys
 from studylib.data import models
 from studylib.study import run, schedule
 from studylib.config.settings import Adapter, Format
-from studylib.methods.adapters import attach
+from studylib.methods import attach
 model = models.load_model("tiny-random")
 assert not {"peft", "bitsandbytes", "llmcompressor"} & set(sys.modules)
 attach(model, "qlora", format=Format("nf", 4, 32), adapter=Adapter())

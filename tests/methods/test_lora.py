@@ -101,7 +101,7 @@ def stored(layer):
 
 def test_what_was_trained_is_read_and_not_trained_again(fp32, tmp_path, monkeypatch):
     beside, log = apply(ARMS["qlora"], tmp_path)
-    monkeypatch.setattr(finetuning, "fine_tune", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr("studylib.train.fine_tune", lambda *args, **kwargs: pytest.fail("trained again"))
     told = []
     again, read = apply(ARMS["qlora"], tmp_path, progress=told.append)
     assert read == log and torch.equal(logits(again), logits(beside))
@@ -142,7 +142,7 @@ def test_a_training_that_its_last_step_ruined_has_diverged(fp32, tmp_path, monke
         next(parameter for parameter in model.parameters() if parameter.requires_grad).data[0] = math.nan
         return log
 
-    monkeypatch.setattr(finetuning, "fine_tune", ruined)
+    monkeypatch.setattr("studylib.train.fine_tune", ruined)
     record = schedule.run([ARMS[method]], tmp_path)[0]
     assert record.status == "diverged" and record.training[-1]["loss"] is None and record.training[0]["loss"] > 0
 
@@ -231,7 +231,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_record(fp32, tmp_path, monkeypa
         return original(*args, progress=counted, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "fine_tune", cut)
+        patch.setattr("studylib.train.fine_tune", cut)
         with pytest.raises(Stopped):
             schedule.run([ARMS["l4q"]], tmp_path / "cut")
     assert list(Store(tmp_path / "cut").checkpoint_folder(arm_key(ARMS["l4q"])).glob("checkpoint-*"))
@@ -248,7 +248,7 @@ def test_a_fine_tuning_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monk
     def watched(*args, progress, **kwargs):
         return original(*args, progress=lambda n: (told.append(n), progress(n)), **kwargs)
 
-    monkeypatch.setattr(finetuning, "fine_tune", watched)
+    monkeypatch.setattr("studylib.train.fine_tune", watched)
     (extended,) = schedule.run([longer], tmp_path / "kept")
     assert len(told) == 3 and told[0] == 4 * told[1]  # it began with four steps done
     assert without_cost(extended) == without_cost(alone)

@@ -9,7 +9,7 @@ from torch import nn
 from studylib.config.budgets import EXECUTIONS, OWN, profile
 from studylib.config.settings import Adapter, Format
 from studylib.data.models import compute_dtype, load_model
-from studylib.methods.adapters import attach, merge
+from studylib.methods import attach, merge
 from studylib.methods.arms import build_arm
 from studylib.quant.formats import EncodedLinear
 from studylib.quant.kernel import Int4Linear, int4_model

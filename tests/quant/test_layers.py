@@ -1,7 +1,5 @@
 import copy
-import platform
 
-import psutil
 import pytest
 import torch
 from torch import nn
@@ -30,7 +28,6 @@ from studylib.quant.layers import (
     quantize_model,
 )
 from studylib.quant.storage import stored_bytes
-from studylib.study.machine import keep_freed_memory, peak_memory
 
 SHAPE = dict(
     vocab_size=96,
@@ -288,21 +285,3 @@ def test_counted_bytes_equal_bytes_of_the_codes(model):
     grouped = [quantize(l.weight.detach(), Grid(4, "asymmetric", 32)) for l in linears.values()]
     packed = sum(q.codes.numel() // 2 + q.scale.nbytes + q.zero.numel() // 2 for q in grouped)
     assert counted("4-8-4", Scheme("asymmetric", 32)) == packed + rest
-
-
-def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
-    with peak_memory() as small:
-        pass
-    with peak_memory() as large:
-        block = torch.ones(2**30, dtype=torch.uint8)
-        del block
-    assert large["bytes"] - small["bytes"] > 0.8 * 2**30 or torch.cuda.is_available()
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="the peak is malloc's own")
-def test_peak_memory_leaves_out_what_was_freed_and_kept():
-    keep_freed_memory()
-    torch.ones(2**30, dtype=torch.uint8)  # gone at once
-    with peak_memory() as peak:
-        resident = psutil.Process().memory_info().rss
-    assert resident - peak["bytes"] > 0.8 * 2**30

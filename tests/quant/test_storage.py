@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from studylib.config.settings import GRIDS, MERGES, Adapter, Format, Grid, Scheme
 from studylib.data import models
-from studylib.methods.adapters import attach, bitsandbytes_codes, bitsandbytes_weight, four_bit, merge
+from studylib.methods import attach
+from studylib.methods.adapters import bitsandbytes_codes, bitsandbytes_weight, four_bit, merge
 from studylib.methods.base import find
 from studylib.methods.ptq import gptq
 from studylib.quant.formats import EncodedLinear, decode_model, encode, encode_model
@@ -136,12 +137,12 @@ def test_every_format(format):
     torch.testing.assert_close(layer(x), x @ stored.decode().T)
 
 
-@pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("kind", GRIDS)
-def test_every_grid(kind, bits, group):
-    if kind == "lsq" and group:
-        pytest.skip("lsq learns one scale a row")
+@pytest.mark.parametrize(
+    "kind, group",
+    [(kind, group) for kind in GRIDS for group in (None, 32) if kind != "lsq" or not group],  # it has one scale a row
+)
+def test_every_grid(kind, group, bits):
     layer = QuantizedLinear(linear(), Grid(bits, kind, group), None, None)
     if kind == "lsq":
         layer.learn_steps(torch.tensor(1.0), torch.tensor(1.0))

@@ -26,9 +26,9 @@ def modules_of(wing):
 
 def test_evidence_and_the_pages_words_start_without_anything_heavy():
     modules = modules_of("evidence") + [f"studylib.report.{name}" for name in PAGE]
-    assert len(modules) > 12 and imported(modules) == set()
+    assert len(modules) >= 12 and imported(modules) == set()
 
 
 def test_figures_start_without_what_computes():
     modules = [name for name in modules_of("report") if name != "studylib.report.figures.memory"]  # which plans itself
-    assert len(modules) > 8 and imported(modules) == {"matplotlib"}
+    assert len(modules) >= 7 and imported(modules) == {"matplotlib"}

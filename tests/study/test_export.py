@@ -200,8 +200,8 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
     ("wanted", "message"),
     [
         (arm("full-precision", "16-16-16"), "it is the model as it was loaded"),
-        (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is no whole number"),
-        (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is no whole number"),
+        (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
         (arm("gptq+lora", format=Format("affine", 4, 32)), "take an arm that is merged"),
         (arm("qlora", "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
         (arm("qlora", format=NF4, adapter=Adapter(4, 4, kind="pissa")), "take an arm that is merged"),

@@ -23,7 +23,6 @@ from studylib.methods.arms import build_arm
 from studylib.quant.layers import round_to_nearest
 from studylib.study import run, schedule
 from studylib.study.records import RecordError, Store, arm_key, read_record
-from studylib.train import data as training_data
 from studylib.train import distillation
 
 EVALUATION = Evaluation(("wikipedia",), windows=4, length=32)
@@ -100,7 +99,7 @@ def test_an_arm_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monkeypatch
     def watched(*args, progress, **kwargs):
         return original(*args, progress=lambda n: (begun.append(n), progress(n)), **kwargs)
 
-    monkeypatch.setattr(distillation, "train_llm_qat", watched)
+    monkeypatch.setattr("studylib.train.train_llm_qat", watched)
     (extended,) = schedule.run([longer], tmp_path / "kept")
     assert begun[0] == 4 * 2 * 32
     assert without_cost(extended) == without_cost(alone)
@@ -150,7 +149,7 @@ def test_a_killed_run_keeps_its_records_and_continues_its_training(tmp_path):
         return original(*args, progress=lambda n: (resumed_from.append(n), progress(n)), **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "train_llm_qat", watched)
+        patch.setattr("studylib.train.train_llm_qat", watched)
         resumed = schedule.run([FP, long], tmp_path / "killed")[1]
     assert resumed_from[0] >= 10 * 2 * 32
     assert without_cost(resumed) == without_cost(whole)
@@ -268,7 +267,7 @@ def test_a_corpus_without_a_single_training_window_is_refused_before_any_work(tm
 
 def test_a_live_teacher_gives_the_same_record_as_kept_states(fp32, tmp_path, monkeypatch):
     kept = schedule.run([TRAINED], tmp_path / "kept")[0]
-    monkeypatch.setattr(training_data, "KEPT_STATES_BYTES", 0)
+    monkeypatch.setattr(distillation, "KEPT_STATES_BYTES", 0)
     live = schedule.run([TRAINED], tmp_path / "live")[0]
     assert not list((tmp_path / "live").rglob("*.npy"))
     assert live.metrics["perplexity/wikipedia"] == pytest.approx(kept.metrics["perplexity/wikipedia"], rel=1e-3)

@@ -8,7 +8,8 @@ from attached import AFFINE, NF4, SETTINGS, SMALL, TUNED, logits, stir, tokens, 
 
 from studylib.config.budgets import Log
 from studylib.config.settings import MERGES, Adapter, Format, Scheme
-from studylib.methods.adapters import attach, load_trained, merge, save_trained
+from studylib.methods import attach, merge
+from studylib.methods.adapters import load_trained, save_trained
 from studylib.methods.base import find
 from studylib.quant.formats import encode, encode_model
 from studylib.quant.layers import decoder_linears, quantize_model
@@ -197,7 +198,7 @@ def test_merges_that_make_no_sense_are_refused_before_anything_changes(tiny_mode
         (
             l4q,
             "requantized",
-            "merge: 'requantized' is not allowed for 'l4q', which trains what is deployed; use 'adapt",
+            "merge: 'requantized' is not allowed for 'l4q', which leaves no adapter; use 'adapt",
         ),
         (lora, "requantized", "format: missing; 'requantized' rounds to one"),
         (qlora, "merged-16", "original: missing; 'merged-16' adds to the weights of the model as it was loaded"),

@@ -18,7 +18,8 @@ from transformers import (
 
 from studylib.config.settings import Grid
 from studylib.data import corpora
-from studylib.methods import calibration as ptq
+from studylib.methods import ptq
+from studylib.quant import round_to_nearest
 from studylib.quant.layers import QuantizedLinear, decoder_linears, quantize_model
 
 METHODS = {
@@ -138,8 +139,8 @@ def test_smoothquant_helps_rounding_on_real_text(language_model):
     def divergence(rounded):
         return F.kl_div(F.log_softmax(logits(rounded, text), -1), plain, log_target=True, reduction="sum").item()
 
-    error = divergence(ptq.round_to_nearest(copy.deepcopy(model), "8-8-16"))
-    assert divergence(ptq.round_to_nearest(smoothed, "8-8-16")) < 0.8 * error
+    error = divergence(round_to_nearest(copy.deepcopy(model), "8-8-16"))
+    assert divergence(round_to_nearest(smoothed, "8-8-16")) < 0.8 * error
 
 
 def test_a_smoothed_model_can_be_trained(llama):
@@ -199,7 +200,7 @@ def test_gptq_in_groups_keeps_to_the_levels_of_each(model, bits, symmetric):
 
 @pytest.mark.parametrize("bits", ["4-8-4", "4-16-16"])
 def test_gptq_rounds_activations_and_cache_as_rtn_does(llama, bits):
-    nearest = ptq.round_to_nearest(copy.deepcopy(llama), bits)
+    nearest = round_to_nearest(copy.deepcopy(llama), bits)
     ptq.gptq(llama, bits, tokens)
     assert str(llama) == str(nearest)  # the same layers and grids
     layer = llama.model.layers[0].self_attn.v_proj
@@ -208,7 +209,7 @@ def test_gptq_rounds_activations_and_cache_as_rtn_does(llama, bits):
 
 def test_awq_keeps_the_function_until_it_rounds(model, monkeypatch):
     original = copy.deepcopy(model)
-    monkeypatch.setattr(ptq, "round_to_nearest", lambda model, bits: model)
+    monkeypatch.setattr("studylib.quant.round_to_nearest", lambda model, bits: model)
     ptq.awq(model, "4-8-4", tokens)
     torch.testing.assert_close(logits(model), logits(original), rtol=1e-4, atol=1e-5)
     changed = {
@@ -221,7 +222,7 @@ def test_awq_keeps_the_function_until_it_rounds(model, monkeypatch):
 
 
 def test_awq_beats_rounding(model):
-    exact, nearest = logits(model), ptq.round_to_nearest(copy.deepcopy(model), "4-16-16")
+    exact, nearest = logits(model), round_to_nearest(copy.deepcopy(model), "4-16-16")
     ptq.awq(model, "4-16-16", tokens)
     assert (logits(model) - exact).square().mean() < 0.8 * (logits(nearest) - exact).square().mean()
     for layer in decoder_linears(model).values():
@@ -246,7 +247,7 @@ def test_nothing_is_left_behind(llama, method, tmp_path, monkeypatch, capfd):
     assert active_session().state.model is None and not active_session().lifecycle.recipe.modifiers
     assert IntermediatesCache.pin_memory.__qualname__ == "IntermediatesCache.pin_memory"
 
-    expected = plain if method == "smoothquant" else ptq.round_to_nearest(plain, "4-8-4")
+    expected = plain if method == "smoothquant" else round_to_nearest(plain, "4-8-4")
     assert type(llama).forward is forward and not llama.training
     assert {name: id(p) for name, p in llama.named_parameters()} == {name: id(p) for name, p in parameters.items()}
     assert list(llama.state_dict()) == list(expected.state_dict())
@@ -263,7 +264,7 @@ def test_a_new_process_imports_llm_compressor_only_where_it_is_used_and_in_silen
     code = """
 import sys, torch
 from studylib.data import models
-from studylib.methods import calibration as ptq
+from studylib.methods import ptq
 assert "llmcompressor" not in sys.modules and "compressed_tensors" not in sys.modules
 ptq.gptq(models.load_model("tiny-random"), "4-8-4", torch.arange(48).view(2, 24))
 """
@@ -278,7 +279,7 @@ def test_what_cannot_calibrate_is_refused(llama, shape, method):
         with pytest.raises(ValueError, match=r"tokens: torch\..* is not allowed; use int64 \[N, T\]"):
             run(llama, wrong)
     with pytest.raises(ValueError, match="quantized already"):
-        run(ptq.round_to_nearest(copy.deepcopy(llama), "4-16-16"), tokens)
+        run(round_to_nearest(copy.deepcopy(llama), "4-16-16"), tokens)
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         run(AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=320)), tokens)
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())

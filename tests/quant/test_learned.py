@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from studylib.config.settings import INITS, Adapter, Format
 from studylib.data import models
-from studylib.methods.adapters import attach, merge
+from studylib.methods import attach, merge
 from studylib.quant.kernel import int4_model
 from studylib.quant.layers import decoder_linears
 from studylib.quant.learned import BITS, L4QLinear, initial_grid, l4q_model, levels_of
