@@ -4,6 +4,7 @@ docs/architecture.md tells why.
 """
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def test_doors_show_what_is_there_and_used():
             assert used, f"{wing}: nobody uses {name}"
     for name in studylib.__all__:
         assert getattr(studylib, name) is not None, name
+
+
+@pytest.mark.parametrize("door", sorted(PACKAGE.rglob("__init__.pyi")), ids=lambda door: door.parent.name)
+def test_what_a_door_offers_is_there(door):
+    package = importlib.import_module(".".join(door.parent.relative_to(ROOT).parts))
+    assert all(getattr(package, name) is not None for name in package.__all__)
 
 
 def test_no_module_imports_itself_in_a_circle():

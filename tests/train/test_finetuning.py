@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from studylib.config.budgets import Instructions, Tuning
 from studylib.config.settings import Adapter
 from studylib.data.corpora import Pair, conversation, instruction_pairs
-from studylib.methods.adapters import attach
+from studylib.methods import attach
 from studylib.train.finetuning import (
     IGNORED,
     collate,

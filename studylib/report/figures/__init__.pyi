@@ -1,6 +1,6 @@
 from .comparisons import bit_allocation, cache_cost, differences, learning_curve, recovery, size_accuracy
 from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
-from .scores import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
+from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
 
 __all__ = [
     "bit_allocation",
