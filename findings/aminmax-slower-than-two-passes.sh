@@ -3,7 +3,7 @@
 #
 # One would expect: aminmax reads a row once and finds both ends, so it takes less than two reductions. Min-max observers
 # and per-token activation quantizers call it for this reason, once for every layer and step.
-# Seen with torch 2.13.0, one thread, rows of 64 to 4,096 numbers: 9 to 23 times as slow in fp32, 2 to 9 times in bf16. The
+# Seen with torch 2.13.0, one thread, rows of 64 to 4,096 numbers: 7 to 23 times as slow in fp32, 2 to 9 times in bf16. The
 # values are the same. Guess written down before the run: 0.6 to 1.0 times.
 # Where it comes from: amin and amax along the innermost axis go through vectorized reductions; aminmax with a dimension
 # walks each row with a scalar loop (ATen/native/cpu/TensorCompareKernel.cpp, aminmax_kernel).
