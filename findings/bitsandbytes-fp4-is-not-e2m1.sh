@@ -9,7 +9,7 @@
 # Guess written down before the run: E2M1 in E2M1's order, or both types as sorted tables.
 # Where it comes from: bitsandbytes/functional.py, get_4bit_type("fp4"), and the tables of its kernels.
 # Whom it hurts: who turns such a checkpoint into MXFP4 or NVFP4 by its nibbles, or decodes it with a sorted table: on normal
-# numbers the decoded weights are then unrelated to the ones that were stored (cosine below), with no error anywhere. And who
+# numbers the decoded weights are then far from the ones that were stored (cosine below), with no error anywhere. And who
 # compares "FP4" of this library with another's.
 set -eu
 folder=$(mktemp -d)
