@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from filelock import Timeout
 from tqdm import tqdm
 
 from studylib.config import Arm
-from studylib.methods import METHODS, register, title
+from studylib.methods import find, title
 from studylib.study.machine import keep_freed_memory
 from studylib.study.records import Record, Store, arm_key
 from studylib.study.run import advance, carry_out, check, data_folder, data_lock, planned_work
@@ -39,15 +38,17 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     keep_checkpoints: leave the end of each training (12 bytes a parameter) in results/checkpoints, from where an arm
     with more steps (Budget.extended_from) goes on; without, such an arm trains its first part again, to the same end.
     jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
+    Arms of methods that are registered from outside this package are computed in this process.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
     that is not writable, or a record that cannot be read.
     """
     check_jobs(jobs)
     store = Store(results)
     missing = missing_arms(arms, store)
-    helpers = max(0, min(jobs, len(missing)) - 1)
+    shared = [arm for arm in missing if _is_known_elsewhere(arm)]
+    helpers = min(jobs - 1, len(shared), max(0, len(missing) - 1))
     with (
-        _sharing_threads(helpers, missing, results, keep_checkpoints),
+        _sharing_threads(helpers, shared, results, keep_checkpoints),
         tqdm(
             total=sum(map(planned_work, missing)),
             unit="tok",
@@ -84,16 +85,18 @@ def _of_arm(arm: Arm, store: Store) -> Record:
     return replace(record, arm=arm)
 
 
+def _is_known_elsewhere(arm: Arm) -> bool:
+    """Whether another process has the arm's method: one that was registered in a notebook or script is in this only."""
+    return type(find(arm.method)).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 @contextlib.contextmanager
 def _sharing_threads(helpers: int, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
     """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
     threads = torch.get_num_threads()
     share = max(1, threads // (helpers + 1))
     spawn = multiprocessing.get_context("spawn")
-    # Methods that were registered in a notebook are not in any module that another process could import.
-    methods = cloudpickle.dumps(list(METHODS.values())) if helpers else b""
-    given = (share, methods, arms, *where)
-    processes = [spawn.Process(target=_help, args=given, daemon=True) for _ in range(helpers)]
+    processes = [spawn.Process(target=_help, args=(share, arms, *where), daemon=True) for _ in range(helpers)]
     try:
         torch.set_num_threads(share)
         for process in processes:
@@ -107,10 +110,9 @@ def _sharing_threads(helpers: int, arms: Sequence[Arm], *where: Any) -> Iterator
             process.kill()
 
 
-def _help(threads: int, methods: bytes, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
+def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent stops this process
     torch.set_num_threads(threads)
-    register(*cloudpickle.loads(methods))
     _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
 
 
