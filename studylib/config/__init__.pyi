@@ -42,7 +42,7 @@ from .budgets import (
     profile,
     split_loss,
 )
-from .files import write_whole, written_whole
+from .files import file_sha256, seal_folder, usable, write_whole, written_whole
 from .numerics import NUMERICS, versions
 from .settings import (
     AFTER_ROTARY,
@@ -150,6 +150,7 @@ __all__ = [
     "check_corpus",
     "check_instructions",
     "check_tasks",
+    "file_sha256",
     "in_bitsandbytes",
     "listed",
     "nats",
@@ -157,8 +158,10 @@ __all__ = [
     "percent",
     "points",
     "profile",
+    "seal_folder",
     "signed",
     "split_loss",
+    "usable",
     "versions",
     "write_whole",
     "written_whole",

@@ -2,7 +2,7 @@ from . import corpora, models
 from .corpora import Pair, conversation, evenly_spaced, instruction_pairs, text_statistics, windows
 from .generation import chat_opening, check_length, generate_windows
 from .models import autocast, compute_dtype, load_model, load_tokenizer
-from .sources import cache_folder, fetch, file_sha256
+from .sources import cache_folder, fetch
 
 __all__ = [
     "Pair",
@@ -15,7 +15,6 @@ __all__ = [
     "corpora",
     "evenly_spaced",
     "fetch",
-    "file_sha256",
     "generate_windows",
     "instruction_pairs",
     "load_model",

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from studylib.config import ALPACA, check_corpus, check_instructions
+from studylib.config import ALPACA, check_corpus, check_instructions, file_sha256
 from studylib.data.models import autocast
-from studylib.data.sources import fetch, file_sha256
+from studylib.data.sources import fetch
 
 FILES = {"wikipedia": "wiki_demo.txt", "c4": "c4_demo.jsonl"}  # in the archive
 SPLITS = ("evaluation", "training")

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from studylib.config import SMOLLM2, TINY
-from studylib.data.sources import ARCHIVES, cache_folder, fetch, file_sha256
+from studylib.config import SMOLLM2, TINY, file_sha256
+from studylib.data.sources import ARCHIVES, cache_folder, fetch
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -2,8 +2,6 @@
 
 import errno
 import fnmatch
-import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +18,8 @@ from typing import IO
 import platformdirs
 from filelock import FileLock
 from tqdm import tqdm
+
+from studylib.config import file_sha256
 
 
 class SourceError(ValueError):
@@ -191,15 +191,3 @@ def _contents(archive: Archive, file: Path) -> Iterator[tuple[str, IO[bytes]]]:
             for info in source:
                 if info.isfile():
                     yield info.name, source.extractfile(info)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file; one that is as it was when it was read last is not read again."""
-    found = path.stat()
-    return _file_sha256(path, found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_sha256(path: Path, *state: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

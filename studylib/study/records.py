@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import ALPACA, CORPORA, Arm, RealText, versions, write_whole
+from studylib.config import ALPACA, CORPORA, Arm, RealText, file_sha256, versions, write_whole
 from studylib.methods import METHODS, Setting, find
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def contents(arm: Arm) -> dict[str, str]:
     The model with its configuration, tokenizer and template, corpora, instruction pairs. What has a name of its own is
     pinned, and changes with a numerics version alone. Raises ValueError where there is nothing of that name.
     """
-    from studylib.data import corpora, file_sha256, models
+    from studylib.data import corpora, models
 
     found = {} if (version := models.contents(arm.model)) is None else {arm.model: version}
     names = [corpus for corpus in arm.evaluation.corpora if corpus not in CORPORA]
