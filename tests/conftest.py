@@ -77,6 +77,7 @@ def make_record():
             metrics[f"perplexity/{corpus}"] = math.exp(np.mean(scores[f"loss/{corpus}"]))
         if arm.evaluation.pairs:
             scores["loss/responses"] = np.linspace(loss - 0.5, loss + 0.5, arm.evaluation.pairs).tolist()
+            scores["tokens/responses"] = [40.0] * arm.evaluation.pairs
         if arm.method == "encoded":
             scores["bits"] = [bits_per_parameter(arm.format)]
             scores |= {"non_normal": [0.05, 0.06] * 20, "error/q_proj": [0.1, 0.1], "error/up_proj": [0.1, 0.2]}

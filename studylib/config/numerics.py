@@ -21,10 +21,15 @@ class Version(NamedTuple):
 FIRST = "as it was when versions replaced hashes of source"
 NUMERICS = {
     "models": Version(1, FIRST),  # weights as loaded, and the type that is computed in
-    "corpora": Version(1, FIRST),  # documents, windows, instruction pairs and their prompts
-    "evaluation": Version(1, FIRST),  # perplexity, loss on responses, benchmarks, weights
+    # documents, windows, instruction pairs and their prompts
+    "corpora": Version(
+        2, "windows begin with BOS where the tokenizer puts one; prompt and response are tokenized apart"
+    ),
+    # perplexity, loss on responses, benchmarks, weights
+    "evaluation": Version(2, "responses weigh by their tokens; no question stands in its own few-shot prompt"),
     "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
-    "formats": Version(1, FIRST),  # NormalFloat, 4-bit floats, integers in groups, double quantization
+    # NormalFloat, 4-bit floats, integers in groups, double quantization
+    "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
     "generation": Version(1, FIRST),  # text that the model writes itself
     "training": Version(1, FIRST),  # the loop: optimizer, schedule, order
     "distillation": Version(1, FIRST),  # losses towards the teacher, LLM-QAT

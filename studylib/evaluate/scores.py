@@ -144,9 +144,13 @@ class PackedLM(HFLM):
         return answers
 
 
-def response_losses(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int) -> np.ndarray:
-    """Mean negative log-likelihood in nats of each response's tokens, its end token included, given the instruction:
-    [N] float64.
+def response_losses(
+    model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean negative log-likelihood in nats of each response's tokens, its end token included, given the instruction,
+    and how many tokens these are: [N] float64 each.
+
+    exp of the losses' mean, weighted by tokens, is the perplexity.
 
     Pairs are written as corpora.conversation does; what comes after `length` tokens is left out. Raises ValueError
     where that leaves nothing of a response.
@@ -162,7 +166,8 @@ def response_losses(model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], le
         requests.append((tokens[:start], tokens[start:]))
     with autocast(model.device):
         answers = log_likelihoods(model, requests)
-    return np.array([-answer[0] / len(request[1]) for answer, request in zip(answers, requests, strict=True)])
+    tokens = np.array([float(len(response)) for _, response in requests])
+    return np.array([-log_likelihood for log_likelihood, _ in answers]) / tokens, tokens
 
 
 def _arrow(folder: Path, split: str) -> str:
@@ -196,8 +201,7 @@ def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
             "dataset_kwargs": {"data_files": files, "cache_dir": str(cache_folder() / "datasets")},
             "training_split": None,
             "validation_split": None,
-            "test_split": None,
-            f"{spec.split}_split": spec.split,
+            "test_split": spec.split,  # lm-eval leaves the item out of its own few-shot examples only under this name
             "fewshot_split": "dev" if "dev" in files else spec.split,
         } | dict(spec.changes)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
@@ -290,8 +294,9 @@ def score(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> tuple[dict[s
             metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
     if wanted.pairs:
         pairs = instruction_pairs("evaluation")[: wanted.pairs]
-        scores["loss/responses"] = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
-        metrics["perplexity/responses"] = float(np.exp(scores["loss/responses"].mean()))
+        losses, tokens = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
+        scores |= {"loss/responses": losses, "tokens/responses": tokens}
+        metrics["perplexity/responses"] = float(np.exp(np.average(losses, weights=tokens)))
     return metrics, scores
 
 
@@ -333,6 +338,8 @@ def weight_scores(original: nn.Module, model: nn.Module) -> dict[str, list[float
 
     "error/<layer>", for q_proj, ... each: |W - W_q| / |W| (Frobenius norms) of the decoder's layers. "non_normal": the
     share of NEURONS neurons of each layer whose weights fail the Shapiro-Wilk test at 5%. "bits": stored bits a weight.
+    "negative_scales", under double quantization: how many scales of each layer turned negative, with the opposite sign
+    of their weights.
     """
     scores, layers, originals = defaultdict(list), decoder_linears(model), decoder_linears(original)
     stored = numbers = 0
@@ -345,6 +352,8 @@ def weight_scores(original: nn.Module, model: nn.Module) -> dict[str, list[float
         scores[f"error/{name.rpartition('.')[2]}"].append(error.item())
         rows = weight[evenly_spaced(NEURONS, len(weight)).to(weight.device)]
         scores["non_normal"].append(non_normal_share(rows))
+        if codes.outer is not None:
+            scores["negative_scales"].append((codes.scale < 0).sum().item())
         stored += codes.nbytes
         numbers += weight.numel()
     return dict(scores) | {"bits": [8 * stored / numbers]}

@@ -199,7 +199,8 @@ class Measure:
     kind and of: "perplexity" of a corpus, of "text" (geometric mean over the corpora) or of "responses"; "accuracy", in
     %, of a task or as "mean" (zero-shot tasks, each weighing the same); "share", in %, of something; stored "bits" a
     weight; "seconds" of a model's decoded token, whose parts are EXECUTIONS; planned "bytes".
-    parts: the scores behind it. sizes: items of each part. short: the title where there is little room, if another.
+    parts: the scores behind it. sizes: items of each part. weights: the scores that items weigh by, where they do not
+    count alike: the tokens of each text. short: the title where there is little room, if another.
     family: how many comparisons are judged by it at once.
     """
 
@@ -210,6 +211,7 @@ class Measure:
     sizes: tuple[int, ...] = ()
     short: str = ""
     family: int = 1
+    weights: str = ""
 
     @property
     def name(self) -> str:
@@ -260,8 +262,10 @@ class Measure:
             else self._scores(cell)
             for cell in cells
         ]
+        if self.weights:  # resampled with the items
+            scores.append(cells[0].scores(self.weights))
         return paired_bootstrap(
-            lambda *values: contrast(*map(statistic, values)),
+            lambda *values: contrast(*(statistic(value, values[-1]) for value in values[: len(cells)])),
             *scores,
             strata=strata,
             draws=draws,
@@ -276,7 +280,8 @@ class Measure:
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
         """contrast(value of each cell), without an interval; of one seed where given."""
         _, statistic = self._statistic()
-        return float(contrast(*(statistic(self._scores(cell, seed)) for cell in cells)))
+        weights = cells[0].scores(self.weights) if self.weights else None
+        return float(contrast(*(statistic(self._scores(cell, seed), weights) for cell in cells)))
 
     def over_seeds(self, contrast: Contrast, *cells: Cell) -> tuple[float, float] | None:
         """Lowest and highest value over the seeds that all cells with several have; None with fewer than two."""
@@ -287,14 +292,15 @@ class Measure:
     def _scores(self, cell: Cell, seed: int | None = None) -> Array:
         return np.concatenate([cell.scores(part, seed) for part in self.parts])
 
-    def _statistic(self) -> tuple[Array | None, Callable[[Array], Array]]:
+    def _statistic(self) -> tuple[Array | None, Callable[[Array, Array | None], Array]]:
+        """Strata of the items, and the value of scores [..., n] whose items weigh by the second argument."""
         if self.is_perplexity and len(self.parts) == 1:
-            return None, perplexity
+            return None, lambda losses, weights: perplexity(losses, weights if self.weights else None)
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
         mean, unit = stratified_mean(strata), 1 if self.kind == "bits" else 100
         if self.is_perplexity:
-            return strata, lambda losses: perplexity(mean(losses)[..., None])
-        return strata, lambda scores: unit * mean(scores)
+            return strata, lambda losses, _: perplexity(mean(losses)[..., None])
+        return strata, lambda scores, _: unit * mean(scores)
 
 
 def _common_seeds(cells: Sequence[Cell]) -> list[int]:
@@ -353,12 +359,14 @@ def text_measures(records: Sequence[Record]) -> list[Measure]:
 
 
 def response_measures(records: Sequence[Record]) -> list[Measure]:
-    """Perplexity of held-out Alpaca responses, a pair counting as one item; empty where none were scored."""
+    """Perplexity of held-out Alpaca responses, nats over tokens, a pair resampled as one item; empty where none were
+    scored."""
     record = _finished([record for record in records if record.arm.evaluation.pairs])
     if record is None:
         return []
     title = "perplexity of held-out Alpaca responses"
-    return [Measure("perplexity", "responses", title, ("loss/responses",), (record.arm.evaluation.pairs,))]
+    sizes = (record.arm.evaluation.pairs,)
+    return [Measure("perplexity", "responses", title, ("loss/responses",), sizes, weights="tokens/responses")]
 
 
 def learned(records: Sequence[Record]) -> list[Measure]:

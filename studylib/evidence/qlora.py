@@ -6,6 +6,7 @@ from studylib.config import Format
 from studylib.evidence.gigabytes import activations_dominate, fits_cards, planned_memory
 from studylib.evidence.measures import learned, normality, perplexities, stored_bits, training_times
 from studylib.evidence.rules import (
+    doubles_for_free,
     is_best,
     keeps_up,
     layers_matter,
@@ -46,7 +47,7 @@ CLAIMS = (
         "Figure only, of zero-shot tasks",
         "NF4 with double quantization stays within 5% of perplexity or 2 points of NF4; FP4 (E2M1) is worse",
         (NF4, NF4_DQ, E2M1),
-        matches,
+        doubles_for_free,
     ),
     Claim(
         "B3",

@@ -112,6 +112,15 @@ def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = 
     return together(effects, f"{text}.")
 
 
+def doubles_for_free(measure: Measure, reference: Cell, cell: Cell, other: Cell) -> Outcome:
+    """`matches`, and how many scales of `cell` double quantization turned negative, if any."""
+    effect, verdict, text = matches(measure, reference, cell, other)
+    turned = sum(int(count or 0) for record in cell.records for count in record.scores.get("negative_scales", []))
+    if turned:
+        text += f" {turned:,} of its scales turned negative: their weights have the opposite sign."
+    return Outcome(effect, verdict, text)
+
+
 def alike(measure: Measure, reference: Cell, *others: Cell) -> Outcome:
     """Whether none of the others is worse or better than `reference` by more than the tolerance."""
     effects, text = _all_within(measure, reference, others)

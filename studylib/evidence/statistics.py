@@ -56,10 +56,12 @@ def _normal_quantile(share: float) -> float:
     return float(ndtri(share))
 
 
-def perplexity(losses: Array) -> Array:
-    """exp of the mean loss (nats) over the last axis; infinite where it overflows."""
+def perplexity(losses: Array, tokens: Array | None = None) -> Array:
+    """exp of the mean loss (nats a token) over the last axis; infinite where it overflows. tokens: of each text, where
+    they differ; then the nats of all texts over their tokens."""
+    mean = np.mean(losses, axis=-1) if tokens is None else (losses * tokens).sum(-1) / tokens.sum(-1)
     with np.errstate(over="ignore"):
-        return np.asarray(np.exp(np.mean(losses, axis=-1)))
+        return np.asarray(np.exp(mean))
 
 
 def stratified_mean(strata: ArrayLike) -> Callable[[Array], Array]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config import INTEGER_FORMATS, Format
+from studylib.config import INTEGER_FORMATS, Format, in_bitsandbytes
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import SCALES_IN_GROUP, Codes, DeployedLinear, pack
@@ -87,7 +87,9 @@ def check_matrix(weight: Tensor, columns: int = 1) -> None:
 def encode(weight: Tensor, format: Format) -> Codes:
     """Round `weight` [out, in], of any floating type, to the nearest levels of each group.
 
-    A group of zeros decodes to zeros. Under double quantization the codes are those of the exact scales, as in QLoRA.
+    A group of zeros decodes to zeros. Under double quantization the codes are those of the exact scales, as in QLoRA,
+    and scales that are far smaller than the others would turn negative, and their numbers change sign: they get the
+    smallest scale that does not, except in formats that are bitsandbytes' to the bit.
     Raises ValueError where weight is no matrix or not finite, where the group does not divide `in`, or where a scale
     is too large for fp16 (scale_bits 16).
     """
@@ -108,7 +110,7 @@ def encode(weight: Tensor, format: Format) -> Codes:
         codes = _nearest(groups, scales[:, None], table)
     codes, outer, mean = pack(codes, format.bits), None, None
     if format.double:
-        scales, outer, mean = _encode_scales(scales)
+        scales, outer, mean = _encode_scales(scales, negative=in_bitsandbytes(format))
     elif format.scale_bits == 16:
         largest, scales = scales.max().item(), scales.half()
         if not torch.isfinite(scales).all():
@@ -117,12 +119,19 @@ def encode(weight: Tensor, format: Format) -> Codes:
     return Codes(format.bits, (rows, columns), codes, scales, low, zeros, **further)
 
 
-def _encode_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization of fp32 scales [groups]: codes uint8 [groups], outer scales fp32, their mean fp32 [1]."""
+def _encode_scales(scales: Tensor, negative: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization of fp32 scales [groups]: codes uint8 [groups], outer scales fp32, their mean fp32 [1].
+
+    negative: leave scales that turn negative so, as bitsandbytes does.
+    """
     mean = scales.mean().view(1)
     centred = F.pad(scales - mean, (0, -len(scales) % SCALES_IN_GROUP)).view(-1, SCALES_IN_GROUP)
     outer = centred.abs().amax(1)
-    return _nearest(centred, outer[:, None], scale_levels()).flatten()[: len(scales)].clone(), outer, mean
+    codes = _nearest(centred, outer[:, None], scale_levels())
+    if not negative:
+        decoded = scale_levels().to(scales.device) * outer[:, None] + mean  # as Codes.scale has it, so that signs agree
+        codes = codes.maximum((decoded < 0).sum(1, keepdim=True).to(torch.uint8))
+    return codes.flatten()[: len(scales)].clone(), outer, mean
 
 
 def bits_per_parameter(format: Format, width: int | None = None) -> float:

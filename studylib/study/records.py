@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from studylib.methods import METHODS, Setting, find
 if TYPE_CHECKING:
     from filelock import FileLock
 
-FORMAT = 2  # of the files; 1 was keyed by hashes of source
+FORMAT = 3  # of the files; 2 had no digest of the record, and no lengths of the responses
 FINISHED, DIVERGED = "finished", "diverged"
+DAMAGED = ".damaged"  # how a file ends that is no longer the record that was written
 SHORT = 12  # digits of the key in a file's name
 # What can be removed without losing a record, and how the locks begin under which it is made.
 CLEANED = {"models": "", "data": "data-", "checkpoints": "", "adapters": "adapter-"}
@@ -115,16 +117,17 @@ class Record:
         return "_".join(part for part in parts if part) + ".json"
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        fields = {"format": FORMAT} | dataclasses.asdict(self)
+        return json.dumps(fields | {"sha256": _digest_of(fields)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
-        """ValueError, in one line, for what is no record of this format."""
+        """ValueError, in one line, for what is no record of this format or was changed after it was written."""
         fields = json.loads(text)
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(fields, dict) or not {"key", "arm"} <= fields.keys():
             raise ValueError("it is no record")
-        found = fields.pop("format", 1)
+        found, written = fields.get("format", 1), fields.pop("sha256", None)
         if found != FORMAT:
             older = isinstance(found, int) and found < FORMAT
             how = (
@@ -133,9 +136,17 @@ class Record:
                 else f"another format, {found!r}, than"
             )
             raise ValueError(f"it has {how} {FORMAT}")
+        if written != _digest_of(fields):
+            raise ValueError("its content is not what its sha256 says: it was changed after it was written")
+        del fields["format"]
         for name in fields.keys() ^ set(names):
             raise ValueError(f"unknown field {name!r}" if name in fields else f"the field {name!r} is missing")
         return cls(**fields | {"arm": Arm.from_dict(fields["arm"])})
+
+
+def _digest_of(fields: dict[str, Any]) -> str:
+    """SHA-256 of a record's fields, whatever their order and the spaces between them."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -203,14 +214,27 @@ class Store:
             return True
 
     def load(self, key: str) -> Record | None:
-        """The record of `key`, None if there is none; RecordError if its file cannot be read."""
+        """The record of `key`, None if there is none.
+
+        A file that is not the record that was written is moved aside, and one line says so: its arm is computed again.
+        Raises RecordError for one that may not be read.
+        """
         path = self.find(key)
         if path is None:
             return None
-        record = read_record(path)
-        if record.key != key:
-            raise RecordError(f"{path} holds the record {record.key} under the name of {key}; delete it")
-        return record
+        try:
+            record = read_record(path)
+            if record.key == key:
+                return record
+            damage = f"{path} holds the record {record.key} under the name of {key}"
+        except RecordError as error:
+            if isinstance(error.__cause__, OSError) and not path.is_dir():
+                raise
+            damage = str(error)
+        aside = path.with_suffix(DAMAGED)
+        os.replace(path, aside)
+        print(f"study: {damage}; it is kept as {aside.name}, and the arm is computed again", file=sys.stderr)
+        return None
 
     def save(self, record: Record) -> Path:
         """Keep the record, whole."""
@@ -269,8 +293,8 @@ def read_record(path: Path) -> Record:
         return Record.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecordError(f"there is no record {path}; run the notebooks that show it again") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} cannot be read as a record ({_first_line(error)}); move it away") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read as a record ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

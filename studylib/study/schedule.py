@@ -40,7 +40,7 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
     Arms of methods that are registered from outside this package are computed in this process.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
-    that is not writable, or a record that cannot be read.
+    that is not writable, or a record that may not be read.
     """
     check_jobs(jobs)
     store = Store(results)

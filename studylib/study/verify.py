@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import ndtri
+from scipy.special import stdtrit
 from scipy.stats import sem
 
 from studylib.config import Arm, points
@@ -20,6 +20,7 @@ from studylib.study.records import FINISHED, SHARED, Record, Store, arm_key, sec
 PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
 NUMBERS = ("perplexity/", "accuracy/")
 TOGETHER = "all arms"
+MANY = 1e9  # degrees of freedom, beyond which Student's t is normal
 LEVEL = 0.05  # chance that any of the compared numbers fails where only the arithmetic is another
 
 
@@ -27,14 +28,15 @@ LEVEL = 0.05  # chance that any of the compared numbers fails where only the ari
 class Difference:
     """A metric of an arm run anew, and its change from the reference record: of the logarithm of a perplexity, of a
     share of right answers. items, training: the change's standard errors between two runs whose arithmetic differs;
-    compared: how many numbers LEVEL is shared by. exact: every score of every item is the same to the last bit. arm
-    TOGETHER: the mean change of all arms, where found is None."""
+    count: the items behind the first. compared: how many numbers LEVEL is shared by. exact: every score of every item
+    is the same to the last bit. arm TOGETHER: the mean change of all arms, where found is None."""
 
     arm: str
     metric: str
     found: float | None
     change: float
     items: float
+    count: int
     training: float
     compared: int
     exact: bool
@@ -46,7 +48,11 @@ class Difference:
     @property
     def tolerance(self) -> float:
         floor = PERPLEXITY if self.metric.startswith("perplexity/") else ACCURACY
-        return max(floor, float(ndtri(1 - LEVEL / 2 / self.compared)) * self.error)
+        if not self.error:
+            return floor
+        # Student's t, for so few items (Satterthwaite 1946, with the error of training as known)
+        free = (self.count - 1) * (self.error / self.items) ** 4 if self.items else math.inf
+        return max(floor, float(stdtrit(min(free, MANY), 1 - LEVEL / 2 / self.compared)) * self.error)
 
     @property
     def passed(self) -> bool:
@@ -95,7 +101,8 @@ def compare(pairs: Sequence[tuple[Record, Record]], records: Sequence[Record]) -
     Where the arithmetic is another (threads, kernels, a type that the processor lacks) a rerun is like a fresh draw.
     Two draws differ by the noise of the items, the standard error of their paired differences, and by that of training,
     the standard deviation over seeds times the root of two: the arm's own in `records`, or the median of its method's
-    if that is more or there is but one seed. A number passes inside the normal interval that Bonferroni leaves to it.
+    if that is more or there is but one seed. A number passes inside the interval by Student's t that Bonferroni leaves
+    to it.
     What moves all arms alike, each by less than its noise, shows in the mean change of each perplexity, which comes
     last, weighted by their precision. Arms share their text and its order, so that their trainings may well err alike.
     The means take one half of LEVEL, the single numbers the other.
@@ -111,8 +118,10 @@ def _mean(numbers: Sequence[Difference], compared: int) -> Difference:
     weights = np.array([max(number.error, PERPLEXITY) ** -2 for number in numbers])
     change, training = weights @ [(number.change, number.training) for number in numbers] / weights.sum()
     items = np.linalg.norm(weights * [number.items for number in numbers]) / weights.sum()
-    exact = all(number.exact for number in numbers)
-    return Difference(TOGETHER, numbers[0].metric, None, float(change), float(items), float(training), compared, exact)
+    exact, count = all(number.exact for number in numbers), numbers[0].count
+    return Difference(
+        TOGETHER, numbers[0].metric, None, float(change), float(items), count, float(training), compared, exact
+    )
 
 
 def _differences(reference: Record, found: Record, spreads: dict[Any, float], compared: int) -> Iterator[Difference]:
@@ -121,13 +130,22 @@ def _differences(reference: Record, found: Record, spreads: dict[Any, float], co
     exact = all(reference.scores[name] == found.scores.get(name) for name in scores)
     for metric in (name for name in reference.metrics if name.startswith(NUMBERS)):
         value, own = reference.metrics[metric], found.metrics.get(metric)
-        change, noise, spread = 0.0 if own == value else np.inf, 0.0, 0.0
+        change, noise, count, spread = 0.0 if own == value else np.inf, 0.0, 1, 0.0
         if own is not None and value is not None:
             change = _additive(metric, own) - _additive(metric, value)
             items = metric.replace("perplexity/", "loss/")
-            noise = float(sem(np.array(found.scores[items], float) - np.array(reference.scores[items], float)))
+            apart = np.array(found.scores[items], float) - np.array(reference.scores[items], float)
+            noise, count = _error(apart, reference.scores.get(items.replace("loss/", "tokens/"))), len(apart)
             spread = max(spreads.get(key, 0.0) for key in ((alike, metric), (arm.method, arm.model, metric)))
-        yield Difference(title(arm), metric, own, float(change), noise, math.sqrt(2) * spread, compared, exact)
+        yield Difference(title(arm), metric, own, float(change), noise, count, math.sqrt(2) * spread, compared, exact)
+
+
+def _error(differences: np.ndarray, weights: Sequence[float | None] | None) -> float:
+    """The standard error of the mean of the differences, weighted where texts differ in length."""
+    if weights is None:
+        return float(sem(differences))
+    share = np.array(weights, float) / np.mean(np.array(weights, float))
+    return float(sem(share * (differences - np.average(differences, weights=share))))
 
 
 def _additive(metric: str, value: float) -> float:

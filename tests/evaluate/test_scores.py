@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from torch.nn import functional as F
 
-from studylib.config import EXECUTIONS, OWN, ZERO_SHOT, Decoding, Format, check_tasks
+from studylib.config import EXECUTIONS, OWN, ZERO_SHOT, Decoding, Evaluation, Format, check_tasks
 from studylib.data import corpora, models
 from studylib.data.corpora import Pair
 from studylib.data.sources import fetch
@@ -219,32 +220,39 @@ ALPACA = (
 
 
 def label_losses(model, tokenizer, texts, length):
-    """The model's own loss on the text after each prompt."""
-    losses = []
+    """The model's own loss on the text after each prompt, and on all of it together, in one padded batch."""
+    rows = []
     for prompt, response in texts:
         start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-        ids = torch.tensor([tokenizer(prompt + response, add_special_tokens=False).input_ids[:length]])
-        labels = ids.clone()
-        labels[:, :start] = -100
-        with torch.no_grad():
-            losses.append(model(input_ids=ids, labels=labels).loss.item())
-    return losses
+        ids = tokenizer(prompt + response, add_special_tokens=False).input_ids[:length]
+        rows.append((ids, [-100] * start + ids[start:]))
+    longest = max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+    }
+    with torch.no_grad():
+        losses = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([own])).loss.item() for ids, own in rows]
+        return losses, model(**batch).loss.item()
 
 
 @pytest.mark.parametrize("length", [90, 512])
 def test_response_losses_equal_the_models_own(fp32, tiny_model, tiny_tokenizer, length):
     texts = [(f"user: {p.instruction}{models.END}assistant: ", p.response + models.END) for p in PAIRS]
-    found = response_losses(tiny_model, tiny_tokenizer, PAIRS, length)
-    assert found.shape == (3,) and found.dtype == np.float64
-    np.testing.assert_allclose(found, label_losses(tiny_model, tiny_tokenizer, texts, length), rtol=1e-5)
+    found, tokens = response_losses(tiny_model, tiny_tokenizer, PAIRS, length)
+    assert found.shape == tokens.shape == (3,) and found.dtype == tokens.dtype == np.float64
+    each, together = label_losses(tiny_model, tiny_tokenizer, texts, length)
+    np.testing.assert_allclose(found, each, rtol=1e-5)
+    assert np.average(found, weights=tokens) == pytest.approx(together, rel=1e-5)
+    assert np.mean(found) != pytest.approx(together, rel=1e-4)  # a short answer weighs less than a long one
 
 
 def test_response_losses_in_alpacas_prompt_without_a_chat_template(fp32, tiny_model, tiny_tokenizer):
     plain = copy.copy(tiny_tokenizer)
     plain.chat_template = None
     texts = [(prompt, pair.response + models.END) for prompt, pair in zip(ALPACA, PAIRS, strict=False)]
-    found = response_losses(tiny_model, plain, PAIRS[:2], 512)
-    np.testing.assert_allclose(found, label_losses(tiny_model, plain, texts, 512), rtol=1e-5)
+    found, _ = response_losses(tiny_model, plain, PAIRS[:2], 512)
+    np.testing.assert_allclose(found, label_losses(tiny_model, plain, texts, 512)[0], rtol=1e-5)
 
 
 def test_response_losses_of_a_language_model(fp32, language_model):
@@ -255,15 +263,35 @@ def test_response_losses_of_a_language_model(fp32, language_model):
         opening = [{"role": "user", "content": pair.instruction}]
         prompt = tokenizer.apply_chat_template(opening, tokenize=False, add_generation_prompt=True)
         texts.append((prompt, pair.response + "<|im_end|>"))
-    found = response_losses(model, tokenizer, pairs, 200)
-    np.testing.assert_allclose(found, label_losses(model, tokenizer, texts, 200), rtol=1e-4)
+    found, _ = response_losses(model, tokenizer, pairs, 200)
+    np.testing.assert_allclose(found, label_losses(model, tokenizer, texts, 200)[0], rtol=1e-4)
     swapped = [Pair(a.instruction, b.response) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
-    assert found.mean() + 0.2 < response_losses(model, tokenizer, swapped, 200).mean()  # the instruction is read
+    assert found.mean() + 0.2 < response_losses(model, tokenizer, swapped, 200)[0].mean()  # the instruction is read
 
 
 def test_a_response_that_was_cut_away(tiny_model, tiny_tokenizer):
     with pytest.raises(ValueError, match="length: 40 tokens hold nothing of the response of pair 0"):
         response_losses(tiny_model, tiny_tokenizer, PAIRS, 40)
+
+
+def test_the_perplexity_of_responses_is_that_of_all_their_tokens(fp32, tiny_model, tiny_tokenizer):
+    wanted = Evaluation((), 1, 2, pairs=5)
+    metrics, found = evaluation.score(tiny_model, tiny_tokenizer, wanted)
+    losses, tokens = (np.array(found[f"{name}/responses"]) for name in ("loss", "tokens"))
+    assert metrics == {"perplexity/responses": pytest.approx(np.exp((losses * tokens).sum() / tokens.sum()))}
+
+
+def test_no_prompt_of_a_few_shot_task_holds_its_own_question(tmp_path):
+    """Five examples of twelve that are scored as well: without care, four prompts of ten would hold their answer."""
+    (name,) = evaluation._archive_tasks("triviaqa", tmp_path)
+    with evaluation._quiet():
+        (task,) = TaskManager(include_path=str(tmp_path), include_defaults=False).load([name])["tasks"].values()
+        task.set_fewshot_seed(seed=evaluation.EXAMPLES_SEED)
+    docs = list(task.eval_docs)[:12]
+    task.sampler.replace_df(docs)
+    for doc in docs * 4:
+        prompt = task.fewshot_context(doc, TASKS["triviaqa"].shots)
+        assert prompt.count("Question: ") == 6 and prompt.count(doc["question"]) == 1
 
 
 def test_unknown_names():

@@ -12,6 +12,7 @@ from studylib.evidence.measures import (
     gather,
     identity,
     of_profile,
+    response_measures,
     task_measures,
     text_measures,
     usual_measures,
@@ -213,3 +214,17 @@ def test_measures_are_named_by_what_they_are_of(make_record):
         ("accuracy", "mean", "mean accuracy"),
     ]
     assert text_measures([record])[0].title == "perplexity on Wikipedia and C4"
+
+
+def test_responses_weigh_by_their_tokens(make_record):
+    full, low = make_record("full-precision"), make_record("rtn", "4-8-4", loss=3.4)
+    tokens = [10.0] * 19 + [500.0]
+    for record in (full, low):
+        record.scores["tokens/responses"] = tokens
+    cells = list(gather([full, low]).values())
+    (measure,) = response_measures([full, low])
+    each = [np.average(record.scores["loss/responses"], weights=tokens) for record in (full, low)]
+    assert measure.value(identity, cells[0]) == pytest.approx(np.exp(each[0]))
+    assert measure.interval(np.divide, cells[1], cells[0]).estimate == pytest.approx(np.exp(each[1] - each[0]))
+    found = measure.interval(identity, cells[0])
+    assert found.low < np.exp(np.mean(full.scores["loss/responses"])) < found.high  # one text rules it

@@ -138,7 +138,8 @@ def of_evaluation() -> Iterator[float]:
     model, tokenizer = tiny(opinionated=True), models.load_tokenizer("tiny-random")
     yield from scores.window_losses(model, tokens(4), batch=3)
     pairs = corpora.instruction_pairs("evaluation")[:4]
-    yield from scores.response_losses(model, tokenizer, pairs, scores.PAIR_TOKENS)
+    for values in scores.response_losses(model, tokenizer, pairs, scores.PAIR_TOKENS):
+        yield from values
     metrics, _ = scores.score(model, tokenizer, Evaluation(("c4", "wikipedia"), 2, 32, pairs=2))
     yield from (math.log(value) for value in metrics.values())
     asked, original = [], packing.log_likelihoods

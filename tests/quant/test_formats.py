@@ -22,6 +22,7 @@ from studylib.config.settings import INTEGER_FORMATS, Format, Grid, Scheme
 from studylib.quant import formats
 from studylib.quant.formats import (
     EncodedLinear,
+    _encode_scales,
     bits_per_parameter,
     decode_model,
     encode,
@@ -173,6 +174,36 @@ def test_errors_are_those_that_bitsandbytes_publishes(kind, block):
     mean, deviation, relative, relative_deviation = PUBLISHED[kind, block]
     assert abs(error.mean().item() - mean) < 4 * deviation
     assert abs((error / (weight.abs() + 1e-8)).mean().item() - relative) < 4 * relative_deviation
+
+
+def with_small_rows(group):
+    """Weights of which one row is so large that the scales of four small ones are nearest to a negative number."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)) * 0.02
+    weight[0] *= {32: 100, 64: 400}[group]
+    weight[5:9] *= 1e-3
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["nf", "int", "affine", "fp-e2m1", "fp-e3m0"])
+@pytest.mark.parametrize("group", [32, 64])
+def test_double_quantization_turns_no_sign_in_our_own_formats(kind, group):
+    weight, format = with_small_rows(group), Format(kind, 3 if kind == "nf" else 4, group, double=True)
+    found, plain = encode(weight, format), encode(weight, dataclasses.replace(format, double=False))
+    codes, outer, mean = _encode_scales(plain.scales, negative=True)
+    assert dataclasses.replace(found, scales=codes, outer=outer, mean=mean).scale.min() < 0  # the nearest
+    assert found.scale.min() >= 0 and torch.equal(found.codes, plain.codes)
+    small = found.decode()[5:9]
+    assert torch.cosine_similarity(small.flatten(), weight[5:9].flatten(), dim=0) > 0.8
+    assert (found.scale - plain.scale).abs().max() <= 0.03 * plain.scale.max()
+
+
+def test_where_bitsandbytes_turns_signs_so_does_its_format():
+    weight = with_small_rows(64)
+    found = encode(weight, Format("nf", 4, 64, double=True))
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    theirs = bnb.dequantize_4bit(packed, state)
+    assert torch.equal(found.decode().sign(), theirs.sign())
+    assert (found.scale < 0).sum() == 16 and (theirs[5:9] * weight[5:9]).sum() < 0
 
 
 def test_double_quantization_costs_next_to_no_error():

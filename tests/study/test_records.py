@@ -140,12 +140,20 @@ def test_a_record_comes_back_from_its_file_as_it_was(make_record, tmp_path):
         assert json.loads(path.read_text())["format"] == FORMAT
 
 
+def signed(fields):
+    """With the digest of what is there, as a version that knew other fields would have written it."""
+    if isinstance(fields, dict):
+        fields.pop("sha256", None)
+        fields["sha256"] = records._digest_of(fields)
+    return fields
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields | {"format": 1}, "it has an older format, 1, which results/rekey.py turns into 2"),
+        (lambda fields: fields | {"format": 2}, "it has an older format, 2, which results/rekey.py turns into 3"),
         (lambda fields: {k: v for k, v in fields.items() if k != "format"}, "an older format, 1, which"),
-        (lambda fields: fields | {"format": 9}, "another format, 9, than 2"),
+        (lambda fields: fields | {"format": 9}, "another format, 9, than 3"),
         (lambda fields: fields | {"mood": "good"}, "unknown field 'mood'"),
         (lambda fields: {k: v for k, v in fields.items() if k != "scores"}, "the field 'scores' is missing"),
         (lambda fields: fields | {"arm": fields["arm"] | {"bit": "4-8-4"}}, "arm: unknown field 'bit'"),
@@ -162,7 +170,7 @@ def test_foreign_files_are_named_in_one_line_and_stop_nothing(make_record, tmp_p
     good, bad = make_record("full-precision"), make_record("rtn", "8-8-8")
     store.save(good)
     path = store.save(bad)
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    path.write_text(json.dumps(signed(change(json.loads(path.read_text())))))
     (tmp_path / "records" / "cut.json").write_text('{"key": "ab')
     (tmp_path / "records" / "latin.json").write_bytes(b"\xe9\xff")
     with pytest.raises(RecordError) as raised:
@@ -180,13 +188,66 @@ def test_a_record_of_a_method_that_is_not_known_here_can_be_read(make_record, tm
         schedule.run([record.arm], tmp_path)
 
 
-def test_a_record_under_the_name_of_another_is_not_taken_for_it(make_record, tmp_path):
+def test_a_record_under_the_name_of_another_is_not_taken_for_it(make_record, tmp_path, capsys):
     store = Store(tmp_path)
     one, other = make_record("full-precision"), make_record("rtn", "8-8-8")
     path = store.save(one)
     path.write_text(other.to_json())
-    with pytest.raises(RecordError, match=f"holds the record {other.key} under the name of {one.key}"):
-        store.load(one.key)
+    assert store.load(one.key) is None and not path.exists()
+    (told,) = capsys.readouterr().err.splitlines()
+    assert f"holds the record {other.key} under the name of {one.key}; it is kept as {path.stem}.damaged" in told
+    assert path.with_suffix(".damaged").read_text() == other.to_json()
+
+
+def with_a_digit_changed(text: str) -> str:
+    at = text.index('"perplexity/') + 25
+    place = next(i for i in range(at, len(text)) if text[i].isdigit())
+    return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        with_a_digit_changed,
+        lambda text: text[: len(text) * 2 // 3],
+        lambda text: "",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"finished"', '"diverged"', 1),
+        lambda text: json.dumps({name: None for name in json.loads(text)}),
+        lambda text: "null",
+    ],
+)
+def test_a_record_that_was_changed_is_set_aside_and_computed_again(tmp_path, capsys, damage):
+    (first,) = schedule.run([ROUNDED], tmp_path)
+    (path,) = (tmp_path / "records").iterdir()
+    path.write_text(damage(path.read_text()))
+    capsys.readouterr()
+    (again,) = schedule.run([ROUNDED], tmp_path)
+    assert again.scores == first.scores and again.metrics == first.metrics
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("study:")]
+    assert len(told) == 1 and path.name in told[0] and "the arm is computed again" in told[0]
+    assert schedule.run([ROUNDED], tmp_path) == [again] and "study:" not in capsys.readouterr().err
+
+
+def test_spaces_and_order_are_no_change_of_a_record(tmp_path, make_record):
+    path = Store(tmp_path).save(make_record("rtn", "4-8-4"))
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(fields.items()))))
+    assert read_record(path) == make_record("rtn", "4-8-4")
+
+
+def test_a_record_of_another_user_is_not_set_aside(tmp_path, make_record, monkeypatch):
+    store = Store(tmp_path)
+    record = make_record("rtn", "4-8-4")
+    path = store.save(record)
+
+    def refused(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refused)  # root may read all
+    with pytest.raises(RecordError, match="Permission denied"):
+        store.load(record.key)
+    assert path.exists()
 
 
 def test_thousands_of_records_are_looked_up_by_few_listings(tmp_path, monkeypatch):

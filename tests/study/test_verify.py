@@ -75,12 +75,28 @@ def test_a_tolerance_is_the_noise_of_items_and_seeds(make_record):
     alone, *others = compare([(seeds[0], seeds[1])], seeds[:1])
     apart = np.subtract(seeds[1].scores["loss/wikipedia"], seeds[0].scores["loss/wikipedia"])
     assert alone.metric == "perplexity/wikipedia" and alone.change == pytest.approx(abs(apart.mean()))
-    z = stats.norm.ppf(1 - 0.025 / (1 + len(others)))
-    assert alone.tolerance == pytest.approx(max(0.02, z * stats.sem(apart)))
+    level = 1 - 0.025 / (1 + len(others))
+    assert alone.tolerance == pytest.approx(max(0.02, stats.t.ppf(level, 31) * stats.sem(apart)))
     own, *_ = compare([(seeds[0], seeds[1])], seeds)
     losses = [np.mean(record.scores["loss/wikipedia"]) for record in seeds]
     assert own.error == pytest.approx(np.hypot(stats.sem(apart), 2**0.5 * np.std(losses, ddof=1)))
-    assert own.passed and own.tolerance == pytest.approx(z * own.error)
+    free = 31 * (own.error / stats.sem(apart)) ** 4
+    assert own.passed and own.tolerance == pytest.approx(stats.t.ppf(level, free) * own.error)
+
+
+def test_responses_weigh_by_their_tokens_in_the_noise_as_in_the_perplexity(make_record):
+    one, other = make_record("rtn", "4-8-4"), make_record("rtn", "4-8-4")
+    tokens = np.arange(1.0, 21)
+    losses = np.linspace(2, 3, 20), np.linspace(2, 3, 20) + 0.01 * (tokens % 3)
+    for record, own in zip((one, other), losses, strict=True):
+        record.scores.update({"loss/responses": own.tolist(), "tokens/responses": tokens.tolist()})
+        record.metrics["perplexity/responses"] = np.exp(np.average(own, weights=tokens))
+    found = {number.metric: number for number in compare([(one, other)], [one])}["perplexity/responses"]
+    apart = losses[1] - losses[0]
+    assert found.change == pytest.approx(np.average(apart, weights=tokens))
+    drawn = np.random.default_rng(0).integers(20, size=(20_000, 20))
+    resampled = (apart[drawn] * tokens[drawn]).sum(1) / tokens[drawn].sum(1)
+    assert found.items == pytest.approx(resampled.std() * (20 / 19) ** 0.5, rel=0.05)
 
 
 def test_an_arm_of_one_seed_varies_as_its_method_does(make_record):
