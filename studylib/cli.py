@@ -59,14 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     _results(show)
     export = commands.add_parser("export", help="write the model of a record in a format that transformers loads")
     export.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
-    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("--output", type=_path, required=True, metavar="FOLDER", help="a new folder")
     _results(export)
     report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
-    report.add_argument("--output", type=Path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder")
+    report.add_argument(
+        "--output", type=_path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder"
+    )
     report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
     _budget(report)
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
-    verify.add_argument("--reference", type=Path, default=REFERENCE, help="default: the results in the repository")
+    verify.add_argument("--reference", type=_path, default=REFERENCE, help="default: the results in the repository")
     verify.add_argument(
         "--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title, as in `study list`"
     )
@@ -90,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """An empty one, of a variable that is not set, would be the working directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
+
+
 def _jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="arms computed at a time (default: 1)")
 
@@ -104,7 +113,7 @@ def _budget(parser: argparse.ArgumentParser) -> None:
 
 
 def _results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results/runs"), help="default: results/runs")
+    parser.add_argument("--results", type=_path, default=Path("results/runs"), help="default: results/runs")
 
 
 def main(arguments: list[str] | None = None) -> int:

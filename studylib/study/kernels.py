@@ -58,7 +58,7 @@ class Manager(AsyncKernelManager):
     def _folder(self) -> Path:
         return Path(self.connection_file).parent
 
-    async def start_kernel(self, **options: Any) -> None:
+    async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
         options["env"] = os.environ | {"IPYTHONDIR": str(self._folder / "ipython")}
         with (self._folder / LOG).open("wb") as log:
             await super().start_kernel(**options, stdout=log, stderr=log)
