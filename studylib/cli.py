@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
+OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
     "output": "--results, in which each run has its folder"
 }  # notebook parameters that `study run` sets from its own options
@@ -56,14 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     _results(show)
     export = commands.add_parser("export", help="write the model of a record in a format that transformers loads")
     export.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
-    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("--output", type=_path, required=True, metavar="FOLDER", help="a new folder")
     _results(export)
     report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
-    report.add_argument("--output", type=Path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder")
+    report.add_argument(
+        "--output", type=_path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder"
+    )
     report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
     _budget(report)
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
-    verify.add_argument("--reference", type=Path, default=REFERENCE, help="default: the results in the repository")
+    verify.add_argument("--reference", type=_path, default=REFERENCE, help="default: the results in the repository")
     verify.add_argument(
         "--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title, as in `study list`"
     )
@@ -87,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """An empty one, of a variable that is not set, would be the working directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
+
+
 def _jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="arms computed at a time (default: 1)")
 
@@ -101,7 +113,7 @@ def _budget(parser: argparse.ArgumentParser) -> None:
 
 
 def _results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=Path, default=Path("results/runs"), help="default: results/runs")
+    parser.add_argument("--results", type=_path, default=Path("results/runs"), help="default: results/runs")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,24 +124,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _COMMANDS[options.command](options, arguments)
     except ValueError as error:
-        print(f"study: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         where = error.filename2 or error.filename  # what was to be replaced, if something was
-        print(f"study: {where}: {error.strerror}" if where else f"study: {error}", file=sys.stderr)
+        _say(f"{where}: {error.strerror}" if where else error)
         return 2
     except KeyboardInterrupt:
-        print("study: interrupted; the same command goes on from here", file=sys.stderr)
+        _say("interrupted; the same command goes on from here")
         return 130
 
 
-def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    import yaml
-    from papermill import PapermillExecutionError
+def _say(what: object) -> None:
+    """One line to people, of whatever length an error has."""
+    print("study:", *str(what).splitlines(), file=sys.stderr)
 
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import budgets as profiles
     from studylib.data import models
     from studylib.report import page, recipes, tables
@@ -147,17 +161,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             raise ValueError(f"--set: {text!r} is not NAME=VALUE")
         if name in OPTIONS:
             raise ValueError(f"--set: {name!r} is not allowed; use {OPTIONS[name]}")
-        try:
-            further[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set: the value of {text!r} is not YAML") from error
-    store = Store(options.results.resolve())
+        further[name] = _value(text, value)
+    results = options.results.resolve()
     model = models.absolute_name(options.model)
-    output = store.folder / f"{options.profile}-{_folder_name(model)}"
+    output = results / f"{options.profile}-{_folder_name(model)}"
     parameters = {
         "model": model,
         "profile": options.profile,
-        "results": str(store.folder),
+        "results": str(results),
         "output": str(output),
     } | further
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
@@ -167,6 +178,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         parameters["jobs"] = options.jobs
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
+    store = Store(results)  # only now: what is refused leaves no folder
 
     shared = [notebook for notebook in notebooks if "jobs" in assigned[notebook]]
     if len(shared) > 1:
@@ -177,12 +189,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
         try:
             executed.append(batch.execute(notebook, output, assigned[notebook]))
-        except PapermillExecutionError as error:
-            print(
-                f"study: {notebook.name} failed: {error.ename}: {error.evalue}\n"
-                f"study: everything up to there is in {output / notebook.name}",
-                file=sys.stderr,
-            )
+        except batch.NotebookError as error:
+            _say(error)
+            _say(f"everything up to there is in {output / notebook.name}")
             return 1
     records = batch.used_records(output, executed, store.folder / "records")
     if not records:
@@ -191,6 +200,37 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
     return 0
+
+
+def _value(text: str, value: str) -> Any:
+    """What stands behind NAME= in `text`, in YAML, with numbers as people write them: 7e-1 is one, 010 is refused.
+
+    Paths of corpora and of instruction pairs count from here, as that of the model does.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """For YAML 1.1, in which 7e-1 is a text, 010 is eight, 1:30 is ninety and 2001-01-01 is a date."""
+
+    def whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value):
+            raise ValueError(f"--set: {node.value!r} in {text!r} is not a whole number as people write it, e.g. 10")
+        return int(node.value)
+
+    number = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_constructor("tag:yaml.org,2002:int", whole)
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", Loader.construct_yaml_str)
+    try:
+        return _from_here(yaml.load(value, Loader))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--set: the value of {text!r} is not YAML") from error
+
+
+def _from_here(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_here(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) and value.endswith(OWN_FILES) else value
 
 
 def _folder_name(model: str) -> str:
@@ -226,7 +266,7 @@ def _compute_together(
     try:
         schedule.run(wanted, results, keep_checkpoints, jobs)
     except Exception as error:
-        print(f"study: {error}; the notebook that needs this arm computes it again", file=sys.stderr)
+        _say(f"{error}; the notebook that needs this arm computes it again")
     return None
 
 
@@ -237,7 +277,12 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
     notebooks = sorted(path.parent.with_suffix(".ipynb") for path in options.output.glob("*/published.json"))
     if not notebooks:
         raise ValueError(f"output: {options.output} holds no notebook's results; `study run` makes some")
-    records = batch.used_records(options.output, notebooks, options.output.resolve().parent / "records")
+    skipped: list[Exception] = []
+    folder = options.output.resolve().parent / "records"
+    records = batch.used_records(options.output, notebooks, folder, skipped.append)
+    _tell(skipped)
+    if not records:
+        raise ValueError(f"output: the notebooks in {options.output} name no records that {folder} holds")
     if options.format == "md":
         print(page.summary(records, options.budget_mb))
     else:
@@ -291,10 +336,7 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
 
     skipped: list[Exception] = []
     records = list(read_records(options.results / "records", skipped.append))
-    for error in skipped[:TOLD]:
-        print(f"study: {error}", file=sys.stderr)
-    if len(skipped) > TOLD:
-        print(f"study: {len(skipped) - TOLD} more files there cannot be read either", file=sys.stderr)
+    _tell(skipped)
     if not records:
         raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
     kept = 0
@@ -313,8 +355,16 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
             f"{perplexities}{note}"
         )
     if kept:
-        print(f"study: kept models take {_size(kept)}; `study clean` frees it", file=sys.stderr)
+        _say(f"kept models take {_size(kept)}; `study clean` frees it")
     return 0
+
+
+def _tell(skipped: Sequence[Exception]) -> None:
+    told = list(dict.fromkeys(map(str, skipped)))
+    for line in told[:TOLD]:
+        _say(line)
+    if len(told) > TOLD:
+        _say(f"{len(told) - TOLD} more files there cannot be read either")
 
 
 def _size(count: int) -> str:

@@ -2,15 +2,16 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
-from papermill import PapermillExecutionError
 
-from studylib.cli import REFERENCE, _folder_name, main
+from studylib.cli import REFERENCE, _folder_name, _value, main
 from studylib.methods.arms import title
 from studylib.report import tables
 from studylib.study import notebooks as batch
@@ -153,7 +154,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
 
     def stop(notebook, *rest):
         executed.append(notebook.stem)
-        raise PapermillExecutionError(0, 1, "", "RuntimeError", "found no memory again", [])
+        raise batch.NotebookError(f"{notebook.name} failed: RuntimeError: found no memory again")
 
     monkeypatch.setattr(schedule, "carry_out", fail)
     monkeypatch.setattr(batch, "execute", stop)
@@ -179,16 +180,107 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--jobs", "0"], "jobs: 0 is not allowed; use 1 or more"),
         (["--budget-mb", "0"], "budget: 0 MB is not allowed; use a number above 0"),
         (["--budget-mb", "nan"], "budget: nan MB is not allowed; use a number above 0"),
-        (["--results", "/proc/nowhere"], "results folder /proc/nowhere is not writable"),
+        (["--set", "extend=010"], "--set: '010' in 'extend=010' is not a whole number as people write it, e.g. 10"),
+        (["--set", "extend=1:30"], "--set: '1:30' in 'extend=1:30' is not a whole number"),
+        (["--set", "settings=&a [*a]"], "--set: the value of 'settings=&a [*a]' is not YAML"),
+        (["--set", "settings=" + 5000 * "["], "is not YAML"),
+        (["--set", "=1"], "parameter: '' is not one of 01_sampling_strategy.ipynb"),
+        (["--model", ""], "model: the folder '' has no config.json"),
+        (["--model", "/dev/null"], "model: '/dev/null' is not known"),
+        (["--model", 300 * "x"], "File name too long"),
+        (["--results", "/proc/nowhere", "--model", "tiny-random"], "results folder /proc/nowhere is not writable"),
+        (["--results", "/dev/null", "--model", "tiny-random"], "results folder /dev/null is not writable"),
+        (["--results", 300 * "x", "--model", "tiny-random"], "is not writable (File name too long)"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_any_work(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(batch, "execute", lambda *args: pytest.fail("started"))
     if "--results" not in arguments:
-        arguments = [*arguments, "--results", str(tmp_path)]
+        arguments = [*arguments, "--results", str(tmp_path / "results")]
     assert main(["run", *arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("study: ") and message in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # what is refused leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "--results", "/dev/null"], "results folder /dev/null holds no records"),
+        (["list", "--results", "/etc/passwd"], "results folder /etc/passwd holds no records"),
+        (["list", "--results", 300 * "x"], "File name too long"),
+        (["show", "*", "--results", "/dev/null"], "record: no record in /dev/null or in the reference begins with '*'"),
+        (["show", "../../x"], "no record in results/runs or in the reference begins with '../../x'"),
+        (["export", "zz", "--output", "/nowhere/x"], "begins with 'zz'"),
+        (["clean", "--results", "/dev/null"], "results: /dev/null holds no records"),
+        (["report", "--output", "/dev/null"], "output: /dev/null holds no notebook's results"),
+        (["report", "--output", "/nowhere"], "output: /nowhere holds no notebook's results"),
+        (["report", "--output", 300 * "x"], "File name too long"),
+        (["verify", "--reference", "/dev/null"], "reference: /dev/null holds no records"),
+        (["verify", "--minutes", "nan"], "fits into nan minutes"),
+    ],
+)
+def test_odd_paths_are_one_clear_line(capsys, arguments, message):
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("study: ") and message in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--results", ""],
+        ["report", "--output", ""],
+        ["run", "--jobs", "two"],
+        ["run", "--seeds", "1.5"],
+        ["plan"],
+        ["nope"],
+        [],
+    ],
+)
+def test_what_is_no_command_line_is_said_with_its_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    usage, *_, last = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: study") and "error: " in last
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("7e-1", 0.7),
+        ("1e3", 1000.0),
+        ("-2.5E+2", -250.0),
+        ("[.5e1, 0.7]", [5.0, 0.7]),
+        ("10", 10),
+        ("[0, -3]", [0, -3]),
+        ("4-8-4", "4-8-4"),
+        ("2001-01-01", "2001-01-01"),
+        ("false", False),
+        ("''", ""),
+    ],
+)
+def test_values_are_read_as_people_write_them(value, found):
+    given = _value(f"x={value}", value)
+    assert given == found and type(given) is type(found)
+
+
+def test_paths_of_files_count_from_where_the_command_is_given(tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def execute(notebook, output, parameters):
+        raise Reached(parameters)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batch, "execute", execute)
+    files = "corpora=[mine.txt, wikipedia, sub/../other.jsonl]"
+    with pytest.raises(Reached) as reached:
+        main(["run", *SMOKE, "--notebooks", "01", "--results", "results", "--set", files])
+    (given,) = reached.value.args
+    assert given["corpora"] == [str(tmp_path / "mine.txt"), "wikipedia", str(tmp_path / "other.jsonl")]
+    assert given["results"] == str(tmp_path / "results")
 
 
 def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, monkeypatch, picture):
@@ -225,7 +317,16 @@ def test_results_that_were_damaged_are_named(tmp_path, capsys, picture):
     output = tmp_path / "smoke-tiny-random"
     batch.publish(output, "04_ptq_vs_qat", picture, {}, tables.scoreboard(picture))
     assert main(["report", "--output", str(output)]) == 2
-    assert f"there is no record {tmp_path / 'records'}" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()
+    assert f"there is no record {tmp_path / 'records'}" in told[0] and "4 more files" in told[5]
+    assert told[6] == f"study: output: the notebooks in {output} name no records that {tmp_path / 'records'} holds"
+    for record in picture:
+        path = Store(tmp_path).save(record)
+    path.write_text("{}")  # of the last: the others are reported on
+    assert main(["report", "--output", str(output)]) == 0
+    told = capsys.readouterr()
+    assert told.err == f"study: {path} cannot be read as a record (it is no record); move it away\n"
+    assert picture[0].key in Path(told.out.strip()).read_text()
     (output / "04_ptq_vs_qat" / "published.json").write_text('{"records": ')
     assert main(["report", "--output", str(output)]) == 2
     assert "04_ptq_vs_qat/published.json is not what a notebook published" in capsys.readouterr().err
@@ -297,6 +398,34 @@ def test_a_plan_that_makes_no_sense_is_one_clear_line(capsys, arguments, message
     assert main(["plan", *arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("study: ") and message in told and told.count("\n") == 1
+
+
+def test_two_runs_at_once(tmp_path):
+    small = ("settings=[4-8-4]", "methods=[rtn]", "searched=[]", "smoothed=[]")
+    command = [STUDY, "run", *SMOKE, "--notebooks", "04", "--set", *small, "--results"]
+    running = [
+        subprocess.Popen([*command, tmp_path / name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name in ("a", "b")
+    ]
+    for name, process in zip(("a", "b"), running, strict=True):
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert f"Report: {tmp_path / name / 'smoke-tiny-random' / 'report.html'}" in out
+    first, second = (
+        {record.key: record.scores for record in read_records(tmp_path / name / "records")} for name in ("a", "b")
+    )
+    assert first == second and len(first) == 3
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
+    command = [STUDY, "run", *SMOKE, "--notebooks", "04", "--results", tmp_path / "results"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{started.pid}/maps")
+    while started.poll() is None and "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    told = started.communicate(timeout=60)
+    assert (started.returncode, *told) == (130, "", "study: interrupted; the same command goes on from here\n")
 
 
 def test_help_names_every_command():

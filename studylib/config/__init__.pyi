@@ -75,7 +75,7 @@ from .settings import (
     Scheme,
     in_bitsandbytes,
 )
-from .words import EMPTY, capital, listed, nats, number, percent, points, signed
+from .words import EMPTY, capital, listed, markdown, nats, number, percent, points, signed
 
 __all__ = [
     "ADAPTED_4_BITS",
@@ -153,6 +153,7 @@ __all__ = [
     "file_sha256",
     "in_bitsandbytes",
     "listed",
+    "markdown",
     "nats",
     "number",
     "percent",

@@ -42,6 +42,11 @@ def percent(share: float) -> str:
     return f"{points(100 * share) if abs(share) < 0.0995 else f'{100 * share:,.0f}'.replace('-', '−')}%"
 
 
+def markdown(text: str) -> str:
+    """The text in Markdown, also in a table: no name of a file is taken for a tag or a column."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
 def capital(text: str) -> str:
     """With its first letter large, the rest as it is."""
     return text[:1].upper() + text[1:]

@@ -36,6 +36,7 @@ TITLES = {
 }
 PURPOSES = tuple(TITLES)[:-1]
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB
+MOST_TOKENS = 2**19  # of a planned step: the loss walks through them, a minute for so many
 DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
 FAKE_ATTENTION = "studylib_fake"
 # Bytes a layer: the 16 levels; with double quantization, the 256 of the scales as well.
@@ -350,6 +351,8 @@ def plan_text(
     checkpointing: bool = False,
 ) -> str:
     """What `study plan` prints for a model of read_config's names and a method in its usual format."""
+    if batch * length > MOST_TOKENS:
+        raise ValueError(f"batch: {batch:,} x {length:,} tokens are more than the {MOST_TOKENS:,} that a plan may have")
     own = find_tuned(method)
     config, format = read_config(name), own.usual_format(bits, group)
     adapter = Adapter(rank) if "adapter" in own.needs else None

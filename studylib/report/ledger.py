@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from textwrap import TextWrapper
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config import EMPTY, capital, listed
+from studylib.config import EMPTY, capital, listed, markdown
 from studylib.evidence import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -93,8 +93,14 @@ def ledger_table(entries: Sequence[Entry]) -> str:
     for entry in entries:
         found, could = entry.telling.found, entry.telling.could
         found += f" Could have shown {could}." if could else ""
-        rows.append(f"| {entry.claim.id} | {entry.claim.statement} | {entry.overall} | {found} | {entry.paper} |")
+        cells = (entry.claim.id, entry.claim.statement, entry.overall, found, entry.paper)
+        rows.append(f"| {' | '.join(map(markdown, cells))} |")
     return "\n".join(rows)
+
+
+def sentences(findings: Iterable[Finding]) -> str:
+    """Each finding with its claim in Markdown, a paragraph each."""
+    return "\n\n".join(f"**{finding.claim}** · {markdown(finding.sentence)}" for finding in findings)
 
 
 def ledger_frame(entries: Sequence[Entry]) -> "pd.DataFrame":

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, number, write_whole
+from studylib.config import Arm, markdown, number, write_whole
 from studylib.evidence import FAMILY, FULL, NOT_TESTED, POWER, VERDICTS, Cell, accuracies, gather
 from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
 from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
-from studylib.study import Record, read_published
+from studylib.study import Record, RecordError, read_published
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,8 +137,8 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
         found.append(f"## {section.paper} ({section.source})\n")
         for entry in _claims(section.paper, entries):
             if any(finding.verdict != NOT_TESTED for finding in entry.findings):
-                found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {entry.claim.rule}."]
-                found += [f"  - {finding.sentence}" for finding in entry.findings]
+                found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {markdown(entry.claim.rule)}."]
+                found += [f"  - {markdown(finding.sentence)}" for finding in entry.findings]
         found.append("")
     return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
 
@@ -171,7 +171,7 @@ def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) ->
         {
             "title": title,
             "notebook": stem,
-            "image": _webp(output / stem / f"{name}.png"),
+            "image": _webp(output / stem / f"{name}.png", stem),
             "png": f"{stem}/{name}.png",
         }
         for prefix in numbers
@@ -181,13 +181,16 @@ def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) ->
     ]
 
 
-def _webp(png: Path) -> str:
-    """A picture without loss in a third of the bytes, in base64."""
+def _webp(png: Path, notebook: str) -> str:
+    """A picture without loss in a third of the bytes, in base64; RecordError for a file that is none."""
     from PIL import Image
 
     smaller = io.BytesIO()
-    with Image.open(png) as image:
-        image.convert("RGB").save(smaller, "webp", lossless=True, method=2)
+    try:
+        with Image.open(png, formats=["PNG"]) as image:
+            image.convert("RGB").save(smaller, "webp", lossless=True, method=2)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError(f"{png} is no picture ({error}); run {notebook} again") from error
     return base64.b64encode(smaller.getvalue()).decode()
 
 

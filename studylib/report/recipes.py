@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studylib.config import Arm, RealText, capital, listed, number, percent, points
+from studylib.config import Arm, RealText, capital, listed, markdown, number, percent, points
 from studylib.evidence import (
     CONTEXT,
     FULL,
@@ -344,8 +344,8 @@ def as_markdown_section(records: Sequence[Record], budget: float | None = None) 
     """The recommendations and their frontiers in Markdown, without a heading."""
     blocks = []
     for found in recommendations(records, budget):
-        blocks.append(f"**{found.family.title}.** {found.headline}")
-        blocks += ["\n".join(f"- {sentence}" for sentence in found.details)] if found.details else []
+        blocks.append(f"**{found.family.title}.** {markdown(found.headline)}")
+        blocks += ["\n".join(f"- {markdown(sentence)}" for sentence in found.details)] if found.details else []
         blocks.append(as_markdown(frontier_table(found)))
     return "\n\n".join([*blocks, SIZES] if blocks else ["No arm finished."])
 

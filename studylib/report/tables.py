@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config import EMPTY, ZERO_SHOT, capital, number, points
+from studylib.config import EMPTY, ZERO_SHOT, capital, markdown, number, points
 from studylib.evidence import (
     TASK_TITLES,
     Cell,
@@ -171,7 +171,7 @@ def samples(records: Sequence[Record]) -> str:
     for cell in gather(records).values():
         if cell.records and cell.records[0].arm.training:
             name = data_title(cell.arm)
-            texts = [f"**{name}**", *map(_quoted, cell.records[0].data["samples"])]
+            texts = [f"**{markdown(name)}**", *map(_quoted, cell.records[0].data["samples"])]
             blocks.setdefault(name, "\n\n".join(texts))
     return "\n\n".join(blocks.values())
 
@@ -184,7 +184,7 @@ def _quoted(text: str) -> str:
 def as_markdown(shown: "pd.DataFrame") -> str:
     """A Markdown table of text (readable's result), numbers to the right."""
     lines = [list(shown), [_ruler(name) for name in shown], *shown.values.tolist()]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(markdown(str(cell)) for cell in line) + " |" for line in lines)
 
 
 def _ruler(column: str) -> str:

@@ -4,6 +4,7 @@ from .machine import environment
 from .notebooks import read_published
 from .records import (
     Record,
+    RecordError,
     Store,
     arm_key,
     clean,
@@ -20,6 +21,7 @@ from .verify import TOGETHER, verify_records
 __all__ = [
     "TOGETHER",
     "Record",
+    "RecordError",
     "Store",
     "arm_key",
     "clean",

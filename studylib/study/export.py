@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from studylib.config import BITSANDBYTES, DORA, OFF, SYMMETRIC, Arm, Format, number
+from studylib.config import BITSANDBYTES, DORA, OFF, SYMMETRIC, Arm, Format, markdown, number
 from studylib.data import models
 from studylib.evaluate import score
 from studylib.methods import (
@@ -228,11 +228,11 @@ def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Modul
 
 def summary(record: Record, exported: Exported) -> str:
     """Size and perplexities of what was written, beside the record's, and what is left out, as Markdown."""
-    lines = [f"{title(record.arm)}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
+    lines = [f"{markdown(title(record.arm))}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
     lines += ["| | as transformers loads it, in fp32 | the record |", "|---|---|---|"]
     for name in (name for name in record.metrics if name.startswith("perplexity/")):
         text = name.removeprefix("perplexity/")
-        what = "of held-out Alpaca responses" if text == "responses" else f"on {corpus_title(text)}"
+        what = "of held-out Alpaca responses" if text == "responses" else f"on {markdown(corpus_title(text))}"
         here, there = (number(metrics[name] or math.nan) for metrics in (exported.metrics, record.metrics))
         lines.append(f"| perplexity {what} | {here} | {there} |")
     bits = record.arm.widths
@@ -271,5 +271,5 @@ def _card(record: Record, exported: Exported, base: str) -> str:
             ")",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
-    heading = f"# {record.arm.model}: {title(record.arm)}"
+    heading = f"# {markdown(f'{record.arm.model}: {title(record.arm)}')}"
     return "\n\n".join([heading, summary(record, exported), "\n".join(["```python", *code, "```"])]) + "\n"

@@ -5,20 +5,27 @@ import contextlib
 import io
 import json
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, listed, write_whole
+from studylib.config import Arm, listed, write_whole, written_whole
 from studylib.methods import Setting
 from studylib.study.records import Record, RecordError, find_record, read_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from nbformat import NotebookNode
     from pandas import DataFrame
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PATIENCE = 300  # seconds that a kernel on a busy machine may take to start, or to hand over the rest of a cell's output
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not come to its end, in one line."""
 
 
 def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
@@ -46,7 +53,8 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
     import papermill  # not where a notebook imports this module: a second and a half
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    found = {name: ast.literal_eval(entry["default"]) for name, entry in papermill.inspect_notebook(notebook).items()}
+    inspected = papermill.inspect_notebook(_literal(notebook))
+    found = {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
     if not found:
         raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
     return found
@@ -109,32 +117,117 @@ def wanted_arms(notebook: Path, parameters: dict[str, Any]) -> list[Arm]:
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> Path:
     """Run the notebook with `parameters`; its executed copy and its HTML rendering go to the folder `output`.
 
-    What it prints, the progress bar above all, goes to this process's streams as it appears. A failing cell raises
-    papermill.PapermillExecutionError, and the copy holds everything up to there.
+    What it prints, the progress bar above all, goes to this process's streams as it appears. Until the end everything
+    lies in a private folder, so that runs do not meet, and nothing is written beside the notebook. Raises NotebookError
+    where it did not come to its end; the copy holds everything up to there.
     """
     import nbformat
     import papermill
+
+    from studylib.study import kernels  # jupyter_client
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what goes wrong is told once, here
+    with kernels.private_folder() as folder:
+        copy, failure = folder / notebook.name, None
+        try:
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(copy),
+                parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                start_timeout=PATIENCE,
+                iopub_timeout=PATIENCE,
+                kernel_manager_class=kernels.Manager,
+                config=kernels.configuration(folder),
+                resources={"metadata": {"path": str(notebook.parent)}},
+            )
+        except Exception as error:
+            failure = error
+        if not copy.exists():
+            raise NotebookError(f"{notebook.name} failed: {_first_line(failure)}") from failure
+        executed = nbformat.read(copy, as_version=4)
+        reason = _mark_end(executed, failure, folder)
+    _keep(executed, output / notebook.name)
+    if reason:
+        raise NotebookError(f"{notebook.name} failed: {reason}") from failure
+    return output / notebook.name
+
+
+def _literal(path: Path) -> str:
+    """For papermill, which takes a path for a format string."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _first_line(error: BaseException | str | None) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _mark_end(executed: "NotebookNode", failure: Exception | None, folder: Path) -> str | None:
+    """Why the notebook did not come to its end, None if it did; its cells then say how far it came.
+
+    papermill marks every cell as completed when a kernel dies or does not start.
+    """
+    from nbclient.exceptions import DeadKernelError
+    from nbformat.v4 import new_output
+    from papermill import PapermillExecutionError
+
+    from studylib.study import kernels
+
+    if isinstance(failure, PapermillExecutionError):
+        return _ended_by(failure.ename, failure.evalue)
+    states = [(cell, cell.metadata.papermill) for cell in executed.cells]
+    if failure is None:
+        ends = [output for cell, state in states if state["exception"] for output in cell.get("outputs", [])]
+        return next((_ended_by(end.ename, end.evalue) for end in ends if end.output_type == "error"), None)
+    begun = sum(state["start_time"] is not None for _, state in states)
+    for _, state in states[begun:]:
+        state["status"] = "pending"
+    executed.metadata.papermill["exception"] = True
+    if not begun:
+        said = kernels.last_words(folder) or _first_line(failure)
+        return f"its kernel did not start ({said}); install the requirements again: pip install -e ."
+    cell, state = states[begun - 1]
+    if isinstance(failure, DeadKernelError):
+        reason = f"its kernel {kernels.why_it_ended(folder)}"
+    else:
+        reason = _ended_by(type(failure).__name__, str(failure))
+    state.update(status="failed", exception=True)
+    if cell.cell_type == "code":
+        cell.outputs.append(new_output("error", ename=type(failure).__name__, evalue=reason, traceback=[reason]))
+    return reason
+
+
+def _ended_by(name: str, value: str) -> str:
+    said = f": {_first_line(value)}" if value else ""
+    return f"{'it called sys.exit' if name == 'SystemExit' else name}{said}"
+
+
+def _keep(executed: "NotebookNode", copy: Path) -> None:
+    """Write the executed notebook, and its HTML rendering beside it."""
+    import nbformat
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
-    from traitlets.config import Config
 
-    output.mkdir(parents=True, exist_ok=True)
-    copy = output / notebook.name
-    papermill.execute_notebook(
-        notebook,
-        copy,
-        parameters,
-        cwd=notebook.parent,
-        progress_bar=False,
-        config=Config(KernelManager={"transport": "ipc"}),  # no port that other users of the machine could reach
-        stdout_file=sys.stdout,
-        stderr_file=sys.stderr,
-    )
-    executed, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(copy, as_version=4), {})
-    nbformat.write(executed, copy)  # of a progress bar, only its last state is worth keeping
+    executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, only its last state
     html, _ = HTMLExporter().from_notebook_node(executed)
-    copy.with_suffix(".html").write_text(html)
-    return copy
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, nbformat.writes(executed))
+    write_whole(copy.with_suffix(".html"), html)
+
+
+def folders(results: str, output: str) -> tuple[str, str]:
+    """Where records go, and where figures and tables go, by a notebook's parameters.
+
+    An empty `results` is results/runs of the repository, wherever the notebook is started; an empty `output` is the
+    folder "interactive" in results. Other relative paths count from the working directory, as everywhere.
+    """
+    results = results or str(NOTEBOOKS.parent / "results" / "runs")
+    return results, output or str(Path(results) / "interactive")
 
 
 def publish(
@@ -144,35 +237,53 @@ def publish(
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=200)
-        figure.savefig(folder / f"{name}.svg")
-    table.to_csv(folder / "table.csv", index=False)
+        with written_whole(folder / f"{name}.png") as png, written_whole(folder / f"{name}.svg") as svg:
+            figure.savefig(png, dpi=200)
+            figure.savefig(svg)
+    with written_whole(folder / "table.csv") as partial:
+        table.to_csv(partial, index=False)
     titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
     published = {"records": [record.key for record in records], "figures": titles}
     write_whole(folder / "published.json", json.dumps(published, indent=1))
 
 
 def read_published(output: Path, notebook: str) -> dict[str, Any]:
-    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}. RecordError where it cannot be read."""
+    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}. RecordError where it cannot be read,
+    or names anything outside its folder."""
     path = output / notebook / "published.json"
     try:
-        published = json.loads(path.read_text())
-        return {"records": list(published["records"]), "figures": dict(published["figures"])}
-    except (ValueError, KeyError, TypeError) as error:
+        published = json.loads(path.read_text(encoding="utf-8"))
+        records, figures = published["records"], published["figures"]
+        if wrong := [key for key in records if not re.fullmatch("[0-9a-f]{16}", key)]:
+            raise ValueError(f"{wrong[0]!r} is no record's key")
+        if wrong := [name for name in figures if not re.fullmatch(r"[^/\\\0]+", name)]:
+            raise ValueError(f"{wrong[0]!r} is no figure's name")
+        if wrong := [title for title in figures.values() if not isinstance(title, str)]:
+            raise ValueError(f"{wrong[0]!r} is no figure's title")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(f"{path} is not what a notebook published ({error}); run {notebook} again") from error
+    return {"records": records, "figures": figures}
 
 
-def used_records(output: Path, notebooks: Sequence[Path], folder: Path) -> list[Record]:
+def used_records(
+    output: Path, notebooks: Sequence[Path], folder: Path, skipped: Callable[[RecordError], None] | None = None
+) -> list[Record]:
     """The records in `folder` that the notebooks published in `output`, each once.
 
     Of those that 00 sums up, which may be of other runs, the ones at settings that none of the other notebooks has.
-    Raises RecordError where one cannot be read.
+    skipped: told, for each notebook, of what cannot be read and is left out; without it, that is a RecordError.
     """
     found: dict[str, Record] = {}
     for notebook in sorted(notebooks, key=_sums_up):
         taken = {Setting.of(record.arm) for record in found.values()} if _sums_up(notebook) else set()
         for key in read_published(output, notebook.stem)["records"]:
-            record = found.get(key) or read_record(find_record(folder, key))
+            try:
+                record = found.get(key) or read_record(find_record(folder, key))
+            except RecordError as error:
+                if skipped is None:
+                    raise
+                skipped(error)
+                continue
             if Setting.of(record.arm) not in taken:
                 found[key] = record
     return list(found.values())

@@ -5,17 +5,19 @@ import json
 import re
 
 import pytest
+from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from studylib.evidence.verdicts import VERDICTS, judge
 from studylib.methods.base import PAPERS
 from studylib.report import tables
 from studylib.report.figures import comparisons as figures
-from studylib.report.ledger import BY_PAPER, CLAIMS, ledger, ledger_table
+from studylib.report.ledger import BY_PAPER, CLAIMS, ledger, ledger_table, sentences
 from studylib.report.page import SECTIONS, SUMMARY, summary, write_report
 from studylib.report.recipes import SIZES, recommendations
 from studylib.study import notebooks as batch
 from studylib.study.notebooks import NOTEBOOKS
-from studylib.study.records import arm_key, read_records
+from studylib.study.records import RecordError, arm_key, read_records
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +175,42 @@ def test_published_files(output, picture):
     published = json.loads((folder / "published.json").read_text())
     assert published["records"] == [record.key for record in picture]
     assert published["figures"]["recovery"].startswith("Won back of the perplexity on Wikipedia that RTN")
+
+
+@pytest.mark.parametrize("damage", [b"", b"<script>", None, 3000])
+def test_a_figure_that_is_no_picture_is_named(picture, tmp_path, damage):
+    batch.publish(tmp_path, "04_ptq_vs_qat", picture, {"recovery": figures.recovery(picture)}, tables.frame(picture))
+    png = tmp_path / "04_ptq_vs_qat" / "recovery.png"
+    if damage is None:
+        png.unlink()
+    else:
+        png.write_bytes(png.read_bytes()[:damage] if isinstance(damage, int) else damage)
+    with pytest.raises(RecordError, match=f"^{png} is no picture .*; run 04_ptq_vs_qat again$"):
+        write_report(tmp_path, picture, [tmp_path / "04_ptq_vs_qat.ipynb"], "")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_names_of_files_are_no_tags(picture, make_record, tmp_path, monkeypatch):
+    """Neither on the page nor in what notebooks display, which nbconvert renders with any HTML in it."""
+    monkeypatch.chdir(tmp_path)
+    corpus = "<img src=x onerror=alert(1)> a|b.txt"
+    (tmp_path / corpus).write_text("one\ntwo\n")
+    trained = make_record("llm-qat", "4-8-4", changes={"corpus": corpus}, loss=3.0)
+    trained.provenance["model"].update(name=corpus, note=corpus)
+    records = [*picture, trained]
+    batch.publish(tmp_path, "04_ptq_vs_qat", records, {"recovery": figures.recovery(picture)}, tables.frame(records))
+    published = tmp_path / "04_ptq_vs_qat" / "published.json"
+    published.write_text(json.dumps(json.loads(published.read_text()) | {"figures": {"recovery": corpus}}))
+    shown = [
+        tables.as_markdown(tables.readable(tables.scoreboard(records))),
+        tables.as_markdown(tables.data_statistics(records)),
+        tables.samples(records),
+        sentences([finding for entry in ledger(records) for finding in entry.findings]),
+        summary(records),
+    ]
+    assert all("&lt;img src=x onerror=alert(1)> a\\|b" in text for text in (*shown[:3], shown[4]))
+    outputs = [new_output("display_data", {"text/markdown": text}) for text in shown]
+    executed, _ = HTMLExporter().from_notebook_node(new_notebook(cells=[new_code_cell(outputs=outputs)]))
+    write_report(tmp_path, records, [tmp_path / "04_ptq_vs_qat.ipynb"], "study run")
+    for page in (executed, (tmp_path / "report.html").read_text()):
+        assert "<img src=x" not in page and "&lt;img src=x" in page

@@ -1,5 +1,8 @@
 """What the notebooks of a run leave, gathered for its report."""
 
+import json
+import re
+
 import pytest
 
 from studylib.report import tables
@@ -40,6 +43,49 @@ def test_a_record_that_is_gone_is_named(publish, tmp_path, picture):
     Store(tmp_path).find(picture[0].key).unlink()
     with pytest.raises(RecordError, match=picture[0].key[:12]):
         batch.used_records(tmp_path / "run", notebooks, tmp_path / "records")
+
+
+def test_records_that_cannot_be_read_are_left_out_and_told(publish, tmp_path, picture):
+    notebooks = [publish("04_ptq_vs_qat", picture), publish("03_bit_allocation", picture[:2])]
+    gone, cut = Store(tmp_path).find(picture[0].key), Store(tmp_path).find(picture[1].key)
+    gone.unlink()
+    cut.write_text(cut.read_text()[:100])
+    skipped = []
+    found = batch.used_records(tmp_path / "run", notebooks, tmp_path / "records", skipped.append)
+    assert [record.key for record in found] == [record.key for record in picture[2:]]
+    assert {str(error) for error in skipped} == {str(error) for error in skipped[:2]}
+    assert str(cut) in str(skipped[0]) + str(skipped[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], "list indices must be"),
+        ({"records": 5}, "not iterable"),
+        ({"records": [5]}, "expected string"),
+        ({"records": ["../models/x"]}, "'../models/x' is no record's key"),
+        ({"records": ["*" * 16]}, "is no record's key"),
+        ({"figures": []}, "has no attribute"),
+        ({"figures": {"../../../etc/hostname": "t"}}, "'../../../etc/hostname' is no figure's name"),
+        ({"figures": {"a\0b": "t"}}, "is no figure's name"),
+        ({"figures": {"recovery": 5}}, "5 is no figure's title"),
+    ],
+)
+def test_what_was_published_leads_nowhere_else(publish, tmp_path, picture, changes, message):
+    publish("04_ptq_vs_qat", picture[:2])
+    path = tmp_path / "run" / "04_ptq_vs_qat" / "published.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes if changes else changes))
+    with pytest.raises(RecordError, match=f"{path} is not what a notebook published .*{re.escape(message)}") as told:
+        batch.read_published(tmp_path / "run", "04_ptq_vs_qat")
+    assert str(told.value).endswith("; run 04_ptq_vs_qat again") and "\n" not in str(told.value)
+
+
+def test_results_are_the_repositorys_wherever_a_notebook_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    usual = str(batch.NOTEBOOKS.parent / "results" / "runs")
+    assert batch.folders("", "") == (usual, f"{usual}/interactive")
+    assert batch.folders("mine", "") == ("mine", "mine/interactive")
+    assert batch.folders("", "drawn") == (usual, "drawn")
 
 
 def test_methods_that_a_model_cannot_have_can_be_left_out(tmp_path):
