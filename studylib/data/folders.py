@@ -38,7 +38,11 @@ def check(folder: Path) -> None:
             f"model: {str(folder)!r} holds an adapter ({ADAPTER}), which transformers would put into the model; merge "
             "it into the weights, or move it away"
         )
-    kind = described.get("model_type")
+    kind, quantized = described.get("model_type"), described.get("quantization_config")
+    if not isinstance(quantized, dict | None):
+        raise FolderError(
+            f"model: {str(folder / CONFIG)!r} has quantization_config {quantized!r}; use an object or none"
+        )
     if "auto_map" in described and kind not in CONFIG_MAPPING:
         raise FolderError(
             f"model: {str(folder)!r} needs code of its own for the model_type {kind!r} (auto_map in its {CONFIG}), and "

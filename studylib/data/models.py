@@ -147,7 +147,7 @@ def as_decoder(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """The configuration, told to attend as we do and not to pad. ValueError where it is not that of a decoder in full
     precision, or has a size that no model has."""
     if (quantized := getattr(config, "quantization_config", None)) is not None:
-        how = quantized.get("quant_method", "") if isinstance(quantized, dict) else quantized
+        how = quantized.get("quant_method", "")
         raise FolderError(f"model: the weights of {name!r} are quantized already ({how}); use its full-precision ones")
     kind = f"model: {name!r} ({config.model_type})"
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
@@ -206,7 +206,7 @@ def _check(name: str, version: str | None) -> None:
         described = skeleton(config).state_dict()
     if isinstance(location, Path):  # before anything of an absurd size is made
         held = folders.shapes(location)
-        for tensor in held.keys() & described.keys():
+        for tensor in sorted(held.keys() & described.keys()):
             if held[tensor] != described[tensor].shape:
                 raise FolderError(_mismatch(name, tensor, held[tensor], described[tensor].shape))
     _from_files(name, torch.float32, device_map="meta")
@@ -249,7 +249,7 @@ def _from_files(name: str, dtype: torch.dtype, **settings: Any) -> PreTrainedMod
             if tensors:
                 few = ", ".join(sorted(tensors)[:4]) + (", ..." if len(tensors) > 4 else "")
                 raise FolderError(f"model: the safetensors of {name!r} {wrong.format(len(tensors))}: {few}")
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
         stored = folders.read_tensors(_folder(name), {*tied, *tied.values()}) if tied else {}
         for one, other in tied.items():
             if {one, other} <= stored.keys() and not torch.equal(stored[one], stored[other]):

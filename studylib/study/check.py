@@ -1,10 +1,13 @@
 """What can be wrong with an arm beyond its fields, found before anything long begins: what passes here can fail of
 nothing that its model, tokenizer, template or text are."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import tempfile
+import textwrap
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -92,7 +95,7 @@ def _check_data(model: str, wanted: Sampling | RealText, named: str) -> None:
     if given >= wanted.length:
         raise ValueError(f"length: {wanted.length} tokens leave no room after an opening of {given}")
     few = dataclasses.replace(wanted, count=1, length=min(wanted.length, given + TRIED), batch=1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _computing(model):
         small = sample.config.get_text_config().vocab_size
         generate_windows(
             sample,
@@ -118,7 +121,8 @@ def _check_evaluation(model: str, wanted: Evaluation, named: str) -> None:
             _check_tokens(model, torch.tensor([*before, *response]), rows)
     if wanted.tasks and wanted.source == ARCHIVE:
         fetch("benchmarks")
-    check_requests(sample, tokenizer, wanted)
+    with _computing(model):
+        check_requests(sample, tokenizer, wanted)
 
 
 @functools.lru_cache(maxsize=64)
@@ -126,7 +130,8 @@ def _check_layers(model: str, bits: str, scheme: Scheme, named: str) -> None:
     """Quantize a small one of the architecture, and compute with it."""
     grid = SYMMETRIC if scheme.grid == LSQ else scheme.grid  # the same shapes, without a pass over data
     sample = quantize_model(_sample(model, named, fresh=True)[0], bits, dataclasses.replace(scheme, grid=grid))
-    check_requests(sample, models.load_tokenizer(model), Evaluation((), 1, TRIED))
+    with _computing(model):
+        check_requests(sample, models.load_tokenizer(model), Evaluation((), 1, TRIED))
 
 
 @functools.lru_cache(maxsize=8)
@@ -137,7 +142,21 @@ def _check_trained(model: str, named: str) -> None:
     head.weight.mul_(LOUD)
     if head.bias is not None:
         head.bias.fill_(1.0)
-    check_head(sample)
+    with _computing(model):
+        check_head(sample)
+        sample.train()(input_ids=torch.arange(TRIED)[None])
+
+
+@contextlib.contextmanager
+def _computing(model: str) -> Iterator[None]:
+    """Inside, what a model's code raises is a ValueError of one line."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        why = textwrap.shorten(str(error), 240, placeholder=" ...")
+        raise ValueError(f"model: {model!r} cannot be computed with ({type(error).__name__}: {why})") from error
 
 
 def _check_tokens(model: str, tokens: Tensor, rows: int) -> None:
@@ -154,16 +173,13 @@ def _sample(model: str, named: str, fresh: bool = False) -> tuple[PreTrainedMode
 @functools.lru_cache(maxsize=2)
 def _make_sample(model: str, named: str) -> tuple[PreTrainedModel, int]:
     config = models.load_config(model)
-    try:
+    with _computing(model):
         sample = models.sample(config)
         tokens = torch.arange(TRIED)[None]
         changed = tokens.clone()
         changed[0, -1] = TRIED
         with torch.no_grad():
             first, second = (sample(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (tokens, changed))
-    except Exception as error:  # of transformers' model code
-        text = " ".join(str(error).split())
-        raise ValueError(f"model: {model!r} ({config.model_type}) computes nothing ({text})") from error
     if not torch.equal(first, second):
         raise ValueError(
             f"model: {model!r} ({config.model_type}) sees the tokens that it should predict; use a decoder"
