@@ -9,6 +9,11 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no hub, and must not ask it
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; this is for those that they start
 
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
 from studylib.config.budgets import Evaluation, profile
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
@@ -60,6 +65,65 @@ def shape():
         "bos_token_id": None,
         "pad_token_id": 0,
     }
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A tokenizer of one token a byte after its special ones; `around`: what it puts around a text, "$A"."""
+
+    def make(
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"),
+        eos="<|im_end|>",
+        bos=None,
+        around="$A",
+        chat_template=TEMPLATE,
+        added=(),
+    ):
+        symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+        tokenizer = Tokenizer(BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([*special])
+        ids = [(token, vocabulary[token]) for token in around.split() if token != "$A"]
+        tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=ids)
+        named = {name: token for name, token in (("eos_token", eos), ("bos_token", bos)) if token}
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **named)
+        made.add_tokens([*added], special_tokens=True)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def make_folder(tmp_path, byte_tokenizer):
+    """A model's folder as a user would have it: two layers, hidden size 64."""
+
+    def make(tokenizer=None, kind=LlamaConfig, name="own", **fields):
+        shape = {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "bos_token_id": None,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+        }
+        torch.manual_seed(0)
+        models.skeleton(kind(**shape | fields)).save_pretrained(tmp_path / name)
+        (tokenizer or byte_tokenizer()).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,14 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studylib.config import ALPACA, check_corpus, check_instructions, file_sha256
 from studylib.data.models import autocast
@@ -30,17 +31,58 @@ class Pair:
 
 def _path(corpus: str) -> Path:
     check_corpus(corpus)
-    if corpus not in FILES:
-        if not Path(corpus).is_file():
-            raise ValueError(f"corpus: there is no file {corpus!r}")
-        return Path(corpus)
-    (path,) = fetch("corpora").rglob(FILES[corpus])
-    return path
+    return next(fetch("corpora").rglob(FILES[corpus])) if corpus in FILES else _file("corpus", corpus)
+
+
+def _pairs_path(source: str) -> Path:
+    check_instructions(source)
+    return next(fetch("corpora").rglob(PAIRS)) if source == ALPACA else _file("instructions", source)
+
+
+def _file(kind: str, name: str) -> Path:
+    if not Path(name).exists():
+        raise ValueError(f"{kind}: there is no file {name!r}")
+    if not Path(name).is_file():  # a folder, a pipe, a device
+        raise ValueError(f"{kind}: {name!r} is no file of text")
+    return Path(name)
 
 
 def sha256(corpus: str) -> str:
     """SHA-256 of the corpus file."""
-    return file_sha256(_path(corpus))
+    return _sha256("corpus", _path(corpus))
+
+
+def instructions_sha256(source: str) -> str:
+    """SHA-256 of the file of instruction pairs."""
+    return _sha256("instructions", _pairs_path(source))
+
+
+def _sha256(kind: str, path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise ValueError(f"{kind} {path}: it cannot be read ({error.strerror})") from error
+
+
+def _read_text(kind: str, path: Path) -> str:
+    """The file's text, without a byte-order mark."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{kind} {path}: it cannot be read ({error.strerror})") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{kind} {path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x})") from error
+
+
+def _check_unicode(what: str, text: str) -> None:
+    """ValueError for halves of a character, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} holds half a character, {text[error.start]!r}") from error
 
 
 def _check_split(split: str) -> None:
@@ -56,19 +98,32 @@ def documents(corpus: str, split: str) -> list[str]:
     _check_split(split)
     path = _path(corpus)
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                line = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'corpus {path}: line {number} is not a JSON object with a "text"') from error
-        texts.append(line.strip())
+    for number, line in enumerate(_read_text("corpus", path).split("\n"), 1):
+        if line.strip():
+            if path.suffix == ".jsonl":
+                line = _text_of(line, f"corpus {path}: line {number}")
+            texts.append(line.strip())
     chosen = [text for text in texts[SPLITS.index(split) :: 2] if text]
     if not chosen:
         raise ValueError(f"corpus {corpus!r} is empty: it has no {split} documents (it needs two documents or more)")
     return chosen
+
+
+def _text_of(line: str, what: str) -> str:
+    """The "text" of an object in a line of JSON."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f'{what} is not a JSON object with a "text"') from error
+    if not isinstance(text, str):
+        raise ValueError(f'{what} has a "text" that is {_kind(text)}')
+    _check_unicode(what, text)
+    return text
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, for messages."""
+    return "null" if value is None else f"of type {type(value).__name__}"
 
 
 def instruction_pairs(split: str, source: str = ALPACA) -> list[Pair]:
@@ -77,10 +132,7 @@ def instruction_pairs(split: str, source: str = ALPACA) -> list[Pair]:
     Raises ValueError for an unknown split or source, a file that holds no such pairs, or a split without any.
     """
     _check_split(split)
-    check_instructions(source)
-    if source != ALPACA and not Path(source).is_file():
-        raise ValueError(f"instructions: there is no file {source!r}")
-    path = Path(source) if source != ALPACA else next(fetch("corpora").rglob(PAIRS))
+    path = _pairs_path(source)
     pairs = list(dict.fromkeys(_pair(row, path, number) for number, row in enumerate(_rows(path), 1)))
     chosen = [pair for pair in pairs[SPLITS.index(split) :: 2] if pair.response]
     if not chosen:
@@ -89,56 +141,57 @@ def instruction_pairs(split: str, source: str = ALPACA) -> list[Pair]:
 
 
 def _rows(path: Path) -> list:
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = (
-            [json.loads(line) for line in text.split("\n") if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
-    except ValueError as error:
-        raise ValueError(f"instructions {path}: it is not JSON ({error})") from error
-    if not isinstance(rows, list):
+    text, lines = _read_text("instructions", path), path.suffix == ".jsonl"
+    parts = enumerate(text.split("\n"), 1) if lines else [(1, text)]
+    rows = []
+    for number, part in parts:
+        if part.strip() or not lines:
+            try:
+                rows.append(json.loads(part))
+            except (ValueError, RecursionError) as error:
+                at = number + getattr(error, "lineno", 1) - 1
+                why = getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else error)
+                raise ValueError(f"instructions {path}: line {at} is not JSON ({why})") from error
+    found = rows if lines else rows[0]
+    if not isinstance(found, list):
         raise ValueError(f"instructions {path}: it is not a JSON list of pairs")
-    return rows
+    return found
 
 
-def _pair(row: dict, path: Path, number: int) -> Pair:
-    try:
-        instruction = INPUT.join(filter(None, (row["instruction"].strip(), row.get("input", "").strip())))
-        return Pair(instruction, row["output"].strip())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'instructions {path}: entry {number} is no object with the texts "instruction" and "output"'
-        ) from error
-
-
-def conversation(tokenizer, pair: Pair) -> tuple[list[int], int]:
-    """The token ids of a pair, and how many of them come before the response, which ends with what closes it.
-
-    In the tokenizer's chat template, or in Alpaca's prompt where it has none.
-    """
-    if tokenizer.chat_template:
-        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-        messages = [{"role": "user", "content": pair.instruction}, {"role": "assistant", "content": mark}]
-        before, _, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)
-        response = pair.response + after.rstrip()
-    else:
-        given = ", paired with an input that provides further context" if INPUT in pair.instruction else ""
-        before = (
-            f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
-            f"request.\n\n### Instruction:\n{pair.instruction}\n\n### Response:"
-        )
-        response = pair.response + (tokenizer.eos_token or "")
-    special = not tokenizer.chat_template  # a template writes them itself
-    start = len(tokenizer(before, add_special_tokens=special).input_ids)
-    return tokenizer(before + response, add_special_tokens=special).input_ids, start
+def _pair(row: object, path: Path, number: int) -> Pair:
+    what = f"instructions {path}: entry {number}"
+    if not isinstance(row, dict):
+        raise ValueError(f'{what} is no object with the texts "instruction" and "output"')
+    given = {name: row.get(name) for name in ("instruction", "input", "output")}
+    if given["input"] is None:  # missing, or null as some files have it
+        given["input"] = ""
+    for name, text in given.items():
+        if not isinstance(text, str):
+            raise ValueError(f'{what} has no text "{name}"' + (f": it is {_kind(text)}" if name in row else ""))
+        _check_unicode(what, text)
+    instruction, further, response = (text.strip() for text in given.values())
+    return Pair(INPUT.join(filter(None, (instruction, further))), response)
 
 
 def evenly_spaced(count: int, available: int) -> Tensor:
     """The indices of `count` of `available` things, evenly spaced; of all where there are fewer."""
     count = min(count, available)
     return torch.arange(count) * available // count
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: a BOS token, of most models nothing. Every window begins so, every
+    prompt, and every text that the model writes."""
+    plain = plain_ids(tokenizer, "text")
+    whole = tokenizer("text").input_ids
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    return []
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 @functools.lru_cache(maxsize=8)
@@ -154,16 +207,25 @@ def _stream(corpus: str, version: str, tokenizer, split: str) -> Tensor:
 def windows(corpus: str, tokenizer, length: int, count: int | None, split: str) -> Tensor:
     """`count` windows [count, length] of token ids, evenly spaced over the split's documents joined by end-of-text.
 
-    They never overlap. count None: all there are. Raises ValueError where the split has fewer.
+    They never overlap. Each begins with what the tokenizer puts before a text (see `beginning`). count None: all there
+    are. Raises ValueError where the split has fewer.
     """
-    stream = _stream(corpus, sha256(corpus), tokenizer, split)
-    available = len(stream) // length
+    stream, first = _stream(corpus, sha256(corpus), tokenizer, split), beginning(tokenizer)
+    size = length - len(first)
+    if size < 1:
+        raise ValueError(f"length: {length} tokens are no more than the {len(first)} that every text begins with")
+    available = len(stream) // size
     count = available if count is None else count
     if count > available:
         raise ValueError(
             f"windows: {count} of {length} tokens are more than the {available} that {corpus!r} has for {split}"
         )
-    return stream[: available * length].view(available, length)[evenly_spaced(count, available)]
+    return begun(stream[: available * size].view(available, size)[evenly_spaced(count, available)], first)
+
+
+def begun(texts: Tensor, first: Sequence[int]) -> Tensor:
+    """Token ids [N, T] with those of `first` before each row."""
+    return torch.cat([torch.tensor(first, dtype=texts.dtype).expand(len(texts), -1), texts], 1) if first else texts
 
 
 CHUNK = 256  # tokens whose fp32 logits are held at once: 256 x 49,152 x 4 bytes = 50 MB

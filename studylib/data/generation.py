@@ -22,27 +22,21 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from studylib.config import CHAT, GREEDY, GREEDY_TOKENS, Sampling, write_whole, written_whole
 from studylib.data import models
+from studylib.data.corpora import begun
 
 TURNS = 2  # of a chat: the user's and the assistant's, each closed by an end token
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens of a sequence that the model takes; None where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Raise ValueError where a sequence of `length` tokens is longer than the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and length > context:
         raise ValueError(f"length: {length} tokens is longer than the model's context of {context}")
-
-
-def chat_opening(tokenizer) -> list[int]:
-    """Token ids of the chat template up to where the user's first message would begin: the opening of a chat.
-
-    Raises ValueError for a tokenizer without a chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"strategy: {CHAT!r} needs a chat template, and this model's tokenizer has none")
-    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-    return tokenizer(rendered.partition(mark)[0], add_special_tokens=False)["input_ids"]
 
 
 def _pick(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
@@ -61,9 +55,11 @@ def generate_sequences(
     settings: Sampling,
     seed: int,
     progress: Callable[[int], None] = lambda tokens: None,
+    end: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sequences that begin with the rows of start [B, S], decoded together: their token ids, joined, and lengths [B].
 
+    end: the tokenizer's end token, which ends them as those of the model's generation configuration do.
     progress is called with the number of tokens written at each step.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -75,7 +71,7 @@ def generate_sequences(
     if settings.strategy != GREEDY:
         choices = torch.tensor(GREEDY_TOKENS[settings.strategy], device=model.device)
         greedy_until = choices[torch.randint(len(choices), (rows,), generator=generator, device=model.device)]
-    ends = torch.tensor(_end_tokens(model), device=model.device)
+    ends = torch.tensor(_end_tokens(model, end), device=model.device)
     ends_left = torch.full_like(lengths, TURNS if settings.strategy == CHAT else 1)
     active = torch.arange(rows, device=model.device)  # rows still being written; the cache holds just these
     progress(start.numel())
@@ -108,9 +104,10 @@ def generate_sequences(
     return tokens[written].cpu(), lengths.cpu()
 
 
-def _end_tokens(model: PreTrainedModel) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+def _end_tokens(model: PreTrainedModel, end: int | None) -> list[int]:
+    own = model.generation_config.eos_token_id
+    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return ends if end is None or end in ends else [*ends, end]
 
 
 def _start_tokens(vocabulary: int, seed: int, first: int, count: int) -> Tensor:
@@ -121,15 +118,16 @@ def _start_tokens(vocabulary: int, seed: int, first: int, count: int) -> Tensor:
     return order[first : first + count, None]
 
 
-def _rows_wanted(lengths: Tensor, settings: Sampling) -> int:
+def _rows_wanted(lengths: Tensor, settings: Sampling, first: int = 0) -> int:
     """How many sequences the next batch decodes, after sequences of these lengths; 0 when there are enough tokens.
 
-    As many as give the missing tokens at the mean length so far, and twice the standard error of their sum more.
+    As many as give the missing tokens at the mean length so far, and twice the standard error of their sum more. What
+    all begin with, `first` tokens, is not counted.
     """
-    missing = settings.count * settings.length - int(lengths.sum())
+    missing = settings.count * (settings.length - first) - int(lengths.sum())
     if missing <= 0:
         return 0
-    mean, deviation = float(settings.length), 0.0
+    mean, deviation = float(settings.length - first), 0.0
     if len(lengths):
         mean, deviation = lengths.double().mean().item(), lengths.double().std(correction=0).item()
     rows = missing / mean
@@ -142,13 +140,17 @@ def generate_windows(
     folder: str | Path,
     opening: Sequence[int] = (),
     progress: Callable[[int], None] = lambda tokens: None,
+    *,
+    first: Sequence[int] = (),
+    end: int | None = None,
 ) -> Tensor:
     """Let the model write its own training text: token ids [settings.count, settings.length], int64.
 
     folder receives one `batch-NNNNN.npz` (token ids of its sequences joined, their lengths) per batch, each written
     whole, and `settings.json`: a killed run goes on after its last finished batch and ends with the same tokens, since
     a batch depends only on the settings and the batches before it.
-    opening: token ids that every chat begins with, see `chat_opening`.
+    opening: token ids that every chat begins with, see `chat_opening`. first: those that every text begins with (see
+    `beginning`): each sequence, which then goes on with a vocabulary id, and each window. end: see generate_sequences.
     progress is called with the number of tokens written at each step; a little more than the windows hold in all.
     Raises ValueError if the sequences are longer than the model's context, if the opening is missing for a chat, given
     for anything else or not shorter than the sequences, or if the folder was begun with other settings.
@@ -157,11 +159,15 @@ def generate_windows(
     if (settings.strategy == CHAT) != (len(opening) > 0):
         state = "given" if len(opening) else "missing"
         raise ValueError(f"opening: is {state}, but the strategy is {settings.strategy!r}; {CHAT!r} alone needs one")
-    if len(opening) >= settings.length:
-        raise ValueError(f"length: {settings.length} tokens leave no room after an opening of {len(opening)}")
+    for given in (opening, first):
+        if len(given) >= settings.length:
+            raise ValueError(f"length: {settings.length} tokens leave no room after an opening of {len(given)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written, described = folder / "settings.json", json.dumps(asdict(settings) | {"opening": list(opening)})
+    written, described = (
+        folder / "settings.json",
+        json.dumps(asdict(settings) | {"opening": list(opening)} | ({"first": list(first)} if first else {})),
+    )
     if written.exists() and written.read_text() != described:
         raise ValueError(f"{folder} was begun with {written.read_text()}, not {described}; use another folder")
     if not written.exists():
@@ -169,7 +175,8 @@ def generate_windows(
 
     vocabulary = model.config.get_text_config().vocab_size
     texts, lengths = [], torch.empty(0, dtype=torch.long)
-    while rows := _rows_wanted(lengths, settings):
+    held = len(first) if not opening or list(opening[: len(first)]) == list(first) else 0
+    while rows := _rows_wanted(lengths, settings, len(first)):
         path = folder / f"batch-{len(texts):05d}.npz"
         if path.exists():
             with np.load(path) as stored:
@@ -179,14 +186,23 @@ def generate_windows(
             if opening:
                 start = torch.tensor(opening).expand(rows, -1)
             else:
-                start = _start_tokens(vocabulary, settings.seed, len(lengths), rows)
+                start = begun(_start_tokens(vocabulary, settings.seed, len(lengths), rows), first)
             seed = int(np.random.SeedSequence([settings.seed, len(texts)]).generate_state(1)[0])
-            text, made = generate_sequences(model, start.to(model.device), settings, seed, progress)
+            text, made = generate_sequences(model, start.to(model.device), settings, seed, progress, end)
             with written_whole(path) as partial, partial.open("wb") as file:
                 np.savez(file, tokens=text.numpy().astype(np.int32), lengths=made.numpy())
-        texts.append(text)
-        lengths = torch.cat([lengths, made])
-    return torch.cat(texts)[: settings.count * settings.length].view(settings.count, settings.length)
+        texts.append(_without_first(text, made, held))
+        lengths = torch.cat([lengths, made - held])
+    size = settings.length - len(first)
+    return begun(torch.cat(texts)[: settings.count * size].view(settings.count, size), first)
+
+
+def _without_first(text: Tensor, lengths: Tensor, held: int) -> Tensor:
+    """Sequences, joined, without the first `held` tokens of each."""
+    begins = lengths.cumsum(0) - lengths
+    kept = torch.ones_like(text, dtype=torch.bool)
+    kept[(begins[:, None] + torch.arange(held)).flatten()] = False
+    return text[kept]
 
 
 NAME = "studylib_decoding"

@@ -1,15 +1,17 @@
 from . import memory
 from .memory import PURPOSES, TITLES, measure, plan, plan_text
-from .scores import TASKS, decoding_seconds, normal_error, score, weight_scores
+from .scores import TASKS, check_requests, decoding_seconds, normal_error, pair_requests, score, weight_scores
 
 __all__ = [
     "PURPOSES",
     "TASKS",
     "TITLES",
+    "check_requests",
     "decoding_seconds",
     "measure",
     "memory",
     "normal_error",
+    "pair_requests",
     "plan",
     "plan_text",
     "score",

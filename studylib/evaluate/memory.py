@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -219,23 +219,24 @@ def read_config(name: str) -> PreTrainedConfig:
         return CONFIGURATIONS[name]
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
-        try:
-            return AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"model: {name!r} holds no configuration that can be read ({first})") from error
+        return models.read_config(path)
     try:
         return models.load_config(name)
     except ValueError as error:
         raise ValueError(f"{error}; or, for a plan, a config.json or one of {', '.join(SHAPES)}") from error
 
 
-class _Yes(TorchDispatchMode):
-    """Answers 1 where a tensor without numbers is asked for one, as in "are all finite?"."""
+class _Answer(TorchDispatchMode):
+    """Answers where a tensor without numbers is asked yes or no: yes to "are all finite?" as a model is prepared, no to
+    "is this layer dropped?" as it is trained, which OPT asks."""
+
+    def __init__(self, answer: bool):
+        super().__init__()
+        self.answer = answer
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return self.answer
         return func(*args, **(kwargs or {}))
 
 
@@ -253,7 +254,7 @@ def _no_weights(config: PreTrainedConfig, format: Format | None) -> Iterator[Pre
         levels(format), scale_levels()  # they are cached, and must not be without numbers
     config = copy.deepcopy(config)
     config.dtype = torch.float32  # as models.load_model has it
-    with torch.device("meta"), _Yes():
+    with torch.device("meta"), _Answer(True):
         yield models.skeleton(config)
 
 
@@ -294,7 +295,7 @@ def plan(
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _Answer(False):
             model.to_empty(device="cpu").tie_weights()
             model.set_attn_implementation(FAKE_ATTENTION)
             memory = measure(model, batch, length, checkpointing=checkpointing, dtype=dtype)

@@ -22,6 +22,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from scipy.stats import shapiro
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -38,7 +39,18 @@ from studylib.config import (
     Format,
     check_tasks,
 )
-from studylib.data import Pair, autocast, cache_folder, conversation, evenly_spaced, fetch, instruction_pairs, models
+from studylib.data import (
+    Pair,
+    autocast,
+    beginning,
+    cache_folder,
+    context_length,
+    conversation,
+    evenly_spaced,
+    fetch,
+    instruction_pairs,
+    models,
+)
 from studylib.data import windows as corpus_windows
 from studylib.evaluate.memory import CONFIGURATIONS
 from studylib.evaluate.packing import log_likelihoods
@@ -117,11 +129,23 @@ def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> np
     return torch.cat(losses).cpu().numpy()
 
 
+def _without_end(tokenizer):
+    """The tokenizer, or a copy that puts no end token behind a text, where lm-eval would have an answer begin."""
+    first, plain = beginning(tokenizer), tokenizer("text", add_special_tokens=False).input_ids
+    if tokenizer("text").input_ids == first + plain:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(first)
+    special = list(zip(names, first, strict=True))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=[*names, "$A"], special_tokens=special)
+    return tokenizer
+
+
 class PackedLM(HFLM):
     """lm-eval's model, with log-likelihoods from packed rows instead of padded batches."""
 
     def __init__(self, pretrained: PreTrainedModel, tokenizer):
-        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=GENERATED)
+        super().__init__(pretrained=pretrained, tokenizer=_without_end(tokenizer), batch_size=GENERATED)
 
     @property
     def max_gen_toks(self) -> int:
@@ -144,6 +168,24 @@ class PackedLM(HFLM):
         return answers
 
 
+def pair_requests(
+    model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """The token ids of each pair before its response, and those of the response, cut after `length` tokens and at the
+    model's context. Raises ValueError where that leaves nothing of a response."""
+    length = min(PAIR_TOKENS if length is None else length, context_length(model) or PAIR_TOKENS)
+    requests = []
+    for number, pair in enumerate(pairs):
+        tokens, start = conversation(tokenizer, pair)
+        tokens = tokens[:length]
+        if start >= len(tokens):
+            raise ValueError(
+                f"length: {length} tokens hold nothing of the response of pair {number}, which starts after {start}"
+            )
+        requests.append((tokens[:start], tokens[start:]))
+    return requests
+
+
 def response_losses(
     model: PreTrainedModel, tokenizer, pairs: Sequence[Pair], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -155,19 +197,29 @@ def response_losses(
     Pairs are written as corpora.conversation does; what comes after `length` tokens is left out. Raises ValueError
     where that leaves nothing of a response.
     """
-    requests = []
-    for number, pair in enumerate(pairs):
-        tokens, start = conversation(tokenizer, pair)
-        tokens = tokens[:length]
-        if start >= len(tokens):
-            raise ValueError(
-                f"length: {length} tokens hold nothing of the response of pair {number}, which starts after {start}"
-            )
-        requests.append((tokens[:start], tokens[start:]))
+    requests = pair_requests(model, tokenizer, pairs, length)
     with autocast(model.device):
         answers = log_likelihoods(model, requests)
     tokens = np.array([float(len(response)) for _, response in requests])
     return np.array([-log_likelihood for log_likelihood, _ in answers]) / tokens, tokens
+
+
+def check_requests(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> None:
+    """Score one window, one pair and one benchmark request: ValueError for what cannot be scored of this model.
+
+    model: of the same architecture, and as small as you like but for its context.
+    """
+    if wanted.tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError("tasks: lm-eval needs a BOS or an EOS token, and this model's tokenizer has neither")
+    if tokenizer.eos_token_id is None and any(TASKS[task].metric == "exact_match" for task in wanted.tasks):
+        raise ValueError("tasks: answers end at EOS, and this model's tokenizer has none")
+    window_losses(model, torch.arange(wanted.length)[None] % model.config.get_text_config().vocab_size)
+    requests = [((1, 2, 3), (4, 5)), ((1, 2, 3), (6,))]  # which share a beginning
+    with autocast(model.device):
+        log_likelihoods(model, requests)
+    if wanted.tasks:
+        with _quiet():
+            PackedLM(model, tokenizer).tok_encode("Question:")
 
 
 def _arrow(folder: Path, split: str) -> str:

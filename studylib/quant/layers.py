@@ -120,6 +120,23 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
+def check_matrices(model: nn.Module) -> None:
+    """ValueError where `decoder_linears` does not see all matrices of a model as it is loaded: they lie in layers of
+    another kind, or in ones that may compute something else than nn.Linear."""
+    linears, name = decoder_linears(model), type(model).__name__
+    for key, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{name} has layers that are {type(linear).__name__} ({key}); use a decoder of nn.Linear")
+    seen = {*linears.values(), model.get_output_embeddings()}
+    for key, module in model.named_modules():
+        if module not in seen and not isinstance(module, nn.Embedding):
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.squeeze().ndim > 1:
+                    raise ValueError(
+                        f"{name} has a matrix outside of its nn.Linear layers ({key}.{own}), left as it is"
+                    )
+
+
 def is_projection(name: str, *wanted: str) -> bool:
     """Whether the layer of this name is one of `wanted`: "attn.v_proj" is a "v_proj", "attn.qkv_proj" is not."""
     return name.rpartition(".")[2] in wanted

@@ -62,6 +62,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         model=Path(name).name if Path(name).is_absolute() else name,
         note=records[0].provenance["model"]["note"],
+        text={"beginning": "", "date": ""} | records[0].provenance.get("text", {}),
         arm=records[0].arm,
         corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
         trained=_plainest([record.arm for record in records if record.arm.training]),

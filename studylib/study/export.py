@@ -213,7 +213,11 @@ def _write_adapter(arm: Arm, model: PreTrainedModel, base: str, folder: Path) ->
 
 def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
-    where = {"dtype": torch.float32, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
+    where = {
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+        "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
+    }
     with _without_bars():
         if kind == PEFT:
             from peft import PeftModel

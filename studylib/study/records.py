@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import ALPACA, CORPORA, Arm, RealText, file_sha256, versions, write_whole
+from studylib.config import ALPACA, CORPORA, Arm, RealText, versions, write_whole
 from studylib.methods import METHODS, Setting, find
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def contents(arm: Arm) -> dict[str, str]:
         names.append(arm.data.corpus)
     found |= {name: corpora.sha256(name) for name in names}
     if arm.instructions and arm.instructions.source != ALPACA:
-        found[arm.instructions.source] = file_sha256(Path(arm.instructions.source))
+        found[arm.instructions.source] = corpora.instructions_sha256(arm.instructions.source)
     return found
 
 

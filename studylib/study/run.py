@@ -22,87 +22,36 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studylib.config import (
-    ARCHIVE,
-    CHAT,
     LSQ,
     NOTHING,
     NUMERICS,
     OFF,
-    SYMMETRIC,
     Arm,
-    Evaluation,
     Log,
     RealText,
     Sampling,
     write_whole,
 )
-from studylib.data import chat_opening, check_length, corpora, fetch, models
+from studylib.data import TODAY, beginning, corpora, models, writes_date
 from studylib.evaluate import TASKS, decoding_seconds, score, weight_scores
-from studylib.methods import Method, Work, adapted_layers, find, title
+from studylib.methods import Method, Work, find, title
 from studylib.quant import (
     cache_bytes_per_token,
-    decoder_linears,
     keep_model,
     quantize_model,
     restore_model,
     stored_bytes,
 )
+from studylib.study.check import check
 from studylib.study.machine import environment, peak_memory
 from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
-from studylib.train import TrainingData, check_head, check_paging, encode, prepare, training_pairs
+from studylib.train import TrainingData, check_head, prepare
 
 TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
 GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average
 
 Progress = Callable[[int], None]
-
-
-def check(arm: Arm) -> None:
-    """Everything that can be wrong with an arm beyond its fields, found before any long work starts: ValueError."""
-    method = find(arm.method)
-    method.check(arm)
-    config = models.load_config(arm.model)  # which may write the weights first, so not under the meta device
-    with torch.device("meta"):
-        skeleton = models.skeleton(config)
-    if arm.adapter:
-        adapted_layers(skeleton, arm.adapter.layers)
-    if arm.instructions:
-        _check_instructions(arm.model, arm.instructions.source, arm.instructions.length)
-    if arm.format:
-        for linear in decoder_linears(skeleton).values():
-            arm.format.check_width(linear.in_features)
-    if arm.tuning and arm.tuning.paged:
-        check_paging()
-    method.check_model(arm, skeleton)
-    grid = SYMMETRIC if arm.scheme.grid == LSQ else arm.scheme.grid  # the same shapes, without a pass over data
-    quantize_model(skeleton, arm.bits, dataclasses.replace(arm.scheme, grid=grid))
-    for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
-        check_length(skeleton, length)
-    if isinstance(arm.data, RealText):
-        corpora.windows(arm.data.corpus, models.load_tokenizer(arm.model), arm.data.length, 1, "training")
-    elif arm.data and arm.data.strategy == CHAT:
-        chat_opening(models.load_tokenizer(arm.model))
-    _check_evaluation(arm.model, arm.evaluation)
-
-
-@functools.lru_cache(maxsize=8)
-def _check_instructions(model: str, source: str, length: int) -> None:
-    encode(models.load_tokenizer(model), training_pairs(source)[0], length)
-
-
-@functools.lru_cache(maxsize=8)
-def _check_evaluation(model: str, wanted: Evaluation) -> None:
-    tokenizer, rows = models.load_tokenizer(model), models.load_config(model).get_text_config().vocab_size
-    for corpus in wanted.corpora:
-        most = corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation").max()
-        if most >= rows:
-            raise ValueError(f"model: the tokenizer of {model!r} makes token {most}, but its embedding has {rows} rows")
-    pairs = len(corpora.instruction_pairs("evaluation")) if wanted.pairs else 0
-    if wanted.pairs > pairs:
-        raise ValueError(f"pairs: {wanted.pairs} are more than the {pairs} that are held out")
-    if wanted.tasks and wanted.source == ARCHIVE:
-        fetch("benchmarks")
 
 
 def carry_out(
@@ -127,9 +76,9 @@ def carry_out(
     with peak_memory() as peak:
         with phase("load"):
             work = _work_on(arm, store, keep_checkpoints, progress, phase)
-        identity, vocabulary = models.identity(arm.model), work.model.config.vocab_size
+        identity, vocabulary = models.identity(arm.model), work.model.config.get_text_config().vocab_size
         cache_bytes = cache_bytes_per_token(work.model, arm.bits, arm.scheme)
-        log = _deploy(method, work, store, progress)
+        log = _deploy(method, work, store, key, progress)
         if method.checks_weights:
             scores |= weight_scores(work.load(), work.model)
         if arm.decoding and arm.format:
@@ -149,6 +98,7 @@ def carry_out(
             metrics, found = ({}, {}) if diverged else score(work.model, work.tokenizer, arm.evaluation)
         tokens["evaluated"] = seen["tokens"]
     finite = all(map(math.isfinite, metrics.values())) and not diverged
+    _check_unchanged(arm, key)
     record = Record(
         key=key,
         arm=arm,
@@ -164,6 +114,7 @@ def carry_out(
             "numerics": numerics(arm),
             "contents": contents(arm),
             "model": identity | {"vocabulary": vocabulary},
+            "text": _text_description(work.tokenizer),
             "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
@@ -173,6 +124,23 @@ def carry_out(
     del work
     gc.collect()
     return record
+
+
+def _check_unchanged(arm: Arm, key: str) -> None:
+    """ValueError where a file that the arm names is another than when its key was made."""
+    if arm_key(arm) != key:
+        names = ", ".join(contents(arm))
+        raise ValueError(f"files were changed while {title(arm)} was computed from them ({names}); run it again")
+
+
+def _text_description(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What comes into the model's texts beside what they say: the text that each begins with, and the date."""
+    first, found = beginning(tokenizer), {}
+    if first:
+        found["beginning"] = tokenizer.decode(first)
+    if writes_date(tokenizer):
+        found["date"] = TODAY.strftime("%Y-%m-%d")
+    return found
 
 
 def _work_on(
@@ -203,11 +171,11 @@ def _work_on(
     )
 
 
-def _deploy(method: Method, work: Work, store: Store, progress: Progress) -> Log:
+def _deploy(method: Method, work: Work, store: Store, key: str, progress: Progress) -> Log:
     """Make of the loaded model what the arm is scored on. The log is empty where nothing was trained."""
     if work.arm.data:
         with work.phase("data"):
-            work.data = _prepare_data(work, store, progress)
+            work.data = _prepare_data(work, store, key, progress)
     alone = store.lock(f"adapter-{work.trained.stem}") if work.arm.tuning else contextlib.nullcontext()
     with alone:
         return method.apply(work) or Log([], [])
@@ -231,7 +199,7 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
         with tqdm(total=amount, unit="tok", unit_scale=True, disable=not amount, desc=title(arm), mininterval=2) as bar:
             told = functools.partial(advance, bar, amount)
             work = _work_on(arm, store, kept, told, lambda name: contextlib.nullcontext())
-            log = _deploy(find(arm.method), work, store, told)
+            log = _deploy(find(arm.method), work, store, key, told)
             advance(bar, amount, amount)
         if arm.budget and _converged(log):
             _keep(work, kept_model)
@@ -303,11 +271,12 @@ def data_lock(folder: Path) -> str:
     return f"data-{folder.name}"
 
 
-def _prepare_data(work: Work, store: Store, progress: Progress) -> TrainingData:
+def _prepare_data(work: Work, store: Store, key: str, progress: Progress) -> TrainingData:
     """The arm's windows, made once for all arms that share them."""
     arm = work.arm
     assert arm.data is not None
     folder = data_folder(arm, store)
+    _check_unchanged(arm, key)  # what is kept there must be of the model that was loaded
     states = folder / f"teacher_states-{NUMERICS['distillation'].number}.npy"
     teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
     with store.lock(data_lock(folder)):

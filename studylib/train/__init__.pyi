@@ -1,5 +1,5 @@
 from .distillation import TrainingData, check_head, held_out_windows, last_hidden, prepare, train_llm_qat
-from .finetuning import check_paging, encode, fine_tune, training_pairs
+from .finetuning import check_paging, encode, fine_tune, training_pairs, usable_length
 from .losses import label_loss
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "prepare",
     "train_llm_qat",
     "training_pairs",
+    "usable_length",
 ]

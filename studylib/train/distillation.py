@@ -25,7 +25,15 @@ from studylib.config import (
     write_whole,
     written_whole,
 )
-from studylib.data import chat_opening, check_length, corpora, generate_windows, models, text_statistics
+from studylib.data import (
+    beginning,
+    chat_opening,
+    check_length,
+    corpora,
+    generate_windows,
+    models,
+    text_statistics,
+)
 from studylib.quant import cast_parameters
 from studylib.train.losses import attention_loss, hidden_loss, label_loss, soft_logit_loss
 
@@ -296,7 +304,9 @@ def _windows(
     if isinstance(settings, RealText):
         return _real_windows(settings, tokenizer)
     opening = chat_opening(tokenizer) if settings.strategy == CHAT else ()
-    return generate_windows(model, settings, folder, opening, progress)
+    return generate_windows(
+        model, settings, folder, opening, progress, first=beginning(tokenizer), end=tokenizer.eos_token_id
+    )
 
 
 def _real_windows(settings: RealText, tokenizer) -> Tensor:

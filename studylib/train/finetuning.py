@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from studylib.config import Instructions, Log, Tuning
-from studylib.data import Pair, conversation, instruction_pairs
+from studylib.data import Pair, context_length, conversation, instruction_pairs
 from studylib.train.distillation import last_hidden
 from studylib.train.losses import label_loss
 
@@ -75,6 +75,13 @@ def response_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Ten
     return label_loss(hidden, model.get_output_embeddings().weight, labels[learned])
 
 
+def usable_length(model: PreTrainedModel, instructions: Instructions) -> int:
+    """Where rows are cut: at instructions.length, and at what the model's context holds with the padding."""
+    context = context_length(model)
+    whole = instructions.length if context is None else context // PADDED_TO_COMPILED * PADDED_TO_COMPILED
+    return min(instructions.length, whole)
+
+
 def fine_tune(
     model: PreTrainedModel,
     tokenizer,
@@ -100,10 +107,11 @@ def fine_tune(
         raise ValueError("the model has no parameters that require gradients; attach an adapter first")
     if settings.paged:
         check_paging()
-    rows = encode(tokenizer, pairs, instructions.length)
+    length = usable_length(model, instructions)
+    rows = encode(tokenizer, pairs, length)
     lengths = [len(row["tokens"]) for row in rows]
     examples = [rows[i] for i in random_order(lengths, settings.batch, instructions.seed)]
-    measured = encode(tokenizer, held_out, instructions.length) if held_out else []
+    measured = encode(tokenizer, held_out, length) if held_out else []
     measured.sort(key=lambda row: len(row["tokens"]))
     compiled = settings.steps >= COMPILED_STEPS and not settings.checkpointing
     if settings.checkpointing:
@@ -141,7 +149,6 @@ def fine_tune(
 VALIDATION_PAIRS = 8  # the last of the training split: for learning curves and learning rates, never trained on
 
 
-@functools.cache
 def training_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     """The pairs that are trained on, and those kept apart for validation. ValueError where none would be left."""
     pairs = instruction_pairs("training", source)

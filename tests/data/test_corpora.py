@@ -1,4 +1,3 @@
-import copy
 import json
 
 import numpy as np
@@ -7,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib.config.budgets import check_corpus
-from studylib.data import corpora, models
-from studylib.data.corpora import Pair, conversation, documents, instruction_pairs, windows
+from studylib.data import corpora
+from studylib.data.corpora import Pair, documents, instruction_pairs, windows
 
 
 @pytest.mark.parametrize("corpus", ["wikipedia", "c4"])
@@ -105,15 +104,6 @@ def test_malformed_instruction_files(tmp_path, content, named):
     with pytest.raises(ValueError, match=named) as caught:
         instruction_pairs("evaluation", str(tmp_path / "own.json"))
     assert "own.json" in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("template", [None, models.BYTE_TEMPLATE])
-def test_a_conversation_ends_with_the_response_and_what_closes_it(tiny_tokenizer, template):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = template
-    tokens, start = conversation(tokenizer, Pair("why?", "because"))
-    assert tokenizer.decode(tokens[start:]) == "because" + models.END
-    assert "why?" in tokenizer.decode(tokens[:start]) and "because" not in tokenizer.decode(tokens[:start])
 
 
 def test_bad_names_and_numbers(tiny_tokenizer):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from studylib.config.budgets import STRATEGIES, Sampling
-from studylib.data.generation import _rows_wanted, chat_opening, check_length, generate_windows
+from studylib.data.generation import _rows_wanted, check_length, generate_windows
+from studylib.data.prompts import chat_opening
 
 OPENING = [5, 9, 7]
 

@@ -30,7 +30,7 @@ from studylib.config.budgets import (
 )
 from studylib.config.numerics import NUMERICS
 from studylib.config.settings import ADAPTER_KINDS, GRIDS, INITS, MERGES, Adapter, Format, Grid, Scheme
-from studylib.data import corpora, generation, models
+from studylib.data import corpora, generation, models, prompts
 from studylib.quant import formats, grids, kernel, layers, learned, storage
 
 FILE = Path(__file__).with_name("numerics.json")
@@ -125,7 +125,7 @@ def of_corpora() -> Iterator[float]:
         pairs = corpora.instruction_pairs(split)
         yield from (len(pairs), sum(len(pair.instruction) for pair in pairs), sum(len(pair.response) for pair in pairs))
         for own in (tokenizer, plain, theirs):
-            found = [corpora.conversation(own, pair) for pair in pairs[:40]]
+            found = [prompts.conversation(own, pair) for pair in pairs[:40]]
             yield from (sum(len(ids) for ids, _ in found), sum(start for _, start in found))
             yield from summary(torch.tensor([token for ids, _ in found for token in ids]))
     yield from summary(_real_windows(RealText("c4", 40, 32, seed=3), tokenizer))
@@ -250,7 +250,7 @@ def of_generation() -> Iterator[float]:
             yield from map(float, windows.flatten())
         yield from corpora.text_statistics(model, windows).values()
     yield from map(float, generation._start_tokens(320, 3, 310, 20)[:, 0])
-    yield from map(float, generation.chat_opening(models.load_tokenizer("tiny-random")))
+    yield from map(float, prompts.chat_opening(models.load_tokenizer("tiny-random")))
 
 
 def trained_by(model: nn.Module, log: object, before: dict[str, Tensor]) -> Iterator[float]:

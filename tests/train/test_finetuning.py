@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from studylib.config.budgets import Instructions, Tuning
 from studylib.config.settings import Adapter
-from studylib.data.corpora import Pair, conversation, instruction_pairs
+from studylib.data.corpora import Pair, instruction_pairs
+from studylib.data.prompts import conversation
 from studylib.methods import attach
 from studylib.train.finetuning import (
     IGNORED,
