@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,10 +106,12 @@ def _results(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used."""
+    """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used, 130 after
+    Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
 
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _COMMANDS[options.command](options, arguments)
     except ValueError as error:
@@ -121,9 +124,16 @@ def main(arguments: list[str] | None = None) -> int:
         where = error.filename2 or error.filename  # what was to be replaced, if something was
         print(f"study: {where}: {error.strerror}" if where else f"study: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("study: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Stop as Ctrl-C does, so that helper processes and kernels are stopped as well."""
+    raise KeyboardInterrupt(number)
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
