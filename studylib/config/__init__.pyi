@@ -88,7 +88,7 @@ from .settings import (
     Scheme,
     in_bitsandbytes,
 )
-from .words import EMPTY, capital, listed, nats, number, percent, points, signed
+from .words import EMPTY, capital, listed, nats, number, percent, points, signed, tell
 
 __all__ = [
     "ADAPTED_4_BITS",
@@ -181,6 +181,7 @@ __all__ = [
     "seal_folder",
     "signed",
     "split_loss",
+    "tell",
     "usable",
     "versions",
     "write_whole",

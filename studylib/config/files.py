@@ -8,10 +8,11 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from studylib.config.words import tell
 
 SUMS = "SHA256SUMS"  # in a sealed folder: the digests of its files, as `sha256sum --check` reads them
 SEAL = ".sha256"  # a sealed file has its digest beside it, in a file of its name with this ending
@@ -67,7 +68,7 @@ def kept_if_possible(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        print(f"study: {what} is not kept ({error.strerror or error})", file=sys.stderr)
+        tell(f"{what} is not kept ({error.strerror or error})")
 
 
 def seal_folder(folder: Path) -> None:
@@ -89,7 +90,7 @@ def usable(path: Path) -> bool:
         return False
     damage = _damage(path)
     if damage:
-        print(f"study: {damage}; it is made again", file=sys.stderr)
+        tell(f"{damage}; it is made again")
         remove(path)
     return not damage
 

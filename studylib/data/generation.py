@@ -7,7 +7,6 @@ copies of it.
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,17 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config import CHAT, GREEDY, GREEDY_TOKENS, Sampling, remove_sealed, usable, write_whole, written_whole
+from studylib.config import (
+    CHAT,
+    GREEDY,
+    GREEDY_TOKENS,
+    Sampling,
+    remove_sealed,
+    tell,
+    usable,
+    write_whole,
+    written_whole,
+)
 from studylib.data import models
 
 TURNS = 2  # of a chat: the user's and the assistant's, each closed by an end token
@@ -165,7 +174,7 @@ def generate_windows(
     folder.mkdir(parents=True, exist_ok=True)
     written, described = folder / "settings.json", json.dumps(asdict(settings) | {"opening": list(opening)})
     if usable(written) and written.read_text() != described:
-        print(f"study: {folder} is not of the settings {described}; it is made again", file=sys.stderr)
+        tell(f"{folder} is not of the settings {described}; it is made again")
         remove_sealed(folder)
     if not written.exists():
         write_whole(written, described, sealed=True)

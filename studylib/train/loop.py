@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from studylib.config import SUMS, Budget, Log, kept_if_possible, remove, seal_folder, usable, written_whole
+from studylib.config import SUMS, Budget, Log, kept_if_possible, remove, seal_folder, tell, usable, written_whole
 from studylib.data import models
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
@@ -261,7 +260,7 @@ def last_checkpoint(folder: str | Path, budget: Budget) -> str | None:
         if usable(checkpoint):
             if _is_of(checkpoint, budget):
                 return str(checkpoint)
-            print(f"study: {checkpoint} is of another training; it is made again", file=sys.stderr)
+            tell(f"{checkpoint} is of another training; it is made again")
             remove(checkpoint)
     return None
 
