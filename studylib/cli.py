@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,10 +118,12 @@ def _results(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used."""
+    """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used, 130 after
+    Ctrl-C, 143 after SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
 
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _COMMANDS[options.command](options, arguments)
     except ValueError as error:
@@ -133,9 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
         where = error.filename2 or error.filename  # what was to be replaced, if something was
         _say(f"{where}: {error.strerror}" if where else error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _say("interrupted; the same command goes on from here")
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Stop as Ctrl-C does, so that helper processes and kernels are stopped as well."""
+    raise KeyboardInterrupt(number)
 
 
 def _say(what: object) -> None:

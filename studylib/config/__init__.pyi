@@ -42,7 +42,20 @@ from .budgets import (
     profile,
     split_loss,
 )
-from .files import file_sha256, seal_folder, usable, write_whole, written_whole
+from .files import (
+    SEAL,
+    SUMS,
+    file_sha256,
+    kept_if_possible,
+    kept_name,
+    remove,
+    remove_leftovers,
+    remove_sealed,
+    seal_folder,
+    usable,
+    write_whole,
+    written_whole,
+)
 from .numerics import NUMERICS, versions
 from .settings import (
     AFTER_ROTARY,
@@ -75,7 +88,7 @@ from .settings import (
     Scheme,
     in_bitsandbytes,
 )
-from .words import EMPTY, capital, listed, markdown, nats, number, percent, points, signed
+from .words import EMPTY, capital, listed, markdown, nats, number, percent, points, signed, tell
 
 __all__ = [
     "ADAPTED_4_BITS",
@@ -121,8 +134,10 @@ __all__ = [
     "PLAIN",
     "PROFILES",
     "REQUANTIZED",
+    "SEAL",
     "SHAPES",
     "SMOLLM2",
+    "SUMS",
     "SYMMETRIC",
     "SYMMETRIC_KL",
     "TASK_SOURCES",
@@ -152,6 +167,8 @@ __all__ = [
     "check_tasks",
     "file_sha256",
     "in_bitsandbytes",
+    "kept_if_possible",
+    "kept_name",
     "listed",
     "markdown",
     "nats",
@@ -159,9 +176,13 @@ __all__ = [
     "percent",
     "points",
     "profile",
+    "remove",
+    "remove_leftovers",
+    "remove_sealed",
     "seal_folder",
     "signed",
     "split_loss",
+    "tell",
     "usable",
     "versions",
     "write_whole",

@@ -20,7 +20,17 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config import CHAT, GREEDY, GREEDY_TOKENS, Sampling, write_whole, written_whole
+from studylib.config import (
+    CHAT,
+    GREEDY,
+    GREEDY_TOKENS,
+    Sampling,
+    remove_sealed,
+    tell,
+    usable,
+    write_whole,
+    written_whole,
+)
 from studylib.data import models
 from studylib.data.corpora import begun
 
@@ -147,13 +157,14 @@ def generate_windows(
     """Let the model write its own training text: token ids [settings.count, settings.length], int64.
 
     folder receives one `batch-NNNNN.npz` (token ids of its sequences joined, their lengths) per batch, each written
-    whole, and `settings.json`: a killed run goes on after its last finished batch and ends with the same tokens, since
-    a batch depends only on the settings and the batches before it.
+    whole and sealed, and `settings.json`: a killed run goes on after its last finished batch and ends with the same
+    tokens, since a batch depends only on the settings and the batches before it. A damaged batch is made again, and so
+    is all that is sealed in a folder of other settings.
     opening: token ids that every chat begins with, see `chat_opening`. first: those that every text begins with (see
     `beginning`): each sequence, which then goes on with a vocabulary id, and each window. end: see generate_sequences.
     progress is called with the number of tokens written at each step; a little more than the windows hold in all.
-    Raises ValueError if the sequences are longer than the model's context, if the opening is missing for a chat, given
-    for anything else or not shorter than the sequences, or if the folder was begun with other settings.
+    Raises ValueError if the sequences are longer than the model's context, or if the opening is missing for a chat,
+    given for anything else or not shorter than the sequences.
     """
     check_length(model, settings.length)
     if (settings.strategy == CHAT) != (len(opening) > 0):
@@ -164,21 +175,20 @@ def generate_windows(
             raise ValueError(f"length: {settings.length} tokens leave no room after an opening of {len(given)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written, described = (
-        folder / "settings.json",
-        json.dumps(asdict(settings) | {"opening": list(opening)} | ({"first": list(first)} if first else {})),
-    )
-    if written.exists() and written.read_text() != described:
-        raise ValueError(f"{folder} was begun with {written.read_text()}, not {described}; use another folder")
+    written = folder / "settings.json"
+    described = json.dumps(asdict(settings) | {"opening": list(opening)} | ({"first": list(first)} if first else {}))
+    if usable(written) and written.read_text() != described:
+        tell(f"{folder} is not of the settings {described}; it is made again")
+        remove_sealed(folder)
     if not written.exists():
-        write_whole(written, described)
+        write_whole(written, described, sealed=True)
 
     vocabulary = model.config.get_text_config().vocab_size
     texts, lengths = [], torch.empty(0, dtype=torch.long)
     held = len(first) if not opening or list(opening[: len(first)]) == list(first) else 0
     while rows := _rows_wanted(lengths, settings, len(first)):
         path = folder / f"batch-{len(texts):05d}.npz"
-        if path.exists():
+        if usable(path):
             with np.load(path) as stored:
                 text, made = torch.from_numpy(stored["tokens"]).long(), torch.from_numpy(stored["lengths"])
             progress(len(text))
@@ -189,8 +199,10 @@ def generate_windows(
                 start = begun(_start_tokens(vocabulary, settings.seed, len(lengths), rows), first)
             seed = int(np.random.SeedSequence([settings.seed, len(texts)]).generate_state(1)[0])
             text, made = generate_sequences(model, start.to(model.device), settings, seed, progress, end)
-            with written_whole(path) as partial, partial.open("wb") as file:
-                np.savez(file, tokens=text.numpy().astype(np.int32), lengths=made.numpy())
+            arrays = {"tokens": text.numpy().astype(np.int32), "lengths": made.numpy()}
+            size = sum(array.nbytes for array in arrays.values())
+            with written_whole(path, sealed=True, size=size) as partial, partial.open("wb") as file:
+                np.savez(file, **arrays)
         texts.append(_without_first(text, made, held))
         lengths = torch.cat([lengths, made - held])
     size = settings.length - len(first)

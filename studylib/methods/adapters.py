@@ -284,7 +284,7 @@ def _bf16(x: Tensor) -> Tensor:
 def save_trained(model: PreTrainedModel, log: Log, path: Path) -> None:
     """Write what was trained, and the log of that, to the safetensors file `path`, whole or not at all."""
     own = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    with written_whole(path) as partial:
+    with written_whole(path, sealed=True, size=sum(tensor.nbytes for tensor in own.values())) as partial:
         save_file(own, partial, {"log": json.dumps(dataclasses.asdict(log))})
 
 

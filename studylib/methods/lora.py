@@ -27,6 +27,8 @@ from studylib.config import (
     Format,
     Scheme,
     in_bitsandbytes,
+    kept_if_possible,
+    usable,
 )
 from studylib.methods.base import L4Q_PAPER, METHODS, PEFT, QLORA_PAPER, SIXTEEN_BITS, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS
@@ -124,7 +126,7 @@ class FineTuned(Method):
             tokens = None if work.data is None else work.calibration(CALIBRATION_WINDOWS)
             format = arm.format if "format" in self.needs else None
             attach(model, self, format=format, adapter=arm.adapter, seed=arm.seed, tokens=tokens)
-            if work.trained.exists():
+            if usable(work.trained):
                 log = load_trained(model, work.trained)
                 work.progress(arm.tuning.steps * arm.tuning.batch * arm.instructions.length)
             else:
@@ -141,7 +143,8 @@ class FineTuned(Method):
                     progress=work.progress,
                 )
                 if self.keeps_adapter:
-                    save_trained(model, log, work.trained)
+                    with kept_if_possible(f"the adapter of {arm.method} {arm.bits}"):
+                        save_trained(model, log, work.trained)
             if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):  # by its very last step
                 log = dataclasses.replace(log, steps=[*log.steps[:-1], log.steps[-1] | {"loss": math.nan}])
             if math.isfinite(log.steps[-1]["loss"]):

@@ -270,7 +270,7 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
     `original`, the model as it is loaded, in 16 bits; about what stored_bytes counts.
 
     How activations and the cache are rounded is not in the file, but for learned steps. Raises ValueError, and writes
-    nothing, where codes have diverged.
+    nothing, where codes have diverged, and OSError where the file cannot be written.
     """
     layers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -296,7 +296,8 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
         elif not torch.equal(kept := parameter.detach().to(dtype), before[name].detach().to(dtype)):
             tensors[name] = kept
     tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
-    with written_whole(path) as partial:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with written_whole(path, sealed=True, size=size) as partial:
         save_file(tensors, partial, {"layers": json.dumps(layers)})
 
 

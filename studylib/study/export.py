@@ -5,8 +5,6 @@ import dataclasses
 import gc
 import io
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from studylib.config import BITSANDBYTES, DORA, OFF, SYMMETRIC, Arm, Format, markdown, number
+from studylib.config import BITSANDBYTES, DORA, OFF, SYMMETRIC, Arm, Format, markdown, number, written_whole
 from studylib.data import models
 from studylib.evaluate import score
 from studylib.methods import (
@@ -61,9 +59,8 @@ def export_model(record: Record, store: Store, folder: Path) -> Exported:
         raise ValueError(f"output: {folder} {why}; give a new folder in one that exists")
     if models.identity(record.arm.model)["sha256"] != record.provenance["model"]["sha256"]:
         raise ValueError(f"record: {record.key} is of other weights than {record.arm.model} has now")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with written_whole(folder) as partial:
+        partial.mkdir()
         model, tokenizer = deployed(record.arm, store)
         base = model.name_or_path
         if kind == PEFT:
@@ -79,9 +76,6 @@ def export_model(record: Record, store: Store, folder: Path) -> Exported:
         size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         exported = Exported(kind, size, metrics)
         (partial / "README.md").write_text(_card(record, exported, base))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return exported
 
 

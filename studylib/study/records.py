@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,19 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import ALPACA, CORPORA, Arm, RealText, versions, write_whole
+from studylib.config import (
+    ALPACA,
+    CORPORA,
+    SEAL,
+    Arm,
+    RealText,
+    kept_name,
+    remove,
+    remove_leftovers,
+    tell,
+    versions,
+    write_whole,
+)
 from studylib.methods import METHODS, Setting, find
 
 if TYPE_CHECKING:
@@ -161,6 +171,7 @@ class Store:
         try:
             for name in self.PARTS:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.folder / name)
             probe = self.folder / "locks" / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
@@ -233,7 +244,7 @@ class Store:
             damage = str(error)
         aside = path.with_suffix(DAMAGED)
         os.replace(path, aside)
-        print(f"study: {damage}; it is kept as {aside.name}, and the arm is computed again", file=sys.stderr)
+        tell(f"{damage}; it is kept as {aside.name}, and the arm is computed again")
         return None
 
     def save(self, record: Record) -> Path:
@@ -259,13 +270,15 @@ def clean(results: Path, parts: Sequence[str]) -> dict[str, tuple[int, int, int]
     for part in parts:
         files = size = busy = 0
         for entry in sorted((results / part).glob("*")):
-            lock = FileLock(results / "locks" / f"{CLEANED[part]}{entry.stem}.lock")
+            if entry.name.endswith(SEAL) and entry.with_name(kept_name(entry)).exists():
+                continue  # goes with what it seals
+            lock = FileLock(results / "locks" / f"{CLEANED[part]}{kept_name(entry).partition('.')[0]}.lock")
             try:
                 with lock.acquire(blocking=False):
                     found = [path for path in [entry, *entry.rglob("*")] if path.is_file()]
                     size += sum(path.stat().st_size for path in found)
                     files += len(found)
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    remove(entry)
             except Timeout:
                 busy += 1
         freed[part] = (files, size, busy)

@@ -6,9 +6,7 @@ import functools
 import gc
 import json
 import math
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from filelock import Timeout
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +29,8 @@ from studylib.config import (
     Log,
     RealText,
     Sampling,
+    kept_if_possible,
+    usable,
     write_whole,
 )
 from studylib.data import TODAY, beginning, corpora, models, writes_date
@@ -191,7 +192,7 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
     key = arm_key(arm)
     kept_model, checkpoints = store.model_file(key), store.checkpoint_folder(key)
     with store.lock(key):
-        if kept_model.exists():
+        if usable(kept_model):
             return _restored(arm, kept_model), models.load_tokenizer(arm.model)
         kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.steps}").exists()
         set_seed(arm.seed)
@@ -224,10 +225,8 @@ def _converged(log: Log) -> bool:
 
 def _keep(work: Work, path: Path) -> None:
     """Keep the deployed model; where there is no room, say so and go on: the record is worth more."""
-    try:
+    with kept_if_possible(f"the model of {title(work.arm)}"):
         keep_model(work.model, work.load(), path)
-    except OSError as error:
-        print(f"study: the model of {title(work.arm)} is not kept ({error.strerror or error})", file=sys.stderr)
 
 
 def advance(bar: tqdm, end: int, tokens: int) -> None:
@@ -289,15 +288,20 @@ def _checkpoints(arm: Arm, store: Store) -> Path:
     """The folder of the arm's last checkpoint; an extended arm's begins with what the arm it extends has kept."""
     folder, budget = store.checkpoint_folder(arm_key(arm)), arm.budget
     assert budget is not None
-    if budget.extended_from and not folder.exists():
+    if budget.extended_from and not any(folder.glob("checkpoint-*")):
         *before, last = budget.extended_from
         shorter: dict[str, Any] = {
             name: own and dataclasses.replace(own, steps=last, extended_from=tuple(before))
             for name, own in (("training", arm.training), ("tuning", arm.tuning))
         }
-        kept = store.checkpoint_folder(arm_key(dataclasses.replace(arm, **shorter))) / f"checkpoint-{last}"
-        if kept.exists():
-            shutil.copytree(kept, folder / kept.name, copy_function=os.link)
+        key = arm_key(dataclasses.replace(arm, **shorter))
+        kept = store.checkpoint_folder(key) / f"checkpoint-{last}"
+        # What another process is writing just now is not waited for: to begin anew comes to the same end.
+        with contextlib.suppress(Timeout), store.lock(key).acquire(blocking=False):
+            if usable(kept):
+                from studylib.train import take_over  # Trainer's imports take seconds
+
+                take_over(kept, folder)
     return folder
 
 

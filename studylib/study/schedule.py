@@ -4,8 +4,11 @@ import contextlib
 import functools
 import gc
 import multiprocessing
+import multiprocessing.resource_tracker
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from studylib.config import Arm
+from studylib.config import Arm, remove
 from studylib.methods import find, title
 from studylib.study.machine import keep_freed_memory
 from studylib.study.records import Record, Store, arm_key
@@ -99,38 +102,79 @@ def _sharing_threads(helpers: int, arms: Sequence[Arm], *where: Any) -> Iterator
     processes = [spawn.Process(target=_help, args=(share, arms, *where), daemon=True) for _ in range(helpers)]
     try:
         torch.set_num_threads(share)
-        for process in processes:
-            process.start()
+        with _deaf_to_interrupts():
+            for process in processes:
+                process.start()
         yield
         for process in processes:
             process.join()
     finally:
         torch.set_num_threads(threads)
         for process in processes:
-            process.kill()
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started inside get no Ctrl-C, which goes to the whole group: this one stops them.
+
+    One that arrives meanwhile comes afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # starting it would take the mask away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent stops this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems without masks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however that ended; its arm is taken up again later."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, bar: tqdm) -> None:
     """Every arm once: first those that no other process is working on."""
     keep_freed_memory()
-    waiting, parent = list(arms), multiprocessing.parent_process()
-    while waiting and (parent is None or parent.is_alive()):
+    waiting = list(arms)
+    while waiting:
         with _locked(waiting, store) as arm:
             waiting.remove(arm)
             bar.set_description(title(arm))
             end = bar.n + planned_work(arm)
             if store.load(arm_key(arm)) is None:
-                store.save(carry_out(arm, store, keep_checkpoints, functools.partial(advance, bar, end)))
+                _save(carry_out(arm, store, keep_checkpoints, functools.partial(advance, bar, end)), store)
                 gc.freeze()  # what is left are libraries, half a second to walk through each time anew
                 if not keep_checkpoints:
                     shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
             advance(bar, end, end)
+
+
+def _save(record: Record, store: Store) -> None:
+    """Keep the record; where there is no room, in the place of its model, which can be made again."""
+    try:
+        store.save(record)
+    except OSError:
+        model = store.model_file(record.key)
+        if not model.exists():
+            raise
+        remove(model)
+        store.save(record)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 from .distillation import TrainingData, check_head, held_out_windows, last_hidden, prepare, train_llm_qat
 from .finetuning import check_paging, encode, fine_tune, training_pairs, usable_length
+from .loop import take_over
 from .losses import label_loss
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "label_loss",
     "last_hidden",
     "prepare",
+    "take_over",
     "train_llm_qat",
     "training_pairs",
     "usable_length",

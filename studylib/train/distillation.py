@@ -1,6 +1,7 @@
 """LLM-QAT: what a student is trained on, its teacher's outputs on that, and the training towards them."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from studylib.config import (
     Sampling,
     Training,
     split_loss,
+    usable,
     write_whole,
     written_whole,
 )
@@ -67,19 +69,21 @@ def keep_teacher_states(
 ) -> np.ndarray:
     """The teacher's last hidden states [N, T, D] (fp32) of windows [N, T], computed once, kept in the .npy file `path`.
 
-    Written whole or not at all; an existing file is opened as it is. Returns a read-only memory map.
+    Written whole or not at all, and sealed; a file that is there is opened as it is. Returns a read-only memory map.
     """
     path = Path(path)
-    if not path.exists():
+    if not usable(path):
         shape = (*windows.shape, teacher.get_output_embeddings().weight.shape[1])
-        with written_whole(path) as partial:
-            states = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        # One after the other, not through a memory map: that would end the process by a signal on a full disk.
+        with written_whole(path, sealed=True, size=4 * math.prod(shape)) as partial, partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
             for at in range(0, len(windows), batch):
                 tokens = windows[at : at + batch].to(teacher.device)
                 with models.autocast(teacher.device):
-                    states[at : at + batch] = last_hidden(teacher, tokens).float().cpu().numpy()
+                    states = last_hidden(teacher, tokens).float().cpu().numpy()
+                file.write(states.tobytes())
                 progress(tokens.numel())
-            states.flush()
     return np.load(path, mmap_mode="r")
 
 
@@ -263,10 +267,10 @@ def prepare(
     """
     windows = _windows(model, tokenizer, settings, folder, progress)
     kept = folder / "statistics.json"
-    if not kept.exists():
+    if not usable(kept):
         with models.autocast(model.device):
             found = text_statistics(model, windows)
-        write_whole(kept, json.dumps(found))
+        write_whole(kept, json.dumps(found), sealed=True)
     return TrainingData(
         windows,
         json.loads(kept.read_text()),

@@ -6,6 +6,7 @@ Trainer imports peft and bitsandbytes, which takes seconds: import this module w
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from studylib.config import Budget, Log
+from studylib.config import SUMS, Budget, Log, kept_if_possible, remove, seal_folder, tell, usable, written_whole
 from studylib.data import models
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
@@ -31,6 +33,7 @@ class _InOrder(Trainer):
     """transformers' Trainer on examples in their given order, which is random already, with Budget's schedule."""
 
     budget: Budget
+    run_dir: Path
 
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
@@ -38,6 +41,24 @@ class _InOrder(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.budget.rate)
         return self.lr_scheduler
+
+    def _get_output_dir(self, trial=None) -> str:
+        return str(self.run_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        """Trainer's own, whole and sealed, after which older ones are removed; a training goes on where it fails."""
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with kept_if_possible(str(checkpoint)), written_whole(checkpoint) as partial:
+            self.run_dir = partial.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            except RuntimeError as error:  # so torch.save tells of a full disk
+                raise OSError("torch could not write it; is the disk full?") from error
+            _sign(partial, checkpoint)
+        if checkpoint.exists():
+            for other in _checkpoints(checkpoint.parent):
+                if other != checkpoint:
+                    remove(other)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -164,7 +185,6 @@ def fit(
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
-        save_total_limit=1,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would wrap the model in DataParallel
 
@@ -184,9 +204,9 @@ def fit(
             data_collator=collate,
             callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, keep, progress)],
         )
-        trainer.budget = budget
+        trainer.budget, trainer.run_dir = budget, Path(folder)
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder, budget))
     finally:
         del model.forward
         for layer in layers:
@@ -207,15 +227,57 @@ def fit(
     )
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`, None where there is none; what a killed process left half is removed."""
-    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while checkpoints:
-        newest = checkpoints.pop()
+OWNER = "owner.txt"  # in a checkpoint: the folder, named by its training, and the name that it was made for
+
+
+def _sign(files: Path, checkpoint: Path) -> None:
+    """Have the files that will be `checkpoint` say so, and seal them."""
+    (files / OWNER).write_text(f"{checkpoint.parent.name}/{checkpoint.name}\n")
+    seal_folder(files)
+
+
+def take_over(kept: Path, folder: Path) -> None:
+    """Begin a training in `folder` with a checkpoint that another one has kept; its files are shared, if possible."""
+
+    def linked(source: str, target: str) -> None:
         try:
-            json.loads((newest / TRAINER_STATE_NAME).read_text())  # Trainer writes it last
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
-        else:
-            return str(newest)
+            os.link(source, target)
+        except OSError:  # a file system without links, or somebody else's file
+            shutil.copyfile(source, target)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / kept.name) as partial:
+        shutil.copytree(kept, partial, copy_function=linked, ignore=shutil.ignore_patterns(OWNER, SUMS))
+        _sign(partial, folder / kept.name)
+
+
+def last_checkpoint(folder: str | Path, budget: Budget) -> str | None:
+    """The newest checkpoint in `folder` that is whole and of this training, None where there is none.
+
+    What comes before it and is neither is removed, and a line says so.
+    """
+    for checkpoint in reversed(_checkpoints(Path(folder))):
+        if usable(checkpoint):
+            if _is_of(checkpoint, budget):
+                return str(checkpoint)
+            tell(f"{checkpoint} is of another training; it is made again")
+            remove(checkpoint)
     return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folder's checkpoints by their step: what time they are of says nothing."""
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def _is_of(checkpoint: Path, budget: Budget) -> bool:
+    """Whether a whole checkpoint was made for this folder, and of a training in these batches to this end."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    owner = (checkpoint / OWNER).read_text() if (checkpoint / OWNER).exists() else ""
+    return (
+        owner == f"{checkpoint.parent.name}/{checkpoint.name}\n"
+        and state["global_step"] <= budget.steps
+        and state["max_steps"] in (budget.steps, *budget.extended_from)
+        and state["train_batch_size"] == budget.batch
+    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from studylib.config.budgets import STRATEGIES, Sampling
+from studylib.config.files import SEAL
 from studylib.data.generation import _rows_wanted, check_length, generate_windows
 from studylib.data.prompts import chat_opening
 
@@ -206,11 +207,67 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_text(tiny_model, tmp_path):
     assert sum(told) >= whole.numel()
 
 
-def test_a_folder_of_other_settings_is_refused(tiny_model, tmp_path):
-    generate_windows(tiny_model, Sampling(count=2, length=8), tmp_path)
-    assert json.loads((tmp_path / "settings.json").read_text())["length"] == 8
-    with pytest.raises(ValueError, match="use another folder"):
-        generate_windows(tiny_model, Sampling(count=2, length=9), tmp_path)
+def test_a_folder_of_other_settings_is_made_again(tiny_model, tmp_path, capsys):
+    first, second = (Sampling(count=2, length=length) for length in (8, 9))
+    generate_windows(tiny_model, first, tmp_path / "a")
+    (tmp_path / "a" / "note.txt").write_text("somebody's")
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["length"] == 8
+    made = generate_windows(tiny_model, second, tmp_path / "a")
+    assert f"study: {tmp_path / 'a'} is not of the settings {{" in capsys.readouterr().err
+    assert torch.equal(made, generate_windows(tiny_model, second, tmp_path / "b"))
+    assert not capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "note.txt",
+        *(path.name for path in (tmp_path / "b").iterdir()),
+    }
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path):
+    path.write_bytes(path.with_name("batch-00000.npz").read_bytes())
+
+
+def with_its_seal(path):
+    for end in ("", SEAL):
+        source = path.with_name("batch-00000.npz" + end)
+        path.with_name(path.name + end).write_bytes(source.read_bytes())
+
+
+DAMAGES = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": flip,
+    "another": swap,
+    "another with its digest": with_its_seal,
+    "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "x").write_text("")),
+    "no digest": lambda path: path.with_name(path.name + SEAL).unlink(),
+    "flipped digest": lambda path: flip(path.with_name(path.name + SEAL)),
+    "a folder as digest": lambda path: (
+        path.with_name(path.name + SEAL).unlink(),
+        path.with_name(path.name + SEAL).mkdir(),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["batch-00001.npz", "settings.json"])
+def test_a_damaged_file_is_made_again_and_only_that(tiny_model, tmp_path, capsys, name, damage):
+    settings = Sampling(count=10, length=16, batch=4)
+    whole = generate_windows(tiny_model, settings, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if not path.name.startswith(name)}
+    DAMAGES[damage](tmp_path / name)
+    assert torch.equal(generate_windows(tiny_model, settings, tmp_path), whole)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"study: {tmp_path / name} ") and told.endswith("it is made again")
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

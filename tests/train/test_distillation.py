@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
@@ -205,7 +204,7 @@ def test_an_extended_training_goes_on_where_the_shorter_one_ended(fp32, tiny_mod
     longer = dataclasses.replace(SETTINGS, steps=10, extended_from=(6,))
     short, extended, at_once = (quantize_model(copy.deepcopy(tiny_model), "4-8-4") for _ in range(3))
     first = train_llm_qat(short, states, head, windows, SETTINGS, tmp_path / "kept", held_out=windows, keep=True)
-    shutil.copytree(tmp_path / "kept", tmp_path / "extended")
+    training_loop.take_over(tmp_path / "kept" / "checkpoint-6", tmp_path / "extended")
     told = []
     log = train_llm_qat(
         extended, states, head, windows, longer, tmp_path / "extended", held_out=windows, progress=told.append

@@ -1,13 +1,21 @@
 """The training loop: what a killed process leaves, and what is trained. What it teaches: test_distillation.py."""
 
 import copy
+import dataclasses
+import errno
+import os
+import resource
 import shutil
+import time
 
+import pytest
 import torch
 
 from studylib.config.budgets import Budget
+from studylib.config.files import SUMS
+from studylib.data import models
 from studylib.train import loop as training_loop
-from studylib.train.loop import fit, last_checkpoint
+from studylib.train.loop import fit, last_checkpoint, take_over
 
 BUDGET = Budget(steps=8, batch=2, learning_rate=1e-2)
 EXAMPLES = [{"tokens": torch.arange(8) + i} for i in range(16)]
@@ -21,20 +29,130 @@ def train(model, folder, budget=BUDGET, **settings):
     return fit(model, loss, EXAMPLES, budget, folder, tokens_per_step=16, **settings)
 
 
-def test_a_checkpoint_that_a_killed_process_left_half_is_not_used(fp32, tiny_model, tmp_path, monkeypatch):
-    whole, resumed = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
-    log = train(whole, tmp_path / "whole")
-    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", -1)
-    train(copy.deepcopy(tiny_model), tmp_path / "cut")
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with the checkpoint of step 7 of 8, as a kill in the last step leaves it; the whole training's log."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "compute_dtype", lambda: torch.float32)
+        patch.setattr(training_loop, "CHECKPOINT_SECONDS", -1)
+        log = train(models.load_model("tiny-random"), folder / "cut")
+        train(models.load_model("tiny-random"), folder / "shorter", dataclasses.replace(BUDGET, steps=7))
+    return folder, log
+
+
+@pytest.fixture
+def cut(fp32, killed, tmp_path):
+    """A copy of that checkpoint, and the log."""
+    folder, log = killed
+    shutil.copytree(folder / "cut", tmp_path / "cut")
     (kept,) = (tmp_path / "cut").iterdir()
-    for step, state in (("10", b""), ("11", b'{"epoch": 1'), ("12", None)):
-        half = shutil.copytree(kept, tmp_path / "cut" / f"checkpoint-{step}") / "trainer_state.json"
-        half.unlink() if state is None else half.write_bytes(state)
+    assert kept.name == "checkpoint-7"
+    return kept, log
+
+
+def resumed(model, folder, **changes):
+    """The log of a training in the folder, and the step that it began at."""
     told = []
-    assert train(resumed, tmp_path / "cut", progress=told.append) == log
-    assert told[0] == 7 * 16  # the last step leaves none
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert last_checkpoint(tmp_path / "cut") is not None and last_checkpoint(tmp_path / "nowhere") is None
+    log = train(copy.deepcopy(model), folder, dataclasses.replace(BUDGET, **changes), progress=told.append)
+    return log, told[0] // 16
+
+
+def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(cut, tiny_model, capsys):
+    kept, log = cut
+    newer = shutil.copytree(kept, kept.with_name("checkpoint-8"))
+    (newer / SUMS).unlink()
+    assert resumed(tiny_model, kept.parent) == (log, 7)
+    assert "checkpoint-8 was not finished: it has no digest; it is made again" in capsys.readouterr().err
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "owner.txt", SUMS)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["gone", "half", "flipped", "a folder", "of another step"])
+def test_a_checkpoint_that_is_not_as_it_was_written_is_no_checkpoint(cut, killed, capsys, name, damage):
+    kept, _ = cut
+    assert {path.name for path in kept.iterdir()} == set(FILES)
+    file = kept / name
+    content = file.read_bytes()
+    if damage == "of another step":
+        other = (killed[0] / "shorter" / "checkpoint-6" / name).read_bytes()
+        if name == "rng_state.pth":  # this training draws no random numbers
+            assert other == content
+            return
+        file.write_bytes(other)
+    else:
+        file.unlink()
+        if damage == "a folder":
+            file.mkdir()
+        elif damage != "gone":
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            file.write_bytes(content[:middle] if damage == "half" else flipped)
+    assert last_checkpoint(kept.parent, BUDGET) is None and not kept.exists()
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"study: {kept}") and told.endswith("it is made again")
+
+
+@pytest.mark.parametrize("changes", [{"steps": 6}, {"steps": 9}, {"batch": 4}])
+def test_a_checkpoint_of_another_budget_is_not_taken(cut, tiny_model, tmp_path, capsys, changes):
+    fresh, _ = resumed(tiny_model, tmp_path / "fresh", **changes)
+    assert resumed(tiny_model, tmp_path / "cut", **changes) == (fresh, 0)
+    told = f"study: {tmp_path / 'cut' / 'checkpoint-7'} is of another training; it is made again\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_checkpoint_of_another_folder_or_step_is_not_taken(cut, tmp_path):
+    kept, _ = cut
+    for other in ("elsewhere/checkpoint-7", "cut/checkpoint-8"):
+        shutil.copytree(kept, tmp_path / other)
+        assert last_checkpoint((tmp_path / other).parent, BUDGET) == (str(kept) if kept.parent.name in other else None)
+    assert last_checkpoint(kept.parent, dataclasses.replace(BUDGET, steps=9, extended_from=(8,))) == str(kept)
+    assert last_checkpoint(tmp_path / "nowhere", BUDGET) is None
+
+
+def test_an_extended_training_takes_over_what_was_kept(fp32, tiny_model, tmp_path, monkeypatch):
+    train(copy.deepcopy(tiny_model), tmp_path / "kept", keep=True)
+    whole, _ = resumed(tiny_model, tmp_path / "whole", steps=10, extended_from=(8,))
+    take_over(tmp_path / "kept" / "checkpoint-8", tmp_path / "longer")
+    first, second = (tmp_path / name / "checkpoint-8" / "optimizer.pt" for name in ("kept", "longer"))
+    assert first.samefile(second)
+    assert resumed(tiny_model, tmp_path / "longer", steps=10, extended_from=(8,)) == (whole, 8)
+
+    def unlinkable(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unlinkable)
+    take_over(tmp_path / "kept" / "checkpoint-8", tmp_path / "copied")
+    assert resumed(tiny_model, tmp_path / "copied", steps=10, extended_from=(8,)) == (whole, 8)
+
+
+def test_an_older_checkpoint_with_a_time_in_the_future_goes(cut, tiny_model, tmp_path):
+    kept, log = cut
+    ahead = time.time() + 10**6
+    for path in (kept, *kept.iterdir()):
+        os.utime(path, (ahead, ahead))
+    assert train(copy.deepcopy(tiny_model), kept.parent, keep=True) == log
+    assert [path.name for path in kept.parent.iterdir()] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch"])
+def test_a_disk_too_full_for_a_checkpoint_costs_the_checkpoint_only(cut, tiny_model, tmp_path, capsys, writer):
+    """The limit of a file's size stands for the disk: the error of each writer is the same but for its number."""
+    _, log = cut
+    sizes = {file.name: file.stat().st_size for file in cut[0].iterdir()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = sizes["model.safetensors"] + (1000 if writer == "torch" else -1000)
+    assert sizes["optimizer.pt"] > most
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        assert train(copy.deepcopy(tiny_model), tmp_path / "full", keep=True) == log
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "full").iterdir())
+    reason = "File too large" if writer == "safetensors" else "torch could not write it; is the disk full?"
+    assert f"study: {tmp_path / 'full' / 'checkpoint-8'} is not kept ({reason})" in capsys.readouterr().err
 
 
 def test_only_what_requires_gradients_is_trained_and_kept(fp32, tiny_model, tmp_path):
