@@ -38,7 +38,7 @@ from studylib.config import (
     Format,
     check_tasks,
 )
-from studylib.data import Pair, autocast, cache_folder, conversation, evenly_spaced, fetch, instruction_pairs, models
+from studylib.data import Pair, autocast, conversation, evenly_spaced, fetch, instruction_pairs, models
 from studylib.data import windows as corpus_windows
 from studylib.evaluate.memory import CONFIGURATIONS
 from studylib.evaluate.packing import log_likelihoods
@@ -193,7 +193,7 @@ def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
             "tag": None,
             "dataset_path": "arrow",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": str(cache_folder() / "datasets")},
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "datasets")},
             "training_split": None,
             "validation_split": None,
             "test_split": None,
