@@ -1,4 +1,6 @@
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -42,19 +44,61 @@ def test_own_files(tmp_path, tiny_tokenizer):
     assert windows(str(tmp_path / "own.txt"), tiny_tokenizer, 5, 2, "evaluation").shape == (2, 5)
 
 
+def jsonl(*texts):
+    return "\n".join(json.dumps({"text": text}) for text in texts)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", "", "is empty"),
+        ("a.txt", "\n\n", "is empty"),
         ("a.txt", "only one\n", "is empty"),
-        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', "line 2 is not a JSON object"),
-        ("a.jsonl", '{"text": "x"}\nnot json\n', "line 2 is not a JSON object"),
+        ("a.jsonl", jsonl("x") + '\n{"txt": "y"}\n', "line 2 is not a JSON object"),
+        ("a.jsonl", jsonl("x") + "\nnot json\n", "line 2 is not a JSON object"),
+        ("a.jsonl", jsonl("x", "y") + '\n{"text": "z', "line 3 is not a JSON object"),
+        ("a.jsonl", jsonl("x") + "\n" + "[" * 100_000, "line 2 is not a JSON object"),
+        ("a.jsonl", "[1, 2]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", '"text"\n', "line 1 is not a JSON object"),
+        ("a.jsonl", '{"text": 1' + "0" * 5000 + "}", "line 1 is not a JSON object"),
+        ("a.jsonl", jsonl("x", None), 'line 2 has a "text" that is null'),
+        ("a.jsonl", jsonl("x", 5), 'line 2 has a "text" that is of type int'),
+        ("a.jsonl", jsonl("x", ["y"]), 'line 2 has a "text" that is of type list'),
+        ("a.jsonl", jsonl("x", "y\ud800"), "line 2 holds half a character"),
+        ("a.txt", "a\nb\ncafé\n".encode("latin-1"), r"line 3 is not UTF-8 \(byte 0xe9\)"),
+        ("a.txt", "a\nb\n".encode("utf-16"), r"line 1 is not UTF-8 \(byte 0xff\)"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
         documents(str(tmp_path / name), "training")
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.txt", "one\ntwo\n"), ("a.jsonl", jsonl("one", "two"))):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert documents(str(tmp_path / name), "evaluation") == ["one"]
+    rows = [{"instruction": f"q{i}", "input": None, "output": f"a{i}"} for i in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    assert instruction_pairs("evaluation", str(tmp_path / "a.json")) == [Pair("q0", "a0")]  # null is no input
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    for name, use, kind in (
+        ("a.txt", documents, "corpus"),
+        ("a.jsonl", documents, "corpus"),
+        ("a.json", instruction_pairs, "instructions"),
+    ):
+        path = str(tmp_path / name)
+        make(path)
+        arguments = (path, "training") if use is documents else ("training", path)
+        with pytest.raises(ValueError, match=re.escape(f"{kind}: {path!r} is no file of text")):
+            use(*arguments)
+    with pytest.raises(ValueError, match=r"instructions: .* is no file of text"):
+        corpora.instructions_sha256(str(tmp_path / "a.json"))
 
 
 @pytest.fixture
@@ -90,18 +134,27 @@ def test_own_instruction_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "it is not JSON"),
-        ("{", "it is not JSON"),
+        ("", "line 1 is not JSON"),
+        ("{", "line 1 is not JSON"),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instru', "line 3 is not JSON"),
+        ("[" * 100_000, "line 1 is not JSON (nested too deeply)"),
         ("3", "it is not a JSON list"),
+        ("null", "it is not a JSON list"),
         ("[]", "it has no pairs for evaluation"),
         ("[3]", "entry 1 is no object"),
-        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "entry 2 is no object"),
-        ('[{"instruction": 1, "output": ""}]', "entry 1 is no object"),
+        ('[["a"], ["b"]]', "entry 1 is no object"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', 'entry 2 has no text "output"'),
+        ('[{"instruction": 1, "output": ""}]', 'entry 1 has no text "instruction": it is of type int'),
+        ('[{"instruction": "a", "output": 5}]', 'entry 1 has no text "output": it is of type int'),
+        ('[{"instruction": "a", "output": null}]', 'entry 1 has no text "output": it is null'),
+        ('[{"instruction": "a", "input": ["x"], "output": "b"}]', 'entry 1 has no text "input": it is of type list'),
+        ('[{"instruction": "a", "input": 0, "output": "b"}]', 'entry 1 has no text "input": it is of type int'),
+        ('[{"instruction": "a\\ud800", "output": "b"}]', "entry 1 holds half a character"),
     ],
 )
 def test_malformed_instruction_files(tmp_path, content, named):
     (tmp_path / "own.json").write_text(content)
-    with pytest.raises(ValueError, match=named) as caught:
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
         instruction_pairs("evaluation", str(tmp_path / "own.json"))
     assert "own.json" in str(caught.value) and "\n" not in str(caught.value)
 

@@ -118,6 +118,38 @@ def test_an_opening_where_it_does_not_belong_is_refused(strategy, opening, messa
     assert not (tmp_path / "data").exists()
 
 
+def test_each_window_and_each_text_begins_with_what_the_tokenizer_puts_there(fp32, tiny_model, tmp_path):
+    ends = ending_often(tiny_model)
+    settings = Sampling(count=40, length=25, strategy="sampled")
+    made = generate_windows(tiny_model, settings, tmp_path / "bos", first=[318, 319])
+    assert made.shape == (40, 25) and made[:, :2].tolist() == [[318, 319]] * 40
+    texts = sequences(made[:, 2:], 23, ends)[:-1]  # what follows, joined, is cut as ever
+    starts = [text[0] for text in texts]
+    assert len(set(starts[:320])) == min(len(starts), 320) > 40
+    with np.load(tmp_path / "bos" / "batch-00000.npz") as stored:
+        at = np.cumsum(stored["lengths"]) - stored["lengths"]
+        assert (stored["tokens"][at[:, None] + [0, 1]] == [318, 319]).all()  # as the model saw them
+    assert torch.equal(generate_windows(tiny_model, settings, tmp_path / "bos", first=[318, 319]), made)
+    with pytest.raises(ValueError, match="was begun with"):
+        generate_windows(tiny_model, settings, tmp_path / "bos")
+    chat = Sampling(count=20, length=40, strategy="chat")
+    for opening, name in (([318, 319, *OPENING], "with"), (OPENING, "without")):  # a template may write them or not
+        made = generate_windows(tiny_model, chat, tmp_path / name, opening, first=[318, 319])
+        assert made[:, :2].tolist() == [[318, 319]] * 20
+        assert made[0, 2:5].tolist() == OPENING and (made[:, 2:] == 319).sum() < 10
+
+
+def test_texts_end_at_the_tokenizers_end_as_well(fp32, tiny_model, tmp_path):
+    tiny_model.generation_config.eos_token_id = None
+    end = int(tiny_model(torch.tensor([OPENING])).logits[0, -1].argmax())
+    settings = Sampling(count=2, length=64, strategy="chat", top_k=1)
+    whole = generate_windows(tiny_model, settings, tmp_path / "whole", OPENING)
+    ended = generate_windows(tiny_model, settings, tmp_path / "ended", OPENING, end=end)
+    turns = [i for i, token in enumerate(whole[0].tolist()) if i >= len(OPENING) and token == end]
+    expected = whole[0, : turns[1] + 1].tolist()
+    assert ended.flatten().tolist() == (expected * 128)[:128]
+
+
 def test_samples_follow_the_models_distribution(fp32, tiny_model, tmp_path):
     made = generate_windows(
         tiny_model, Sampling(count=320 * 40, length=2, strategy="sampled", top_k=0, batch=2560), tmp_path

@@ -152,10 +152,11 @@ def test_weights_that_are_not_there_are_not_made_up(own_model):
     for changed in (None, whole[name][:8].clone()):
         tensors = {own: tensor for own, tensor in whole.items() if own != name}
         save_file(tensors if changed is None else tensors | {name: changed}, file, {"format": "pt"})
-        with pytest.raises(ValueError, match=f"lack 1 of the weights .* another shape: {name}"):
+        shown = "lack 1 of the weights that its config.json describes: " if changed is None else "model: "
+        with pytest.raises(ValueError, match=shown + name):
             models.load_model(str(own_model))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"could not be read .*incomplete"):
+    with pytest.raises(ValueError, match=r"is not a whole safetensors file .*incomplete"):
         models.load_model(str(own_model))
 
 
@@ -191,29 +192,12 @@ def test_results_of_weights_that_were_replaced_are_not_mixed(own_model, tmp_path
     assert len(list((tmp_path / "results" / "records").glob("*.json"))) == 2  # both are kept
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_every_file_of_a_folder_that_is_read_counts_as_its_contents(own_model, name):
-    before, weights = models.contents(str(own_model)), models.identity(str(own_model))["sha256"]
-    assert models.contents("smollm2-135m") is None and models.contents("tiny-random") is None
-    (own_model / "notes.md").write_text("not read by anyone")
-    assert models.contents(str(own_model)) == before
-    with (own_model / name).open("a") as file:
-        file.write("\n")
-    assert models.contents(str(own_model)) != before and models.identity(str(own_model))["sha256"] == weights
-
-
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json"):
         models.load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no \*.safetensors"):  # pickled weights are never read
         models.load_model(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="could not be read"):
-        models.load_tokenizer(str(tmp_path))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="could not be read"):
-        models.load_config(str(tmp_path))
 
 
 def test_a_local_folder_means_the_same_from_anywhere(tmp_path, monkeypatch):
