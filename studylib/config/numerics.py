@@ -30,7 +30,8 @@ NUMERICS = {
     "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
     # NormalFloat, 4-bit floats, integers in groups, double quantization
     "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
-    "generation": Version(1, FIRST),  # text that the model writes itself
+    # text that the model writes itself
+    "generation": Version(2, "texts begin with BOS where the tokenizer puts one; a chat's turns end at its EOS, too"),
     "training": Version(1, FIRST),  # the loop: optimizer, schedule, order
     "distillation": Version(1, FIRST),  # losses towards the teacher, LLM-QAT
     "fine-tuning": Version(1, FIRST),  # adapters, instruction pairs in batches, merging
