@@ -52,6 +52,7 @@ from .files import (
     remove_leftovers,
     remove_sealed,
     seal_folder,
+    tell,
     usable,
     write_whole,
     written_whole,
@@ -88,7 +89,7 @@ from .settings import (
     Scheme,
     in_bitsandbytes,
 )
-from .words import EMPTY, capital, listed, markdown, nats, number, percent, points, signed, tell
+from .words import EMPTY, capital, listed, markdown, nats, number, percent, points, signed
 
 __all__ = [
     "ADAPTED_4_BITS",

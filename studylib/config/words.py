@@ -1,6 +1,5 @@
-"""Numbers, lists and messages in words, the same everywhere."""
+"""Numbers and lists in words, the same everywhere."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,10 +55,3 @@ def capital(text: str) -> str:
 def listed(texts: Sequence[str]) -> str:
     """In a sentence: "a", "a and b", "a, b and c"."""
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
-
-
-def tell(message: str) -> None:
-    """Print the line "study: message" to stderr, where a progress bar may be: above it."""
-    from tqdm import tqdm  # not for those who are told nothing
-
-    tqdm.write(f"study: {message}", file=sys.stderr)

@@ -280,7 +280,9 @@ def _prepare_data(work: Work, store: Store, key: str, progress: Progress) -> Tra
     teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
     with store.lock(data_lock(folder)):
         data = prepare(work.model, work.tokenizer, arm.data, arm.training, folder, states, teacher, progress)
-        write_whole(folder / "provenance.json", json.dumps(_data_description(arm) | environment(), indent=1))
+        told = folder / "provenance.json"  # for people: nothing reads it
+        with kept_if_possible(str(told)):
+            write_whole(told, json.dumps(_data_description(arm) | environment(), indent=1))
     return data
 
 

@@ -42,6 +42,11 @@ class _InOrder(Trainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.budget.rate)
         return self.lr_scheduler
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # From a checkpoint of its end Trainer would take one more step (findings/trainer-resumed-at-its-end.sh).
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial=None) -> str:
         return str(self.run_dir)
 

@@ -1,6 +1,8 @@
 """What is kept of a trained arm: its deployed model, packed, so that nothing is trained again; and its removal."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,3 +100,28 @@ def test_list_says_what_is_kept_and_clean_what_it_frees(tmp_path, capsys):
     assert store.model_file(records[0].key).exists() and torch.isfinite(model(torch.arange(8)[None]).logits).all()
     assert main(["clean", "--results", str(tmp_path / "none")]) == 2
     assert "none holds no records" in capsys.readouterr().err
+
+
+def test_clean_removes_what_dead_processes_left_and_nothing_that_is_being_written(tmp_path, capsys):
+    """Also what another machine left, which a lock tells from what it still writes."""
+    store, key = Store(tmp_path), arm_key(TRAINED["llm-qat"])
+    left = tmp_path / "models" / f".partial-{'0' * 8}-1-{key}.safetensors"
+    left.mkdir()
+    (left / "x").write_bytes(bytes(10**6))
+    seal = tmp_path / "models" / f"{key}.safetensors.sha256"
+    seal.write_text("a digest without its file")
+    with store.lock(key):
+        assert main(["clean", "--results", str(tmp_path)]) == 0
+    assert "models: 0 files, 0.0 MB; 2 in use are left" in capsys.readouterr().out
+    assert main(["clean", "--results", str(tmp_path)]) == 0
+    assert "models: 2 files, 1.0 MB" in capsys.readouterr().out and not list((tmp_path / "models").iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_when_the_folder_is_used_again(tmp_path):
+    Store(tmp_path)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = tmp_path / "data" / "0123" / f".partial-{int(gone.stdout)}-teacher_states-1.npy"
+    left.parent.mkdir()
+    left.write_text("half")
+    Store(tmp_path)
+    assert not left.exists() and left.parent.exists()

@@ -128,6 +128,16 @@ def test_an_extended_training_takes_over_what_was_kept(fp32, tiny_model, tmp_pat
     assert resumed(tiny_model, tmp_path / "copied", steps=10, extended_from=(8,)) == (whole, 8)
 
 
+def test_a_finished_training_takes_no_step_more(fp32, tiny_model, tmp_path):
+    """Its examples are not used up; so a process that was killed before it could keep the result finds it."""
+    budget = dataclasses.replace(BUDGET, steps=5)
+    whole, again = (copy.deepcopy(tiny_model) for _ in range(2))
+    log = train(whole, tmp_path / "c", budget, keep=True)
+    assert train(again, tmp_path / "c", budget, keep=True) == log and len(log.steps) == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["checkpoint-5"]
+
+
 def test_an_older_checkpoint_with_a_time_in_the_future_goes(cut, tiny_model, tmp_path):
     kept, log = cut
     ahead = time.time() + 10**6

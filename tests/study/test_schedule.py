@@ -1,0 +1,86 @@
+"""Helper processes: they end with the process that started them, however that ends, and nobody hears of it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from studylib.study.records import Store
+
+SCRIPT = """
+import dataclasses, sys
+from studylib import cli
+from studylib.config.budgets import Evaluation, profile
+from studylib.methods.arms import build_arm
+from studylib.study import schedule
+
+budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=4, length=32))
+short = build_arm(budget, "tiny-random", "rtn", "4-8-4")
+long = [build_arm(budget, "tiny-random", "llm-qat", "4-8-4", seed, training={"steps": 10**5}) for seed in (0, 1)]
+
+
+def both(options, arguments):
+    schedule.run([short], sys.argv[1])
+    schedule.run(long, sys.argv[1], jobs=2)
+
+
+cli._COMMANDS["list"] = both
+sys.exit(cli.main(["list"]))
+"""
+
+
+def is_helper(process):
+    with contextlib.suppress(psutil.NoSuchProcess):  # or one that has ended
+        return "spawn_main" in " ".join(process.cmdline())
+    return False
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A process that has finished one record and has started a helper for two arms that take for ever."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    helpers = []
+    try:
+        while not helpers:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+            helpers = [own for own in psutil.Process(process.pid).children() if is_helper(own)]
+        yield process, helpers
+    finally:
+        for own in (process, *helpers):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own.kill()
+        process.communicate()
+
+
+def test_a_helper_ends_when_its_parent_is_killed(running, tmp_path):
+    process, helpers = running
+    while len(list((tmp_path / "data").iterdir())) < 2:  # each has begun an arm
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    _, alive = psutil.wait_procs(helpers, 10)
+    assert not alive
+    assert len(list(Store(tmp_path).folder.glob("records/*.json"))) == 1
+    assert not list(tmp_path.rglob(".partial-*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_while_a_helper_imports_is_told_in_one_line(running, tmp_path, number, status):
+    process, helpers = running
+    time.sleep(0.5)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in told
+    assert told.splitlines()[-1] == "study: interrupted; the same command goes on from here"
+    assert not any(own.is_running() for own in helpers)
+    assert len(list(tmp_path.glob("records/*.json"))) == 1
