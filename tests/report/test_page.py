@@ -1,5 +1,6 @@
 """What a reader must find on the page, and that nothing on it comes from elsewhere."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -173,3 +174,14 @@ def test_published_files(output, picture):
     published = json.loads((folder / "published.json").read_text())
     assert published["records"] == [record.key for record in picture]
     assert published["figures"]["recovery"].startswith("Won back of the perplexity on Wikipedia that RTN")
+
+
+def test_what_comes_into_texts_beside_what_they_say_stands_there(page, picture, tmp_path):
+    assert "that its tokenizer puts there" not in page and "today's date" not in page
+    text = {"beginning": "<s>", "date": "2024-07-26"}
+    records = [dataclasses.replace(record, provenance=record.provenance | {"text": text}) for record in picture]
+    told = write_report(tmp_path, records, [], "study report").read_text()
+    assert (
+        "begins with the &lt;s&gt; that its tokenizer puts there; where its chat template writes today's date, it is"
+        in told
+    )
