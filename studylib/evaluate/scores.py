@@ -172,7 +172,8 @@ def pair_requests(
 ) -> list[tuple[list[int], list[int]]]:
     """The token ids of each pair before its response, and those of the response, cut after `length` tokens and at the
     model's context. Raises ValueError where that leaves nothing of a response."""
-    length = min(PAIR_TOKENS if length is None else length, context_length(model) or PAIR_TOKENS)
+    length = PAIR_TOKENS if length is None else length
+    length = min(length, context_length(model) or length)
     requests = []
     for number, pair in enumerate(pairs):
         tokens, start = conversation(tokenizer, pair)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
 from studylib.config.budgets import SHAPES
 from studylib.config.settings import Adapter, Format
@@ -37,6 +37,8 @@ def config(shape):
         if family == "mistral":  # its window is the context: no mask is needed
             fields = {"intermediate_size": 64, "num_key_value_heads": 4, "sliding_window": None}
             return MistralConfig(**shape | {"num_hidden_layers": layers} | fields)
+        if family == "opt":  # which asks at each layer whether it is dropped
+            return OPTConfig(**shape | {"num_hidden_layers": layers, "ffn_dim": 48})
         return Qwen2Config(**shape | {"num_hidden_layers": layers, "hidden_size": 64})  # with biases
 
     return make
@@ -70,6 +72,8 @@ def prepared(config, monkeypatch):
         ("qwen2", "qlora", True, 2, 24, torch.bfloat16),
         ("qwen2", "l4q", False, 1, 24, torch.bfloat16),
         ("qwen2", "qat", True, 1, 16, torch.bfloat16),
+        ("opt", "lora", False, 2, 24, torch.bfloat16),
+        ("opt", "qlora", True, 1, 24, torch.float32),
     ],
 )
 def test_a_plan_is_what_is_measured(config, prepared, family, method, checkpointing, batch, length, dtype):

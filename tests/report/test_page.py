@@ -1,5 +1,6 @@
 """What a reader must find on the page, and that nothing on it comes from elsewhere."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -214,3 +215,14 @@ def test_names_of_files_are_no_tags(picture, make_record, tmp_path, monkeypatch)
     write_report(tmp_path, records, [tmp_path / "04_ptq_vs_qat.ipynb"], "study run")
     for page in (executed, (tmp_path / "report.html").read_text()):
         assert "<img src=x" not in page and "&lt;img src=x" in page
+
+
+def test_what_comes_into_texts_beside_what_they_say_stands_there(page, picture, tmp_path):
+    assert "that its tokenizer puts there" not in page and "today's date" not in page
+    text = {"beginning": "<s>", "date": "2024-07-26"}
+    records = [dataclasses.replace(record, provenance=record.provenance | {"text": text}) for record in picture]
+    told = write_report(tmp_path, records, [], "study report").read_text()
+    assert (
+        "begins with the &lt;s&gt; that its tokenizer puts there; where its chat template writes today's date, it is"
+        in told
+    )
