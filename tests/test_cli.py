@@ -176,7 +176,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--set", "output=here"], "--set: 'output' is not allowed; use --results, in which each run has its folder"),
         (["--set", "hard=4-4-16", "--set", "seeds=[1]"], "--set: 'seeds' is not allowed; use --seeds"),
         (["--notebooks", "01", "--notebooks", "78"], "notebook: '78' is not known"),
-        (["--jobs", "0"], "jobs: 0 is not allowed; use 1 or more"),
+        (["--jobs", "0"], "jobs: 0 is not allowed; use a whole number from 1 to 1024"),
         (["--budget-mb", "0"], "budget: 0 MB is not allowed; use a number above 0"),
         (["--budget-mb", "nan"], "budget: nan MB is not allowed; use a number above 0"),
         (["--results", "/proc/nowhere"], "results folder /proc/nowhere is not writable"),
@@ -286,7 +286,7 @@ def test_plan(capsys):
         (["--model", "llama-7b", "--method", "lora+"], "method: 'lora+' is not known; use one of lora, qlora"),
         (["--model", "llama-7b", "--bits", "5"], "bits: 5 is not allowed for 'nf'; use 2 or 3 or 4"),
         (["--model", "llama-7b", "--group", "48"], "group: 48 does not divide the row length 4096"),
-        (["--model", "llama-7b", "--rank", "0"], "rank: 0 is not allowed; use 1 or more"),
+        (["--model", "llama-7b", "--rank", "0"], "rank: 0 is not allowed; use a whole number from 1 to 1024"),
         (
             ["--model", "llama-7b", "--sequence", "4096"],
             "length: 4096 tokens is longer than the model's context of 2048",

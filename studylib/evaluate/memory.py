@@ -19,7 +19,16 @@ from transformers import AttentionInterface, AutoConfig, LlamaConfig, PreTrained
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config import DORA, INTEGER_FORMATS, SHAPES, Adapter, Format
+from studylib.config import (
+    DORA,
+    INTEGER_FORMATS,
+    MAX_BATCH,
+    MAX_LENGTH,
+    SHAPES,
+    Adapter,
+    Format,
+    check_whole,
+)
 from studylib.data import check_length, models
 from studylib.methods import attach, find_tuned, merge
 from studylib.quant import EncodedLinear, cache_bytes_per_token, levels, scale_levels, stored_bytes
@@ -202,9 +211,8 @@ def measure(
 
 def _check(model: PreTrainedModel, batch: int, length: int, least: int = 2) -> None:
     """A loss on the next token takes 2 tokens."""
-    for name, value, low in (("batch", batch, 1), ("length", length, least)):
-        if value < low:
-            raise ValueError(f"{name}: {value} is not allowed; use {low} or more")
+    check_whole("batch", batch, 1, MAX_BATCH)
+    check_whole("length", length, least, MAX_LENGTH)
     check_length(model, length)
 
 
@@ -351,7 +359,9 @@ def plan_text(
 ) -> str:
     """What `study plan` prints for a model of read_config's names and a method in its usual format."""
     own = find_tuned(method)
-    config, format = read_config(name), own.usual_format(bits, group)
+    format = own.usual_format(bits, group)
+    Adapter(rank), Format("affine", bits, group)  # checked also where the method makes nothing of them
+    config = read_config(name)
     adapter = Adapter(rank) if "adapter" in own.needs else None
     given = {"format": format, "adapter": adapter, "batch": batch, "length": length}
     memory = plan(config, method, **given, checkpointing=checkpointing)

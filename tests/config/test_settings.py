@@ -75,7 +75,10 @@ def test_titles():
         ({"kind": "nf", "bits": 8}, "bits: 8 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "fp-e2m1", "bits": 3}, "bits: 3 is not allowed for 'fp-e2m1'; use 4"),
         ({"kind": "int", "bits": 1}, "bits: 1 is not allowed for 'int'; use 2 or 3 or 4 or 8"),
-        ({"kind": "nf", "group": 0}, "group: 0 is not allowed; use a positive integer, or None for whole rows"),
+        (
+            {"kind": "nf", "group": 0},
+            "group: 0 is not allowed; use a whole number from 1 to 65536, or None",
+        ),
         ({"kind": "nf", "group": True}, "group: True is not allowed"),
         ({"kind": "nf", "scale_bits": 8}, "scale_bits: 8 is not allowed; use 16 or 32"),
         ({"kind": "nf", "group": None, "double": True}, "double: True is not allowed with group None"),
@@ -91,7 +94,7 @@ def test_bad_formats_name_the_value_and_what_is_allowed(arguments, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 0}, "rank: 0 is not allowed; use 1 or more"),
+        ({"rank": 0}, "rank: 0 is not allowed; use a whole number from 1 to 1024"),
         ({"rank": 2.0}, "rank: 2.0 is not allowed"),
         ({"alpha": 0}, "alpha: 0 is not allowed; use a number above 0"),
         ({"alpha": math.inf}, "alpha: inf is not allowed"),

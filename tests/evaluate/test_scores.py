@@ -267,7 +267,7 @@ def test_a_response_that_was_cut_away(tiny_model, tiny_tokenizer):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="task: 'squad' is not known; use boolq, piqa"):
+    with pytest.raises(ValueError, match="task: 'squad' is not known; use one of boolq, piqa"):
         check_tasks(["piqa", "squad"])
     with pytest.raises(ValueError, match="source: 'disk' is not known"):
         task_scores(None, None, [], source="disk")

@@ -124,7 +124,7 @@ def test_what_chosen_arms_share_is_made_once(make_record):
 
 def test_no_job_is_no_run(tmp_path, capsys):
     assert main(["verify", "--jobs", "0", "--results", str(tmp_path)]) == 2
-    assert "jobs: 0 is not allowed; use 1 or more" in capsys.readouterr().err
+    assert "jobs: 0 is not allowed; use a whole number from 1 to 1024" in capsys.readouterr().err
 
 
 def test_a_reference_without_records_is_named(tmp_path, capsys):
