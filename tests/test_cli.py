@@ -170,7 +170,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--profile", "huge"], "profile: 'huge' is not known; use one of smoke, quick, full, paper"),
         (["--notebooks", "77"], "notebook: '77' is not known; use one of 01_sampling"),
         (["--set", "sedes=[1]"], "parameter: 'sedes' is not one of 01_sampling_strategy.ipynb, 02_dist"),
-        (["--set", "settings=4-8-4"], "settings: '4-8-4' is of type str"),
+        (["--set", "settings=4-8-4"], "settings: '4-8-4' is not allowed; use a list of bit widths"),
         (["--set", "settings"], "--set: 'settings' is not NAME=VALUE"),
         (["--set", "settings=[4-8-4"], "--set: the value of 'settings=[4-8-4' is not YAML"),
         (["--set", "output=here"], "--set: 'output' is not allowed; use --results, in which each run has its folder"),

@@ -208,6 +208,14 @@ def split_loss(loss: str) -> tuple[str | None, tuple[str, ...]]:
     return (logits[0] if logits else None), features
 
 
+def check_loss(loss: Any) -> None:
+    """Raise ValueError unless `loss` is made of parts that go together, in the one order that gives it one key."""
+    logits, features = split_loss(loss)
+    ordered = "+".join([*([logits] if logits else []), *features])
+    if loss != ordered:
+        raise ValueError(f"loss: {loss!r} is not allowed; write {ordered!r}")
+
+
 @dataclass(frozen=True)
 class Training(Budget):
     """Budget and loss of one distillation, by default LLM-QAT's (section 3.1): no warm-up, no weight decay.
@@ -234,10 +242,8 @@ class Training(Budget):
             check_known(name, getattr(self, name), allowed)
         if self.mask is not None:
             check_positive("mask", self.mask)
-        logits, features = split_loss(self.loss)
-        ordered = "+".join([*([logits] if logits else []), *features])
-        if self.loss != ordered:  # the same loss has one key
-            raise ValueError(f"loss: {self.loss!r} is not allowed; write {ordered!r}")
+        check_loss(self.loss)
+        logits, _ = split_loss(self.loss)
         if self.temperature != 1 and logits not in LOGIT_LOSSES[1:]:
             raise ValueError(
                 f"temperature: {self.temperature} has no meaning for the loss {self.loss!r}; use it with a KL"
