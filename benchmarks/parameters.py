@@ -13,42 +13,33 @@ from pathlib import Path
 
 import yaml
 
-from studylib.report.figures import measured_beside_planned
+from studylib.data import models
+from studylib.report.figures import memory
 from studylib.study import environment, schedule
 from studylib.study import notebooks as batch
 
 CASES, SECONDS = 500, 20
 TINY = {"model": "tiny-random", "profile": "smoke"}
-SCALARS = """true false null yes 'false' 'True' '' ' ' x "a\\0b" "a\\nb" 0 1 2 3 4 7 8 16 17 32 33 64 256 1024 65536 65537
--1 -32 1.0 2.5 .5 7e-1 1e-9 1e9 .nan .inf -.inf 010 0x10 1_000 1:30 2026-01-01 4294967295 4294967296 99999999999999999999
-4-8-4 8-8-8 2-2-2 16-16-16 16-16-4 4-16-16 16-8-16 4-8 4-8-4-4 04-8-4 1-8-4 4-9-4 '４-８-４' '4-8-4 ' -4-8-4 4.0-8-4 '٤-8-4'
-greedy sampled hybrid-3 hybrid-6 chat beam kl labels kl+hidden hidden+kl kl+kl kl+ attention rtn gptq awq smoothquant
-llm-qat full-precision lora qlora l4q qat qa-lora gptq+lora RTN symmetric lsq statsq nf4 all q_proj q_proj+q_proj
-q_proj+v_proj lm_head up_proj+ dora pissa loftq vera lsq+ zeros adapter requantized merged-quantized glued wikipedia c4
-pile /etc/passwd ../own.txt {} {a:1} !!binary\\ aGk= quick Smoke""".replace("\n", " ")
+TEXTS = (
+    r"""true|false|null|yes|'false'|'True'|''|' '|x|"a\0b"|"a\nb"|0|1|2|3|4|7|8|16|17|32|33|64|256|1024|"""
+    r"""65536|65537|-1|-32|1.0|2.5|.5|7e-1|1e-9|1e9|.nan|.inf|-.inf|010|0x10|1_000|1:30|2026-01-01|"""
+    r"""4294967295|4294967296|99999999999999999999|4-8-4|8-8-8|2-2-2|16-16-16|16-16-4|4-16-16|16-8-16|4-8|"""
+    r"""4-8-4-4|04-8-4|1-8-4|4-9-4|'４-８-４'|'٤-8-4'|'4-8-4 '|-4-8-4|4.0-8-4|greedy|sampled|hybrid-3|hybrid-6|"""
+    r"""chat|beam|kl|labels|kl+hidden|hidden+kl|kl+kl|kl+|attention|rtn|gptq|awq|smoothquant|llm-qat|"""
+    r"""full-precision|lora|qlora|l4q|qat|qa-lora|gptq+lora|RTN|symmetric|lsq|statsq|nf4|all|q_proj|"""
+    r"""q_proj+q_proj|q_proj+v_proj|lm_head|up_proj+|dora|pissa|loftq|vera|lsq+|zeros|adapter|requantized|"""
+    r"""merged-quantized|glued|wikipedia|c4|pile|/etc/passwd|../own.txt|{}|{a: 1}|!!binary aGk=|quick|Smoke"""
+)
+VALUES = TEXTS.split("|")
 FREE = ("model", "profile", "results", "output")  # one value in twenty is of these
 
 
-def scalars() -> list[str]:
-    """The values, split at blanks that stand outside quotes."""
-    found, quoted = [""], ""
-    for mark in SCALARS:
-        if mark == quoted or (not quoted and mark in "'\""):
-            quoted = "" if quoted else mark
-        if mark == " " and not quoted and not found[-1].endswith("\\"):
-            found.append("")
-        else:
-            found[-1] += mark
-    return [text.replace("\\ ", " ") for text in found if text]
-
-
 def drawn(chance: random.Random, default: object) -> str:
-    """A value as YAML; more often than not of its default's kind: a list for a list, near it for one of few names."""
-    values = scalars()
+    """A value as YAML, more often than not of its default's kind."""
     usual = default if isinstance(default, list) else [default]
-    near = [json.dumps(item) for item in usual] + [f for f in values if _kind(f) is type(usual[0] if usual else 1)]
-    pool = near if chance.random() < 0.7 else values
-    if isinstance(default, list) != (chance.random() < 0.1):
+    alike = [text for text in VALUES if _kind(text) is type(usual[0] if usual else 1)]
+    pool = chance.choices(([json.dumps(item) for item in usual] + alike[:4], alike, VALUES), (6, 3, 1))[0]
+    if isinstance(default, list) != (chance.random() < 0.05):
         return f"[{', '.join(chance.choice(pool) for _ in range(chance.choice((0, 1, 1, 2, 2, 3))))}]"
     return chance.choice(pool)
 
@@ -61,7 +52,8 @@ def _kind(text: str) -> type:
 
 def case(number: int) -> tuple[Path, dict[str, str]]:
     chance = random.Random(number)
-    notebook = chance.choice(batch.find_notebooks([]))
+    *others, summary = batch.find_notebooks([])
+    notebook = chance.choice(others) if chance.random() < 0.97 else summary
     defaults = batch.default_parameters(notebook)
     names = [name for name in defaults if name not in FREE]
     if not names or chance.random() < 0.05:
@@ -71,7 +63,15 @@ def case(number: int) -> tuple[Path, dict[str, str]]:
 
 
 class TooLong(BaseException):
-    pass
+    """More than SECONDS."""
+
+
+class Planned(BaseException):
+    """All is planned that would be measured next."""
+
+
+def _planned(*args: object, **given: object) -> None:
+    raise Planned
 
 
 def tried(notebook: Path, texts: dict[str, str], results: str) -> tuple[str, str]:
@@ -92,11 +92,14 @@ def tried(notebook: Path, texts: dict[str, str], results: str) -> tuple[str, str
         defaults = batch.default_parameters(notebook)
         assigned = batch.assign_parameters([notebook], {n: v for n, v in given.items() if n in defaults})[notebook]
         arms = batch.wanted_arms(notebook, assigned)
+        models.load_config(given["model"])  # as `study run` does
         schedule.check_all(arms, results)
         if notebook.stem.startswith("07"):  # its own values make no arms
             own = ("model", "methods", "bits", "rank", "batch", "length")
             full = batch.default_parameters(notebook) | assigned
-            measured_beside_planned(group=full["group"] or 32, **{name: full[name] for name in own})
+            memory.measure = _planned  # which comes after all plans
+            with contextlib.suppress(Planned):
+                memory.measured_beside_planned(group=full["group"] or 32, **{name: full[name] for name in own})
         what, said = "accepted", f"{len(arms)} arms"
     except ValueError as error:
         what, said = "refused", str(error)

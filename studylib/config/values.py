@@ -5,6 +5,7 @@ What passes can be written as JSON and read back as it was.
 
 import dataclasses
 import functools
+import re
 import reprlib
 import sys
 import typing
@@ -70,14 +71,14 @@ def check_known(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a text that is not empty, of one line, and can be written as UTF-8."""
+    """Raise ValueError unless `value` is a text that is not blank, of one line, and can be written as UTF-8."""
     if not isinstance(value, str) or not is_line(value):
         raise ValueError(f"{name}: {shown(value)} is not allowed; use one line of text")
 
 
 def is_line(text: str) -> bool:
-    """Whether it is not empty, and holds no control characters or halves of characters."""
-    return bool(text) and not any(ord(mark) < 32 or ord(mark) == 127 or 0xD800 <= ord(mark) < 0xE000 for mark in text)
+    """Whether it is not blank, and holds no control characters or halves of characters."""
+    return bool(text.strip()) and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text)
 
 
 def check_several(name: str, values: Any, check: Callable[[Any], None]) -> None:

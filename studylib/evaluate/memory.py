@@ -45,6 +45,7 @@ TITLES = {
 }
 PURPOSES = tuple(TITLES)[:-1]
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB
+MAX_STEP = 2**16  # tokens: QLoRA's largest step, and what is planned in seconds
 DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
 FAKE_ATTENTION = "studylib_fake"
 # Bytes a layer: the 16 levels; with double quantization, the 256 of the scales as well.
@@ -166,8 +167,8 @@ def measure(
     autocast to bf16, fp32 for none; by default models.compute_dtype().
     checkpointing: every decoder layer keeps its input only and is computed again in the backward pass (in the reentrant
     form, whose second forward pass the hooks can see).
-    Raises ValueError for an empty batch, fewer than 2 tokens or more than the model's context, another dtype, or a
-    model of which nothing requires gradients.
+    Raises ValueError for an empty batch, fewer than 2 tokens or more than the model's context, more than MAX_STEP in
+    all, another dtype, or a model of which nothing requires gradients.
     """
     _check(model, batch, length)
     dtype = dtype or models.compute_dtype()
@@ -214,6 +215,8 @@ def _check(model: PreTrainedModel, batch: int, length: int, least: int = 2) -> N
     check_whole("batch", batch, 1, MAX_BATCH)
     check_whole("length", length, least, MAX_LENGTH)
     check_length(model, length)
+    if batch * length > MAX_STEP:
+        raise ValueError(f"batch: {batch} of {length} tokens is not allowed; use {MAX_STEP} tokens in one step at most")
 
 
 def read_config(name: str) -> PreTrainedConfig:

@@ -122,8 +122,12 @@ FLAG = Parameter(Annotated[bool, BeforeValidator(_as_flag)], "true or false", Tr
 SETTING = _text(BitWidths.parse, "bits of weights, activations and cache, each 2 to 8, or 16 for off", "4-8-4")
 WITH_CACHE = _text(lambda bits: BitWidths.parse(bits).cache != OFF, "bit widths whose last is 2 to 8", "16-16-4")
 SETTINGS = _list(SETTING, "bit widths", ["8-8-8", "4-8-4"])
-GROUP = _whole(0, MAX_GROUP, 64)
-GROUPS = _wholes(1, MAX_GROUP, [32])
+GROUP = Parameter(
+    Annotated[int, Field(ge=0, le=MAX_GROUP), _that(lambda group: group != 1)],
+    f"a whole number from 2 to {MAX_GROUP}, or 0 for the profile's",
+    64,
+)
+GROUPS = _wholes(2, MAX_GROUP, [32])
 NUMBERS = _list(
     Parameter(Annotated[float, BeforeValidator(_as_number), Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])], "", 1.0),
     "numbers from {:g} to {:g}".format(*TEMPERATURES),

@@ -20,7 +20,10 @@ VARIANTS += [dataclasses.replace(format, group=None) for format in ALL]
 VARIANTS += [dataclasses.replace(format, scale_bits=16) for format in ALL]
 
 
-@pytest.mark.parametrize("text", ["4-8", "4-8-4-4", "a-8-4", "", "1-8-4", "4-9-4", "4-8-17", "4-0-4", 484])
+BAD_WIDTHS = ["4-8", "4-8-4-4", "a-8-4", "", "1-8-4", "4-9-4", "4-8-17", "4-0-4", "04-8-4", "٤-8-4", 484]
+
+
+@pytest.mark.parametrize("text", BAD_WIDTHS)
 def test_bad_bit_widths_name_the_value(text):
     with pytest.raises(ValueError) as caught:
         BitWidths.parse(text)
@@ -81,6 +84,9 @@ def test_titles():
         ),
         ({"kind": "nf", "group": True}, "group: True is not allowed"),
         ({"kind": "nf", "scale_bits": 8}, "scale_bits: 8 is not allowed; use 16 or 32"),
+        ({"kind": "nf", "scale_bits": 32.0}, "scale_bits: 32.0 is not allowed"),
+        ({"kind": "nf", "double": "false"}, "double: 'false' is not allowed; use True or False"),
+        ({"kind": "nf", "group": 2**20}, "group: 1048576 is not allowed"),
         ({"kind": "nf", "group": None, "double": True}, "double: True is not allowed with group None"),
         ({"kind": "nf", "scale_bits": 16, "double": True}, "double: True is not allowed with group 64 and scale_bits"),
     ],
@@ -101,6 +107,14 @@ def test_bad_formats_name_the_value_and_what_is_allowed(arguments, message):
         ({"dropout": 1.0}, "dropout: 1.0 is not allowed; use a share from 0 to below 1"),
         ({"kind": "vera"}, "kind: 'vera' is not known; use one of lora, dora, pissa, loftq"),
         ({"init": "zeros"}, "init: 'zeros' is not known; use one of"),
+        ({"rank": 2000}, "rank: 2000 is not allowed; use a whole number from 1 to 1024"),
+        ({"alpha": True}, "alpha: True is not allowed"),
+        ({"alpha": "16"}, "alpha: '16' is not allowed"),
+        ({"dropout": math.nan}, "dropout: nan is not allowed"),
+        ({"kind": ["lora"]}, r"kind: \['lora'\] is not known"),
+        ({"layers": ""}, "layers: '' is not allowed; use 'all', or ends of layers' names"),
+        ({"layers": "q_proj+q_proj"}, r"layers: 'q_proj\+q_proj' is not allowed"),
+        ({"layers": ("q_proj",)}, r"layers: \('q_proj',\) is not allowed"),
     ],
 )
 def test_adapters_that_make_no_sense_are_refused(fields, message):

@@ -114,7 +114,9 @@ def test_a_name_has_one_meaning_but_for_bits_and_methods():
         ("07", "bits", "4", "'4' is not allowed; use 4, 3, 2 or 8"),
         ("07", "batch", 10**12, "1000000000000 is not allowed; use a whole number from 1 to 65536"),
         ("07", "length", 1, "1 is not allowed; use a whole number from 2 to 1048576"),
-        ("08", "group", -32, "-32 is not allowed; use a whole number from 0 to 65536"),
+        ("08", "group", -32, "-32 is not allowed; use a whole number from 2 to 65536, or 0"),
+        ("06", "group", 1, "1 is not allowed; use a whole number from 2 to 65536, or 0 for the profile's"),
+        ("01", "output", " ", "' ' is not allowed; use the path of a folder, or '' for the usual one"),
         ("08", "rank", 4, "is not declared; add it to studylib/study/parameters.py"),
         ("09", "rank", 4, "is not declared; add it to studylib/study/parameters.py"),
     ],
@@ -171,7 +173,7 @@ VALUES = {
     "03_bit_allocation": {"settings": st.lists(setting, unique=True, max_size=3), "cache_bits": st.just("8-16-2")},
     "06_number_formats": {
         "widths": st.lists(st.sampled_from([2, 3, 4]), unique=True, min_size=1),
-        "groups": st.lists(st.integers(1, 2**16), unique=True, max_size=3),
+        "groups": st.lists(st.integers(2, 2**16), unique=True, max_size=3),
         "fine": st.booleans() | st.sampled_from(["true", "False"]),
     },
 }

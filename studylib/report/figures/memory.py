@@ -29,24 +29,26 @@ def measured_beside_planned(
     Raises ValueError, before anything is measured, where a plan does, or for a step that the machine has no room for.
     """
     given: dict[str, Any] = {"batch": batch, "length": length}
+    memory = environment()["hardware"]["memory_bytes"]
     parts, planned = {}, {}
     for method in methods:
         own = find_tuned(method)
         adapter = Adapter(rank, rank) if "adapter" in own.needs else None
         parts[method] = {"format": own.usual_format(bits, group), "adapter": adapter}
         for checkpointing in (False, True):
-            planned[method, checkpointing] = plan(
+            total = plan(
                 models.load_config(model),
                 method,
                 **parts[method] | given,
                 checkpointing=checkpointing,
                 dtype=models.compute_dtype(),
             ).total
-    most, memory = max(planned.values(), default=0), environment()["hardware"]["memory_bytes"]
-    if most > memory:
-        raise ValueError(
-            f"batch: {batch} of {length} tokens take {number(most / GB)} GB, and this machine has {number(memory / GB)}"
-        )
+            if total > memory:
+                raise ValueError(
+                    f"batch: {batch} of {length} tokens take {number(total / GB)} GB with {method!r}, and this machine "
+                    f"has {number(memory / GB)}"
+                )
+            planned[method, checkpointing] = total
     rows = []
     for method in methods:
         prepared = attach(models.load_model(model), method, **parts[method])
