@@ -13,6 +13,7 @@ from .quant.storage import stored_bytes
 from .report import figures
 from .report.ledger import CLAIMS
 from .report.tables import frame, scoreboard
+from .study.parameters import check_parameters
 from .study.records import Record, read_records
 from .study.schedule import run
 
@@ -34,6 +35,7 @@ __all__ = [
     "Work",
     "attach",
     "build_arm",
+    "check_parameters",
     "encode_model",
     "figures",
     "frame",

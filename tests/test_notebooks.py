@@ -52,10 +52,10 @@ def test_parameters_are_plain_values(notebook):
     ("parameters", "message"),
     [
         ({"modell": "x"}, "'modell' is not one of 03_bit_allocation.ipynb; allowed are model, profile, seeds"),
-        ({"model": 3}, "model: 3 is of type int; 03_bit_allocation.ipynb takes str"),
-        ({"seeds": 0}, "seeds: 0 is of type int; 03_bit_allocation.ipynb takes list"),
-        ({"seeds": [0, "1"]}, "seeds: '1' is of type str; 03_bit_allocation.ipynb takes int inside it"),
-        ({"settings": "4-8-4"}, "settings: '4-8-4' is of type str; 03_bit_allocation.ipynb takes list"),
+        ({"model": 3}, "^03_bit_allocation: parameter model: 3 is not allowed; use a known name, a local folder"),
+        ({"seeds": 0}, "seeds: 0 is not allowed; use a list of whole numbers from 0 to 4294967295, at least one, for"),
+        ({"seeds": [0, "1"]}, "seeds: '1' is not allowed"),
+        ({"settings": "4-8-4"}, "settings: '4-8-4' is not allowed; use a list of bit widths, for example"),
     ],
 )
 def test_wrong_parameters_are_named(parameters, message):

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from studylib.config.budgets import Decoding, Evaluation, Instructions, RealText, Sampling, Training, Tuning
 from studylib.config.settings import BESIDE, MERGES, Adapter, BitWidths, Format, Scheme
+from studylib.config.values import check_known, check_parts, check_text
 
 PARTS = ("data", "training", "format", "adapter", "instructions", "tuning", "decoding")  # that an arm may have or not
 
@@ -42,9 +43,12 @@ class Arm:
     decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
+        check_text("model", self.model)
+        check_text("method", self.method)
+        check_text("bits", self.bits)
         BitWidths.parse(self.bits)
-        if self.merge not in MERGES:
-            raise ValueError(f"merge: {self.merge!r} is not known; use one of {', '.join(MERGES)}")
+        check_known("merge", self.merge, MERGES)
+        check_parts(self)
 
     @property
     def widths(self) -> BitWidths:

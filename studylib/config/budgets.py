@@ -10,7 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studylib.config.settings import DEFAULT_GROUP
+from studylib.config.settings import DEFAULT_GROUP, check_group
+from studylib.config.values import (
+    MAX_BATCH,
+    MAX_LENGTH,
+    MAX_SEED,
+    check_flag,
+    check_known,
+    check_number,
+    check_parts,
+    check_positive,
+    check_several,
+    check_share,
+    check_text,
+    check_whole,
+    shown,
+)
 
 GREEDY, CHAT = "greedy", "chat"
 GREEDY_TOKENS = {"sampled": (0,), "hybrid-3": (3,), "hybrid-4": (4,), "hybrid-5": (5,), "hybrid": (3, 4, 5), CHAT: (0,)}
@@ -31,8 +46,12 @@ TIMED_LAYERS = 2  # of a shape that is timed, which stands for all of its equal 
 SHAPES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-2-7b", "open-llama-3b")  # see evaluate.memory
 
 
+TEMPERATURES = (0.01, 100.0)  # the lowest and highest: beyond them the likeliest token is taken, or any
+
+
 def check_corpus(corpus: str) -> None:
     """Raise ValueError unless `corpus` is a known name or names a .txt (a document a line) or .jsonl ("text") file."""
+    check_text("corpus", corpus)
     if corpus not in CORPORA and not corpus.endswith((".txt", ".jsonl")):
         raise ValueError(
             f"corpus: {corpus!r} is not known; use one of {', '.join(CORPORA)}, or the path of a .txt (one "
@@ -42,6 +61,7 @@ def check_corpus(corpus: str) -> None:
 
 def check_instructions(source: str) -> None:
     """Raise ValueError unless `source` is "alpaca" or names a .json (a list) or .jsonl (a line each) file of pairs."""
+    check_text("instructions", source)
     if source != ALPACA and not source.endswith((".json", ".jsonl")):
         raise ValueError(
             f"instructions: {source!r} is not known; use {ALPACA}, or the path of a .json (a list) or .jsonl (a line "
@@ -52,8 +72,12 @@ def check_instructions(source: str) -> None:
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise ValueError for a task that is not known."""
     for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"task: {task!r} is not known; use {', '.join(TASKS)}")
+        check_known("task", task, TASKS)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless `seed` is a whole number that all generators take."""
+    check_whole("seed", seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True)
@@ -79,13 +103,13 @@ class Sampling:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy: {self.strategy!r} is not known; use one of {', '.join(STRATEGIES)}")
-        for name, least in (("count", 1), ("length", 2), ("top_k", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature!r} is not allowed; use a number above 0")
+        check_known("strategy", self.strategy, STRATEGIES)
+        check_whole("count", self.count, 1)
+        check_whole("length", self.length, 2, MAX_LENGTH)
+        check_whole("top_k", self.top_k, 0)
+        check_number("temperature", self.temperature, *TEMPERATURES)
+        check_seed(self.seed)
+        check_whole("batch", self.batch, 1, MAX_BATCH)
         if self.strategy == GREEDY:
             for name in ("top_k", "temperature"):
                 if getattr(self, name) != getattr(Sampling, name):
@@ -106,9 +130,9 @@ class RealText:
 
     def __post_init__(self) -> None:
         check_corpus(self.corpus)
-        for name, least in (("count", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use {least} or more")
+        check_whole("count", self.count, 1)
+        check_whole("length", self.length, 2, MAX_LENGTH)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -129,19 +153,17 @@ class Budget:
     extended_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use 1 or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use a number above 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: {self.weight_decay!r} is not allowed; use 0 or more")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: {self.warmup!r} is not allowed; use a share from 0 to below 1")
-        if any(end <= begin for begin, end in self.parts):
+        check_whole("steps", self.steps, 1)
+        check_whole("batch", self.batch, 1, MAX_BATCH)
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("max_grad_norm", self.max_grad_norm)
+        check_number("weight_decay", self.weight_decay, 0, 1000)
+        check_share("warmup", self.warmup)
+        counts = self.extended_from if type(self.extended_from) is tuple else (None,)
+        if any(type(count) is not int for count in counts) or any(end <= begin for begin, end in self.parts):
             raise ValueError(
-                f"extended_from: {self.extended_from} is not allowed; use rising counts below steps {self.steps}"
+                f"extended_from: {shown(self.extended_from)} is not allowed; use a tuple of rising counts below steps "
+                f"{self.steps}"
             )
 
     @property
@@ -171,6 +193,7 @@ def split_loss(loss: str) -> tuple[str | None, tuple[str, ...]]:
 
     Raises ValueError for an unknown part, one that occurs twice, or two logit losses.
     """
+    check_text("loss", loss)
     parts = loss.split("+")
     for part in parts:
         if part not in LOGIT_LOSSES + FEATURE_LOSSES:
@@ -183,6 +206,14 @@ def split_loss(loss: str) -> tuple[str | None, tuple[str, ...]]:
             f"loss: {loss!r} is not allowed; name one of {', '.join(LOGIT_LOSSES)} at most, and nothing twice"
         )
     return (logits[0] if logits else None), features
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ValueError unless `loss` is made of parts that go together, in the one order that gives it one key."""
+    logits, features = split_loss(loss)
+    ordered = "+".join([*([logits] if logits else []), *features])
+    if loss != ordered:
+        raise ValueError(f"loss: {loss!r} is not allowed; write {ordered!r}")
 
 
 @dataclass(frozen=True)
@@ -206,11 +237,12 @@ class Training(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature!r} is not allowed; use a number above 0")
+        check_number("temperature", self.temperature, *TEMPERATURES)
         for name, allowed in (("scale", SCALES), ("masters", MASTERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+            check_known(name, getattr(self, name), allowed)
+        if self.mask is not None:
+            check_positive("mask", self.mask)
+        check_loss(self.loss)
         logits, _ = split_loss(self.loss)
         if self.temperature != 1 and logits not in LOGIT_LOSSES[1:]:
             raise ValueError(
@@ -239,8 +271,8 @@ class Instructions:
 
     def __post_init__(self) -> None:
         check_instructions(self.source)
-        if self.length < 2:
-            raise ValueError(f"length: {self.length!r} is not allowed; use 2 or more")
+        check_whole("length", self.length, 2, MAX_LENGTH)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -253,6 +285,11 @@ class Tuning(Budget):
 
     checkpointing: bool = False
     paged: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("checkpointing", self.checkpointing)
+        check_flag("paged", self.paged)
 
 
 @dataclass(frozen=True)
@@ -272,15 +309,14 @@ class Evaluation:
     source: str = ARCHIVE
 
     def __post_init__(self) -> None:
-        for corpus in self.corpora:
-            check_corpus(corpus)
-        check_tasks(self.tasks)
-        for name, least in (("windows", 1), ("length", 2), ("items", 1), ("pairs", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: {value!r} is not allowed; use {least} or more")
-        if self.source not in TASK_SOURCES:
-            raise ValueError(f"source: {self.source!r} is not known; use {' or '.join(map(repr, TASK_SOURCES))}")
+        check_several("corpora", self.corpora, check_corpus)
+        check_several("tasks", self.tasks, lambda task: check_tasks([task]))
+        check_whole("windows", self.windows, 1)
+        check_whole("length", self.length, 2, MAX_LENGTH)
+        if self.items is not None:
+            check_whole("items", self.items, 1)
+        check_whole("pairs", self.pairs, 0)
+        check_known("source", self.source, TASK_SOURCES)
 
 
 @dataclass(frozen=True)
@@ -297,11 +333,8 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name in ("context", "tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; use 1 or more")
-        for shape in self.shapes:
-            if shape not in SHAPES:
-                raise ValueError(f"shape: {shape!r} is not known; use {', '.join(SHAPES)}")
+            check_whole(name, getattr(self, name), 1, MAX_LENGTH)
+        check_several("shapes", self.shapes, lambda shape: check_known("shape", shape, SHAPES))
 
 
 NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on
@@ -335,12 +368,19 @@ class Profile:
     group: int = DEFAULT_GROUP
     decoding: Decoding = DECODING
 
+    def __post_init__(self) -> None:
+        check_parts(self)
+        check_several("seeds", self.seeds, check_seed)
+        if not self.seeds:
+            raise ValueError("seeds: () is not allowed; use one or more")
+        check_several("few_shot", self.few_shot, lambda task: check_tasks([task]))
+        check_group(self.group)
+
     def extended(self, steps: int) -> "Profile":
         """This budget with `steps` more for every training, which goes on from where it ended."""
+        check_whole("extend", steps, 0)
         if steps == 0:
             return self
-        if steps < 0:
-            raise ValueError(f"extend: {steps} is not allowed; use 0 or more")
         longer: dict[str, Any] = {
             name: dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
             for name, own in (("training", self.training), ("tuning", self.tuning))
@@ -390,6 +430,5 @@ PROFILES = {
 
 def profile(name: str) -> Profile:
     """The named budget; ValueError with the names there are."""
-    if name not in PROFILES:
-        raise ValueError(f"profile: {name!r} is not known; use one of {', '.join(PROFILES)}")
+    check_known("profile", name, PROFILES)
     return PROFILES[name]

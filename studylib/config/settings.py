@@ -1,20 +1,30 @@
 """What a model is turned into: bit widths, grids, number formats, adapters, as frozen values that need no library."""
 
-import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from studylib.config.values import (
+    check_flag,
+    check_known,
+    check_positive,
+    check_share,
+    check_whole,
+    is_line,
+    shown,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_BITS, MAX_BITS, OFF = 2, 8, 16
+MAX_GROUP, MAX_RANK = 2**16, 1024
 
 
-def check_bits(bits: int, what: str = "bits") -> int:
+def check_bits(bits: Any, what: str = "bits") -> int:
     """Return `bits` if it is 2..8, or 16 (not quantized); else raise ValueError."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not (MIN_BITS <= bits <= MAX_BITS or bits == OFF):
-        raise ValueError(f"{what}: {bits!r} is not allowed; use {MIN_BITS} to {MAX_BITS}, or {OFF} for off")
+    if type(bits) is not int or not (MIN_BITS <= bits <= MAX_BITS or bits == OFF):
+        raise ValueError(f"{what}: {shown(bits)} is not allowed; use {MIN_BITS} to {MAX_BITS}, or {OFF} for off")
     return bits
 
 
@@ -35,8 +45,8 @@ class BitWidths:
         """From the papers' W-A-KV notation, e.g. "4-8-4"."""
         if isinstance(text, BitWidths):
             return text
-        if not isinstance(text, str) or not re.fullmatch(r"\d{1,2}-\d{1,2}-\d{1,2}", text):
-            raise ValueError(f"bit widths {text!r}: write weights-activations-cache, for example '4-8-4'")
+        if not isinstance(text, str) or not re.fullmatch(r"(0|[1-9][0-9]?)(-(0|[1-9][0-9]?)){2}", text):
+            raise ValueError(f"bit widths {shown(text)}: write weights-activations-cache, for example '4-8-4'")
         return cls(*map(int, text.split("-")))
 
     def __str__(self) -> str:
@@ -68,8 +78,7 @@ class Grid:
     def __post_init__(self) -> None:
         if check_bits(self.bits) == OFF:
             raise ValueError(f"bits: a grid needs {MIN_BITS} to {MAX_BITS}; {OFF} (off) has no grid, leave it out")
-        if self.kind not in GRIDS:
-            raise ValueError(f"grid: {self.kind!r} is not known; use one of {', '.join(GRIDS)}")
+        check_known("grid", self.kind, GRIDS)
         check_group(self.group)
 
     @property
@@ -96,10 +105,12 @@ class Grid:
         return x.unflatten(-1, (-1, self.group))
 
 
-def check_group(group: int | None) -> None:
-    """Raise ValueError unless `group` is a positive integer, or None for whole rows."""
-    if group is not None and (type(group) is not int or group < 1):
-        raise ValueError(f"group: {group!r} is not allowed; use a positive integer, or None for whole rows")
+def check_group(group: Any) -> None:
+    """Raise ValueError unless `group` is a whole number from 1 to MAX_GROUP, or None for whole rows."""
+    if group is not None and (type(group) is not int or not 1 <= group <= MAX_GROUP):
+        raise ValueError(
+            f"group: {shown(group)} is not allowed; use a whole number from 1 to {MAX_GROUP}, or None for whole rows"
+        )
 
 
 def check_width(group: int | None, width: int) -> None:
@@ -124,13 +135,8 @@ class Scheme:
     keys: str = BEFORE_ROTARY
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("grid", GRIDS),
-            ("cache_scale", CACHE_SCALES),
-            ("keys", KEYS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+        for name, allowed in (("grid", GRIDS), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
+            check_known(name, getattr(self, name), allowed)
         check_group(self.group)
         if self.grid == LSQ and self.group is not None:
             raise ValueError(
@@ -174,15 +180,15 @@ class Format:
     scale_bits: int = 32
 
     def __post_init__(self) -> None:
-        if self.kind not in FORMATS:
-            raise ValueError(f"format: {self.kind!r} is not known; use one of {', '.join(FORMATS)}")
+        check_known("format", self.kind, FORMATS)
         allowed = (2, 3, 4, 8) if self.kind in INTEGER_FORMATS else (2, 3, 4) if self.kind == "nf" else (4,)
         if type(self.bits) is not int or self.bits not in allowed:
             choices = " or ".join(map(str, allowed))
-            raise ValueError(f"bits: {self.bits!r} is not allowed for {self.kind!r}; use {choices}")
+            raise ValueError(f"bits: {shown(self.bits)} is not allowed for {self.kind!r}; use {choices}")
         check_group(self.group)
-        if self.scale_bits not in (16, 32):
-            raise ValueError(f"scale_bits: {self.scale_bits!r} is not allowed; use 16 or 32")
+        check_flag("double", self.double)
+        if type(self.scale_bits) is not int or self.scale_bits not in (16, 32):
+            raise ValueError(f"scale_bits: {shown(self.scale_bits)} is not allowed; use 16 or 32")
         if self.double and (self.group is None or self.scale_bits != 32):
             raise ValueError(
                 f"double: True is not allowed with group {self.group!r} and scale_bits {self.scale_bits}; "
@@ -246,19 +252,26 @@ class Adapter:
     init: str = "l4q"
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank: {self.rank!r} is not allowed; use 1 or more")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha: {self.alpha!r} is not allowed; use a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: {self.dropout!r} is not allowed; use a share from 0 to below 1")
+        check_whole("rank", self.rank, 1, MAX_RANK)
+        check_positive("alpha", self.alpha)
+        check_share("dropout", self.dropout)
         for name, allowed in (("kind", ADAPTER_KINDS), ("init", INITS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}")
+            check_known(name, getattr(self, name), allowed)
+        check_layers(self.layers)
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+
+def check_layers(layers: Any) -> None:
+    """Raise ValueError unless `layers` is "all", or ends of layers' names joined by "+", each once."""
+    parts = layers.split("+") if isinstance(layers, str) else []
+    if not parts or len(set(parts)) < len(parts) or not all(map(is_line, parts)):
+        raise ValueError(
+            f"layers: {shown(layers)} is not allowed; use {ALL!r}, or ends of layers' names joined by '+', each once: "
+            "'q_proj+v_proj'"
+        )
 
 
 BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED = MERGES = (

@@ -1,8 +1,9 @@
 from . import memory
-from .memory import PURPOSES, TITLES, measure, plan, plan_text
+from .memory import GB, PURPOSES, TITLES, measure, plan, plan_text
 from .scores import TASKS, check_requests, decoding_seconds, normal_error, pair_requests, score, weight_scores
 
 __all__ = [
+    "GB",
     "PURPOSES",
     "TASKS",
     "TITLES",

@@ -19,7 +19,16 @@ from transformers import AttentionInterface, LlamaConfig, PreTrainedConfig, PreT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config import DORA, INTEGER_FORMATS, SHAPES, Adapter, Format
+from studylib.config import (
+    DORA,
+    INTEGER_FORMATS,
+    MAX_BATCH,
+    MAX_LENGTH,
+    SHAPES,
+    Adapter,
+    Format,
+    check_whole,
+)
 from studylib.data import check_length, models
 from studylib.methods import attach, find_tuned, merge
 from studylib.quant import EncodedLinear, cache_bytes_per_token, levels, scale_levels, stored_bytes
@@ -36,7 +45,7 @@ TITLES = {
 }
 PURPOSES = tuple(TITLES)[:-1]
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB
-MOST_TOKENS = 2**19  # of a planned step: the loss walks through them, a minute for so many
+MAX_STEP = 2**16  # tokens: QLoRA's largest step, and what is planned in seconds
 DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
 FAKE_ATTENTION = "studylib_fake"
 # Bytes a layer: the 16 levels; with double quantization, the 256 of the scales as well.
@@ -158,8 +167,8 @@ def measure(
     autocast to bf16, fp32 for none; by default models.compute_dtype().
     checkpointing: every decoder layer keeps its input only and is computed again in the backward pass (in the reentrant
     form, whose second forward pass the hooks can see).
-    Raises ValueError for an empty batch, fewer than 2 tokens or more than the model's context, another dtype, or a
-    model of which nothing requires gradients.
+    Raises ValueError for an empty batch, fewer than 2 tokens or more than the model's context, more than MAX_STEP in
+    all, another dtype, or a model of which nothing requires gradients.
     """
     _check(model, batch, length)
     dtype = dtype or models.compute_dtype()
@@ -203,10 +212,11 @@ def measure(
 
 def _check(model: PreTrainedModel, batch: int, length: int, least: int = 2) -> None:
     """A loss on the next token takes 2 tokens."""
-    for name, value, low in (("batch", batch, 1), ("length", length, least)):
-        if value < low:
-            raise ValueError(f"{name}: {value} is not allowed; use {low} or more")
+    check_whole("batch", batch, 1, MAX_BATCH)
+    check_whole("length", length, least, MAX_LENGTH)
     check_length(model, length)
+    if batch * length > MAX_STEP:
+        raise ValueError(f"batch: {batch} of {length} tokens is not allowed; use {MAX_STEP} tokens in one step at most")
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -352,10 +362,10 @@ def plan_text(
     checkpointing: bool = False,
 ) -> str:
     """What `study plan` prints for a model of read_config's names and a method in its usual format."""
-    if batch * length > MOST_TOKENS:
-        raise ValueError(f"batch: {batch:,} x {length:,} tokens are more than the {MOST_TOKENS:,} that a plan may have")
     own = find_tuned(method)
-    config, format = read_config(name), own.usual_format(bits, group)
+    format = own.usual_format(bits, group)
+    Adapter(rank), Format("affine", bits, group)  # checked also where the method makes nothing of them
+    config = read_config(name)
     adapter = Adapter(rank) if "adapter" in own.needs else None
     given = {"format": format, "adapter": adapter, "batch": batch, "length": length}
     memory = plan(config, method, **given, checkpointing=checkpointing)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from studylib.config import (
     ALL,
@@ -28,6 +28,11 @@ from studylib.config import (
     RealText,
     Sampling,
     Scheme,
+    Training,
+    Tuning,
+    check_known,
+    check_seed,
+    shown,
 )
 from studylib.methods.base import METHODS, find
 
@@ -40,6 +45,9 @@ MERGE_TITLES = {
     MERGED_16: "adapter merged into the 16-bit weights",
     MERGED_QUANTIZED: "adapter merged into the 16-bit weights, then rounded",
 }
+
+
+Part = TypeVar("Part", Sampling, Training, Tuning)
 
 
 def build_arm(
@@ -61,30 +69,55 @@ def build_arm(
     """The arm of a method at a budget; adapter: by default the usual one, for methods that have one.
 
     corpus: real text in place of generated; sampling, training, tuning: fields to change. Raises ValueError for a
-    method that is not known, or what does not go together.
+    method that is not known, a field that there is not, what the method takes none of, or what does not go together.
     """
     own = find(method)
+    check_seed(seed)  # also where nothing is drawn
+    for name, part, given in (
+        ("corpus", "data", corpus),
+        ("sampling", "data", sampling),
+        ("training", "training", training),
+        ("tuning", "tuning", tuning),
+    ):
+        if given is not None and part not in own.needs:
+            raise ValueError(f"{name}: is given, but {method!r} takes none")
     parts: dict[str, Any] = dict.fromkeys(PARTS)
     if "data" in own.needs:
-        parts["data"] = dataclasses.replace(budget.sampling, **({"seed": seed} | dict(sampling or {})))
+        parts["data"] = _changed("sampling", dataclasses.replace(budget.sampling, seed=seed), sampling)
         if corpus is not None:
             parts["data"] = RealText(corpus, parts["data"].count, parts["data"].length, parts["data"].seed)
+            for field in sampling or {}:
+                if not hasattr(parts["data"], field):
+                    raise ValueError(f"sampling: {field!r} has no effect on the text of a corpus; leave it out")
     if "training" in own.needs:
-        parts["training"] = dataclasses.replace(budget.training, **(training or {}))
+        parts["training"] = _changed("training", budget.training, training)
     if "tuning" in own.needs:
         parts["instructions"] = dataclasses.replace(budget.instructions, seed=seed)
         rate = budget.tuning.learning_rate * own.relative_rate
-        parts["tuning"] = dataclasses.replace(budget.tuning, **({"learning_rate": rate} | dict(tuning or {})))
+        parts["tuning"] = _changed("tuning", dataclasses.replace(budget.tuning, learning_rate=rate), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
-    parts["format"], parts["adapter"] = format, adapter or own.usual_adapter()
+    parts["format"], parts["adapter"] = format, own.usual_adapter() if adapter is None else adapter
     arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
     own.check(arm)
     if bits in own.few_shot_at and not Setting.of(arm).changes:
-        few_shot = tuple(task for task in budget.few_shot if own.few_shot is None or task in own.few_shot)
-        evaluation = dataclasses.replace(budget.evaluation, tasks=budget.evaluation.tasks + few_shot)
+        scored = budget.evaluation.tasks
+        few_shot = tuple(
+            task for task in budget.few_shot if (own.few_shot is None or task in own.few_shot) and task not in scored
+        )
+        evaluation = dataclasses.replace(budget.evaluation, tasks=scored + few_shot)
         return dataclasses.replace(arm, evaluation=evaluation)
     return arm
+
+
+def _changed(name: str, part: Part, changes: Mapping[str, Any] | None) -> Part:
+    """The part of an arm with other values in some fields."""
+    allowed = [field.name for field in dataclasses.fields(part)]
+    if changes is not None and not isinstance(changes, Mapping):
+        raise ValueError(f"{name}: {shown(changes)} is not allowed; use a dictionary of fields, {', '.join(allowed)}")
+    for field in changes or {}:
+        check_known(f"{name}: field", field, allowed)
+    return dataclasses.replace(part, **(changes or {}))
 
 
 @dataclass(frozen=True)

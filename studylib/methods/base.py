@@ -22,6 +22,7 @@ from studylib.config import (
     Arm,
     Format,
     Scheme,
+    check_known,
     in_bitsandbytes,
 )
 
@@ -132,6 +133,11 @@ class Method(ABC):
                 raise ValueError(f"{part}: is given, but {self.name!r} takes none")
         if arm.scheme != Scheme() and "scheme" not in self.takes:
             raise ValueError(f"scheme: {self.name!r} takes none; its grids are its own")
+        if arm.widths.cache == OFF and (arm.scheme.cache_scale, arm.scheme.keys) != (Scheme.cache_scale, Scheme.keys):
+            raise ValueError(
+                f"cache_scale: {arm.scheme.cache_scale!r} with keys {arm.scheme.keys!r} has no effect at {arm.bits}, "
+                "whose cache is not quantized; leave them out"
+            )
         if arm.scheme.grid == LSQ and "training" not in self.needs:
             raise ValueError(f"grid: 'lsq' is learned in training, which {self.name!r} has none of")
         if arm.merge != BESIDE and "tuning" not in self.needs:
@@ -201,8 +207,7 @@ def register(*methods: Method) -> None:
 
 def find(name: str) -> Method:
     """The method of this name; ValueError, with the names there are, where there is none."""
-    if name not in _METHODS:
-        raise ValueError(f"method: {name!r} is not known; use one of {', '.join(_METHODS)}")
+    check_known("method", name, _METHODS)
     return _METHODS[name]
 
 

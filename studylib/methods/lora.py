@@ -26,6 +26,7 @@ from studylib.config import (
     Arm,
     Format,
     Scheme,
+    check_known,
     in_bitsandbytes,
     kept_if_possible,
     usable,
@@ -34,7 +35,7 @@ from studylib.methods.base import L4Q_PAPER, METHODS, PEFT, QLORA_PAPER, SIXTEEN
 from studylib.methods.ptq import CALIBRATION_WINDOWS
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from studylib.config import Log
@@ -100,6 +101,14 @@ class FineTuned(Method):
             if not fits:
                 default = getattr(Adapter(), name)
                 raise ValueError(f"{name}: {chosen!r} is not allowed for {self.name!r}; use {default!r}")
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
+        from studylib.methods.adapters import adapted_layers
+        from studylib.quant import decoder_linears
+
+        if arm.adapter:
+            linears = decoder_linears(skeleton)
+            check_rank(arm.adapter, {name: linears[name] for name in adapted_layers(skeleton, arm.adapter.layers)})
 
     def container(self, arm: Arm) -> str:
         if arm.adapter is None or arm.merge in PACKED:
@@ -185,14 +194,11 @@ def attach(
             f"tokens: {'missing; its base is calibrated on them' if tokens is None else f'{own.name!r} takes none'}"
         )
     names = [] if adapter is None else adapted_layers(model, adapter.layers)
-    for name, linear in linears.items():
+    for linear in linears.values():
         if format is not None:
             format.check_width(linear.in_features)
-        if adapter is not None and adapter.kind in (PISSA, LOFTQ) and adapter.rank > min(linear.weight.shape):
-            raise ValueError(
-                f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {min(linear.weight.shape)} "
-                "singular values"
-            )
+    if adapter is not None:
+        check_rank(adapter, {name: linears[name] for name in names})
     for name, linear in linears.items():
         if isinstance(linear, DeployedLinear):
             model.set_submodule(name, linear.plain())
@@ -203,11 +209,20 @@ def attach(
     return model
 
 
+def check_rank(adapter: Adapter, linears: "dict[str, nn.Linear]") -> None:
+    """Raise ValueError for an adapter that begins with more singular vectors than one of the layers has."""
+    for name, linear in linears.items():
+        most = min(linear.in_features, linear.out_features)
+        if adapter.kind in (PISSA, LOFTQ) and adapter.rank > most:
+            raise ValueError(
+                f"rank: {adapter.rank} is not allowed with {adapter.kind!r}; {name} has {most} singular values"
+            )
+
+
 def find_tuned(name: str) -> FineTuned:
     """The method of fine-tuning of this name; ValueError, with the names there are, where there is none."""
     tuned = {name: method for name, method in METHODS.items() if isinstance(method, FineTuned)}
-    if name not in tuned:
-        raise ValueError(f"method: {name!r} is not known; use one of {', '.join(tuned)}")
+    check_known("method", name, tuned)
     return tuned[name]
 
 

@@ -66,6 +66,10 @@ class GPTQ(Method):
     papers, look = (LLM_QAT_PAPER,), Look("#009E73", "v", hollow=True)
     needs, numerics = frozenset({"data"}), ("grids", "ptq")
 
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        _with_weights(arm.bits, self.title)
+
     def apply(self, work: Work) -> None:
         with work.phase("quantize"):
             gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS))
@@ -75,6 +79,10 @@ class AWQ(Method):
     name, title, source = "awq", "AWQ", "arXiv 2306.00978"
     papers, look = (LLM_QAT_PAPER,), Look("#CC79A7", "P", hollow=True)
     needs, numerics = frozenset({"data"}), ("grids", "ptq")
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        _with_weights(arm.bits, self.title)
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
         check_smoothable(skeleton)

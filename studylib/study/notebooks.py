@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from studylib.config import Arm, listed, write_whole, written_whole
 from studylib.methods import Setting
+from studylib.study.parameters import check_parameter
 from studylib.study.records import Record, RecordError, find_record, read_record
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
 def assign_parameters(notebooks: Sequence[Path], parameters: dict[str, Any]) -> dict[Path, dict[str, Any]]:
     """What each notebook gets of `parameters`: those that it has (papermill itself would only warn of others).
 
-    Raises ValueError for a name that none of the notebooks has, or a type that is not its default's.
+    Raises ValueError for a name that none of the notebooks has, or a value that it may not have (see parameters).
     """
     defaults = {notebook: default_parameters(notebook) for notebook in notebooks}
     allowed = dict.fromkeys(name for own in defaults.values() for name in own)
@@ -71,29 +72,10 @@ def assign_parameters(notebooks: Sequence[Path], parameters: dict[str, Any]) -> 
         if name not in allowed:
             names = listed([notebook.name for notebook in notebooks])
             raise ValueError(f"parameter: {name!r} is not one of {names}; allowed are {', '.join(allowed)}")
-    assigned = {
-        notebook: {name: parameters[name] for name in own if name in parameters} for notebook, own in defaults.items()
+    return {
+        notebook: {name: check_parameter(notebook.stem, name, parameters[name]) for name in own if name in parameters}
+        for notebook, own in defaults.items()
     }
-    for notebook, own in assigned.items():
-        for name, value in own.items():
-            _check_type(notebook, name, value, defaults[notebook][name])
-    return assigned
-
-
-def _check_type(notebook: Path, name: str, value: Any, default: Any) -> None:
-    kind = type(default)
-    if type(value) is not kind:
-        raise ValueError(
-            f"parameter {name}: {value!r} is of type {type(value).__name__}; {notebook.name} "
-            f"takes {kind.__name__}, for example {default!r}"
-        )
-    items = {type(item) for item in default} if kind is list else set()
-    wrong = [item for item in value if type(item) not in items] if items else []
-    if wrong:
-        raise ValueError(
-            f"parameter {name}: {wrong[0]!r} is of type {type(wrong[0]).__name__}; {notebook.name} "
-            f"takes {' or '.join(sorted(kind.__name__ for kind in items))} inside it"
-        )
 
 
 def wanted_arms(notebook: Path, parameters: dict[str, Any]) -> list[Arm]:

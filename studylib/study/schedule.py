@@ -18,7 +18,7 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from studylib.config import Arm, remove
+from studylib.config import MAX_JOBS, Arm, check_whole, remove
 from studylib.methods import find, title
 from studylib.study.machine import keep_freed_memory
 from studylib.study.records import Record, Store, arm_key
@@ -26,9 +26,8 @@ from studylib.study.run import advance, carry_out, check, data_folder, data_lock
 
 
 def check_jobs(jobs: int) -> None:
-    """ValueError for a number of arms computed at a time that is not 1 or more."""
-    if jobs < 1:
-        raise ValueError(f"jobs: {jobs} is not allowed; use 1 or more")
+    """ValueError for a number of arms computed at a time that is not a whole number from 1 to MAX_JOBS."""
+    check_whole("jobs", jobs, 1, MAX_JOBS)
 
 
 def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1) -> list[Record]:

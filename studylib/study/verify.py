@@ -70,8 +70,10 @@ def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> 
     """Reference records to run again: those whose title holds one of `wanted`, or as many as fit into `minutes`.
 
     The latter are the cheapest of each method in turn, the methods with the most arms first; what several of them share
-    is made once. Raises ValueError where none is left.
+    is made once. Raises ValueError where none is left, and for minutes that are not above 0.
     """
+    if not minutes > 0:  # nor nan
+        raise ValueError(f"minutes: {minutes:g} is not allowed; use a number above 0")
     finished = [record for record in records if record.status == FINISHED]
     if wanted:
         chosen = [record for record in finished if any(text in title(record.arm) for text in wanted)]

@@ -1,9 +1,13 @@
 """Text, training, fine-tuning, evaluation: schedules, and what is refused."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from studylib.config.budgets import (
@@ -16,6 +20,7 @@ from studylib.config.budgets import (
     Training,
     Tuning,
     check_tasks,
+    profile,
     split_loss,
 )
 
@@ -59,8 +64,8 @@ def test_bad_budgets_name_the_value(bad, named):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokens": 0}, "tokens: 0 is not allowed; use 1 or more"),
-        ({"shapes": ("llama-9b",)}, "shape: 'llama-9b' is not known; use llama-7b, llama-13b"),
+        ({"tokens": 0}, "tokens: 0 is not allowed; use a whole number from 1 to 1048576"),
+        ({"shapes": ("llama-9b",)}, "shape: 'llama-9b' is not known; use one of llama-7b, llama-13b"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(fields, message):
@@ -71,7 +76,10 @@ def test_what_cannot_be_timed_is_refused(fields, message):
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: dataclasses.replace(BUDGET, steps=0), "steps: 0 is not allowed; use 1 or more"),
+        (
+            lambda: dataclasses.replace(BUDGET, steps=0),
+            "steps: 0 is not allowed; use a whole number from 1",
+        ),
         (lambda: dataclasses.replace(BUDGET, learning_rate=0), "learning_rate: 0 is not allowed; use a number above 0"),
         (
             lambda: Training(1, 1, 1.0, loss="kl+mse"),
@@ -86,7 +94,7 @@ def test_what_cannot_be_timed_is_refused(fields, message):
         (lambda: Tuning(0, 1, 1.0), "steps: 0"),
         (lambda: Sampling(4, 8, "beam"), "strategy: 'beam' is not known; use one of greedy"),
         (lambda: Sampling(4, 8, "greedy", top_k=5), "top_k: 5 has no effect on 'greedy'; leave it out"),
-        (lambda: Sampling(4, 1), "length: 1 is not allowed; use 2 or more"),
+        (lambda: Sampling(4, 1), "length: 1 is not allowed; use a whole number from 2 to"),
         (lambda: Sampling(4, 8, temperature=0.0), "temperature: 0.0 is not allowed"),
         (
             lambda: RealText("pile", 1, 8),
@@ -95,9 +103,9 @@ def test_what_cannot_be_timed_is_refused(fields, message):
         (lambda: RealText("c4", 0, 8), "count: 0 is not allowed"),
         (lambda: Instructions("dolly"), "instructions: 'dolly' is not known; use alpaca, or the path of a .json"),
         (lambda: Instructions(length=1), "length: 1 is not allowed"),
-        (lambda: Evaluation(("c4",), 1, 8, ("squad",)), "task: 'squad' is not known; use boolq, piqa"),
+        (lambda: Evaluation(("c4",), 1, 8, ("squad",)), "task: 'squad' is not known; use one of boolq, piqa"),
         (lambda: Evaluation(("c4",), 1, 8, items=0), "items: 0 is not allowed"),
-        (lambda: Evaluation(("c4",), 1, 8, source="web"), "source: 'web' is not known; use 'archive' or 'hub'"),
+        (lambda: Evaluation(("c4",), 1, 8, source="web"), "source: 'web' is not known; use one of archive, hub"),
         (lambda: check_tasks(["piqa", "squad"]), "task: 'squad' is not known"),
         (lambda: Decoding(context=0), "context: 0 is not allowed"),
     ],
@@ -106,6 +114,75 @@ def test_what_makes_no_sense_is_one_line(make, named):
     with pytest.raises(ValueError, match=named) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, True, None, "4", HUGE, -1, [4], np.ones(2)])
+@pytest.mark.parametrize("name", ["count", "length", "top_k", "temperature", "seed", "batch"])
+def test_numbers_of_a_sampling_are_numbers(name, value):
+    refused(lambda: Sampling(**{"count": 4, "length": 8} | {name: value}))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, True, "4", HUGE, -1, [4]])
+@pytest.mark.parametrize(
+    "name", ["steps", "batch", "learning_rate", "max_grad_norm", "weight_decay", "warmup", "mask", "temperature"]
+)
+def test_numbers_of_a_training_are_numbers(name, value):
+    refused(lambda: Training(**{"steps": 4, "batch": 2, "learning_rate": 0.1} | {name: value}))
+
+
+def refused(make):
+    with pytest.raises(ValueError, match=r"is not allowed|is not known|is there twice") as caught:
+        make()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Evaluation(("c4",), 2.0, 8),
+        lambda: Evaluation(("c4",), np.int64(2), 8),
+        lambda: Sampling(4, 8, top_k=50.0),
+        lambda: Sampling(4, 8, seed=2**32),
+        lambda: RealText("c4", 4, 8, seed=-1),
+        lambda: RealText("own\n.txt", 4, 8),
+        lambda: RealText(3, 4, 8),
+        lambda: Instructions(seed=2**32),
+        lambda: Instructions(length=10**9),
+        lambda: Budget(4, 2, 0.1, extended_from=(2.0,)),
+        lambda: Budget(4, 2, 0.1, extended_from=[2]),
+        lambda: Training(4, 2, 0.1, loss="attention+kl"),
+        lambda: Training(4, 2, 0.1, loss=None),
+        lambda: Tuning(4, 2, 0.1, paged="false"),
+        lambda: Evaluation(["c4"], 1, 8),
+        lambda: Evaluation(("c4", "c4"), 1, 8),
+        lambda: Evaluation(("c4",), 1, 8, ("piqa", "piqa")),
+        lambda: Decoding(rounds=2.0),
+        lambda: Decoding(shapes=("llama-7b", "llama-7b")),
+        lambda: dataclasses.replace(profile("smoke"), seeds=()),
+        lambda: dataclasses.replace(profile("smoke"), seeds=(0, 0)),
+        lambda: dataclasses.replace(profile("smoke"), group=0),
+        lambda: dataclasses.replace(profile("smoke"), training=Tuning(4, 2, 0.1)),
+        lambda: profile("smoke").extended(True),
+        lambda: profile(["smoke"]),
+    ],
+)
+def test_what_json_could_not_hold_or_no_generator_takes_is_one_line(make):
+    refused(make)
+
+
+@given(
+    st.integers(1, 10**7),
+    st.integers(2, 2**20),
+    st.integers(0, 10**7),
+    st.floats(0.01, 100),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_is_allowed_is_written_and_read_back(count, length, top_k, temperature, seed):
+    made = Sampling(count, length, "sampled", top_k, temperature, seed)
+    assert Sampling(**json.loads(json.dumps(dataclasses.asdict(made), allow_nan=False))) == made
 
 
 def test_files_are_named_and_not_looked_for():

@@ -20,7 +20,10 @@ VARIANTS += [dataclasses.replace(format, group=None) for format in ALL]
 VARIANTS += [dataclasses.replace(format, scale_bits=16) for format in ALL]
 
 
-@pytest.mark.parametrize("text", ["4-8", "4-8-4-4", "a-8-4", "", "1-8-4", "4-9-4", "4-8-17", "4-0-4", 484])
+BAD_WIDTHS = ["4-8", "4-8-4-4", "a-8-4", "", "1-8-4", "4-9-4", "4-8-17", "4-0-4", "04-8-4", "٤-8-4", 484]
+
+
+@pytest.mark.parametrize("text", BAD_WIDTHS)
 def test_bad_bit_widths_name_the_value(text):
     with pytest.raises(ValueError) as caught:
         BitWidths.parse(text)
@@ -75,9 +78,15 @@ def test_titles():
         ({"kind": "nf", "bits": 8}, "bits: 8 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "fp-e2m1", "bits": 3}, "bits: 3 is not allowed for 'fp-e2m1'; use 4"),
         ({"kind": "int", "bits": 1}, "bits: 1 is not allowed for 'int'; use 2 or 3 or 4 or 8"),
-        ({"kind": "nf", "group": 0}, "group: 0 is not allowed; use a positive integer, or None for whole rows"),
+        (
+            {"kind": "nf", "group": 0},
+            "group: 0 is not allowed; use a whole number from 1 to 65536, or None",
+        ),
         ({"kind": "nf", "group": True}, "group: True is not allowed"),
         ({"kind": "nf", "scale_bits": 8}, "scale_bits: 8 is not allowed; use 16 or 32"),
+        ({"kind": "nf", "scale_bits": 32.0}, "scale_bits: 32.0 is not allowed"),
+        ({"kind": "nf", "double": "false"}, "double: 'false' is not allowed; use True or False"),
+        ({"kind": "nf", "group": 2**20}, "group: 1048576 is not allowed"),
         ({"kind": "nf", "group": None, "double": True}, "double: True is not allowed with group None"),
         ({"kind": "nf", "scale_bits": 16, "double": True}, "double: True is not allowed with group 64 and scale_bits"),
     ],
@@ -91,13 +100,21 @@ def test_bad_formats_name_the_value_and_what_is_allowed(arguments, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rank": 0}, "rank: 0 is not allowed; use 1 or more"),
+        ({"rank": 0}, "rank: 0 is not allowed; use a whole number from 1 to 1024"),
         ({"rank": 2.0}, "rank: 2.0 is not allowed"),
         ({"alpha": 0}, "alpha: 0 is not allowed; use a number above 0"),
         ({"alpha": math.inf}, "alpha: inf is not allowed"),
         ({"dropout": 1.0}, "dropout: 1.0 is not allowed; use a share from 0 to below 1"),
         ({"kind": "vera"}, "kind: 'vera' is not known; use one of lora, dora, pissa, loftq"),
         ({"init": "zeros"}, "init: 'zeros' is not known; use one of"),
+        ({"rank": 2000}, "rank: 2000 is not allowed; use a whole number from 1 to 1024"),
+        ({"alpha": True}, "alpha: True is not allowed"),
+        ({"alpha": "16"}, "alpha: '16' is not allowed"),
+        ({"dropout": math.nan}, "dropout: nan is not allowed"),
+        ({"kind": ["lora"]}, r"kind: \['lora'\] is not known"),
+        ({"layers": ""}, "layers: '' is not allowed; use 'all', or ends of layers' names"),
+        ({"layers": "q_proj+q_proj"}, r"layers: 'q_proj\+q_proj' is not allowed"),
+        ({"layers": ("q_proj",)}, r"layers: \('q_proj',\) is not allowed"),
     ],
 )
 def test_adapters_that_make_no_sense_are_refused(fields, message):

@@ -239,8 +239,8 @@ def test_a_name_that_leads_nowhere(name, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 0}, "batch: 0 is not allowed; use 1 or more"),
-        ({"length": 1}, "length: 1 is not allowed; use 2 or more"),
+        ({"batch": 0}, "batch: 0 is not allowed; use a whole number from 1 to"),
+        ({"length": 1}, "length: 1 is not allowed; use a whole number from 2 to"),
         ({"length": 65}, "length: 65 tokens is longer than the model's context of 64"),
         ({"dtype": torch.float16}, "dtype: torch.float16 is not allowed; use torch.bfloat16 or torch.float32"),
         ({"method": "gptq+lora"}, "method: 'gptq\\+lora' calibrates on tokens; .* plan 'lora' for it"),
@@ -279,7 +279,7 @@ def test_what_is_deployed_is_counted_without_weights(config, monkeypatch, method
 
 
 def test_bad_input_of_inference(config):
-    with pytest.raises(ValueError, match="length: 0 is not allowed; use 1 or more"):
+    with pytest.raises(ValueError, match="length: 0 is not allowed; use a whole number from 1 to"):
         inference_bytes(config("llama"), "lora", format=None, adapter=Adapter(4), length=0)
     with pytest.raises(ValueError, match="bits: 5 is not allowed"):
         find("qlora").usual_format(5)

@@ -303,7 +303,7 @@ def test_no_prompt_of_a_few_shot_task_holds_its_own_question(tmp_path):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="task: 'squad' is not known; use boolq, piqa"):
+    with pytest.raises(ValueError, match="task: 'squad' is not known; use one of boolq, piqa"):
         check_tasks(["piqa", "squad"])
     with pytest.raises(ValueError, match="source: 'disk' is not known"):
         task_scores(None, None, [], source="disk")

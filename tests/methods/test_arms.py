@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import Decoding, RealText, Sampling, profile
-from studylib.config.settings import MERGED_16, REQUANTIZED, Adapter, Format, Scheme
+from studylib.config.settings import MERGED_16, REQUANTIZED, Adapter, BitWidths, Format, Scheme
 from studylib.methods.arms import (
     CHANGES,
     Setting,
@@ -232,6 +232,30 @@ def test_what_does_not_go_together_is_refused():
         ("rtn", "4-8-4", {"format": Format("nf")}, "format: is given, but 'rtn' takes none"),
         ("rtn", "4-8-4", {"merge": "dequantized"}, "merge: is given, but 'rtn' is not fine-tuned"),
         ("gptq", "4-8-4", {"scheme": Scheme("statsq")}, "scheme: 'gptq' takes none"),
+        ("gptq", "16-8-4", {}, r"bits of the weights: 16 \(off\) is not allowed for GPTQ"),
+        ("awq", "16-8-4", {}, r"bits of the weights: 16 \(off\) is not allowed for AWQ"),
+        (
+            "rtn",
+            "4-8-16",
+            {"scheme": Scheme(keys="after-rotary")},
+            "cache_scale: 'token' with keys 'after-rotary'",
+        ),
+        ("rtn", "4-8-4", {"seed": 2**32}, "seed: 4294967296 is not allowed; use a whole number from 0 to 4294967295"),
+        ("rtn", "4-8-4", {"training": {"loss": "kl"}}, "training: is given, but 'rtn' takes none"),
+        ("rtn", "4-8-4", {"corpus": "c4"}, "corpus: is given, but 'rtn' takes none"),
+        ("llm-qat", "4-8-4", {"tuning": {"steps": 3}}, "tuning: is given, but 'llm-qat' takes none"),
+        ("llm-qat", "4-8-4", {"sampling": {"beams": 3}}, "sampling: field: 'beams' is not known; use one of count"),
+        ("llm-qat", "4-8-4", {"sampling": {3: 3}}, "sampling: field: 3 is not known"),
+        ("llm-qat", "4-8-4", {"sampling": {"top_k": 5.0}}, "top_k: 5.0 is not allowed; use a whole number from 0"),
+        ("llm-qat", "4-8-4", {"sampling": ["top_k"]}, r"sampling: \['top_k'\] is not allowed; use a dictionary"),
+        ("llm-qat", "4-8-4", {"sampling": {"top_k": 5}, "corpus": "c4"}, "sampling: 'top_k' has no effect on the text"),
+        ("llm-qat", "4-8-4", {"training": {"epochs": 3}}, "training: field: 'epochs' is not known; use one of steps"),
+        ("lora", "16-16-16", {"tuning": {"paged": 1}}, "paged: 1 is not allowed; use True or False"),
+        ("lora", "16-16-16", {"adapter": "dora"}, "adapter: 'dora' is not allowed; use Adapter or None"),
+        ("encoded", "4-16-16", {"format": "nf"}, "format: 'nf' is not allowed; use Format or None"),
+        ("rtn", "4-8-4", {"scheme": "statsq"}, "scheme: 'statsq' is not allowed; use Scheme"),
+        ("rtn", BitWidths(4, 8, 4), {}, r"bits: BitWidths\(.*\) is not allowed; use one line of text"),
+        (["rtn"], "4-8-4", {}, r"method: \['rtn'\] is not known"),
     ):
         with pytest.raises(ValueError, match=named) as caught:
             build_arm(SMOKE, "m", method, bits, **changes)

@@ -1,6 +1,7 @@
 """Figures and tables of memory: what they must have whatever the numbers."""
 
 import pandas as pd
+import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib.evidence.gigabytes import REPORTED, against_papers
@@ -28,3 +29,21 @@ def test_the_papers_gigabytes_have_a_row_each(monkeypatch):
     table = memory_figures.papers_table()
     assert isinstance(table, pd.DataFrame) and len(table) == len(rows) and table["Paper, GB"].iloc[-1] == "–"
     assert "reported numbers are met to a tenth" in flat(memory_figures.papers_figure())
+
+
+def test_all_steps_are_planned_before_one_is_measured(fp32, monkeypatch):
+    measured = []
+    monkeypatch.setattr(memory_figures, "measure", lambda *args, **given: measured.append(args))
+    for values, message in (
+        ((["lora", "qlora"], 8, 32, 4, 2, 32), "bits: 8 is not allowed for 'nf'"),
+        ((["lora", "l4q"], 4, 48, 4, 2, 32), "group: 48 does not divide the row length 64"),
+        ((["lora"], 4, 32, 4, 2, 10**5), "length: 100000 tokens"),
+        ((["lora"], 4, 32, 4, 65536, 2), "batch: 65536 of 2 tokens is not allowed; use 65536 tokens in one step"),
+        ((["lora", "rtn"], 4, 32, 4, 2, 32), "method: 'rtn' is not known; use one of lora, qlora"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            memory_figures.measured_beside_planned("tiny-random", *values)
+    monkeypatch.setattr(memory_figures, "environment", lambda: {"hardware": {"memory_bytes": 2**20}})
+    with pytest.raises(ValueError, match=r"batch: 2 of 32 tokens take .* GB with 'lora', and this machine has"):
+        memory_figures.measured_beside_planned("tiny-random", ["lora"], 4, 32, 4, 2, 32)
+    assert not measured

@@ -115,7 +115,7 @@ def test_a_sample_fits_the_minutes_and_holds_every_method(picture):
     chosen = choose(picture, [], 1.2)  # an untrained arm took 3 seconds, a trained one 63
     assert {record.arm.method for record in chosen} == {"full-precision", "rtn", "llm-qat"}
     assert sum(sum(record.cost["seconds"].values()) for record in chosen) <= 72
-    assert [title(record.arm) for record in choose(picture, ["8-8-8"], 0)] == ["RTN 8-8-8", "LLM-QAT 8-8-8"]
+    assert [title(record.arm) for record in choose(picture, ["8-8-8"], 1)] == ["RTN 8-8-8", "LLM-QAT 8-8-8"]
     with pytest.raises(ValueError, match="none of its 9 arms holds 'NF4' in its title"):
         choose(picture, ["NF4"], 15)
     with pytest.raises(ValueError, match=r"fits into 0\.01 minutes"):
@@ -125,7 +125,7 @@ def test_a_sample_fits_the_minutes_and_holds_every_method(picture):
 def test_what_an_arm_shared_counts_where_it_is_run_alone(make_record):
     first, other = (make_record("llm-qat", "4-8-4"), make_record("llm-qat", "4-8-8"))
     first.cost["seconds"]["data"], other.cost["seconds"]["data"] = 600.0, 0.1  # the first made the text of both
-    assert choose([first, other], ["4-8-8"], 0) == [other]
+    assert choose([first, other], ["4-8-8"], 1) == [other]
     with pytest.raises(ValueError, match="fits into 5 minutes"):
         choose([first, other], [], 5)
 
@@ -138,9 +138,15 @@ def test_what_chosen_arms_share_is_made_once(make_record):
     assert len(choose([first, elsewhere], [], 10 + 2 * 63 / 60 + 0.1)) == 1
 
 
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1"])
+def test_no_time_is_no_run(tmp_path, capsys, minutes):
+    assert main(["verify", "--minutes", minutes, "--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"study: minutes: {minutes} is not allowed; use a number above 0\n"
+
+
 def test_no_job_is_no_run(tmp_path, capsys):
     assert main(["verify", "--jobs", "0", "--results", str(tmp_path)]) == 2
-    assert "jobs: 0 is not allowed; use 1 or more" in capsys.readouterr().err
+    assert "jobs: 0 is not allowed; use a whole number from 1 to 1024" in capsys.readouterr().err
 
 
 def test_a_reference_without_records_is_named(tmp_path, capsys):

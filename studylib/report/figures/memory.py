@@ -1,6 +1,7 @@
 """The memory of fine-tuning: this model measured beside its plan, and the papers' gigabytes beside ours."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -9,10 +10,11 @@ from matplotlib.figure import Figure
 
 from studylib.config import EMPTY, Adapter, listed, number, percent
 from studylib.data import models
-from studylib.evaluate import PURPOSES, TITLES, measure, plan
+from studylib.evaluate import GB, PURPOSES, TITLES, measure, plan
 from studylib.evidence import against_papers
-from studylib.methods import attach, find, method_title
+from studylib.methods import attach, find_tuned, method_title
 from studylib.report.style import LINES, STYLE, name_rows, new_panels, set_title
+from studylib.study import environment
 
 MB = 1e6
 
@@ -24,26 +26,37 @@ def measured_beside_planned(
 
     Columns: method (its name), checkpointing, the purposes of evaluate.memory.TrainingMemory, total, planned (the
     plan's total), in bytes.
+    Raises ValueError, before anything is measured, where a plan does, or for a step that the machine has no room for.
     """
-    rows = []
+    given: dict[str, Any] = {"batch": batch, "length": length}
+    memory = environment()["hardware"]["memory_bytes"]
+    parts, planned = {}, {}
     for method in methods:
-        own = find(method)
-        format, adapter = own.usual_format(bits, group), Adapter(rank, rank) if "adapter" in own.needs else None
-        prepared = attach(models.load_model(model), method, format=format, adapter=adapter)
+        own = find_tuned(method)
+        adapter = Adapter(rank, rank) if "adapter" in own.needs else None
+        parts[method] = {"format": own.usual_format(bits, group), "adapter": adapter}
         for checkpointing in (False, True):
-            found = measure(prepared, batch, length, checkpointing=checkpointing)
-            planned = plan(
+            total = plan(
                 models.load_config(model),
                 method,
-                format=format,
-                adapter=adapter,
-                batch=batch,
-                length=length,
+                **parts[method] | given,
                 checkpointing=checkpointing,
                 dtype=models.compute_dtype(),
-            )
-            parts = {name: getattr(found, name) for name in (*PURPOSES, "total")}
-            rows.append({"method": method, "checkpointing": checkpointing} | parts | {"planned": planned.total})
+            ).total
+            if total > memory:
+                raise ValueError(
+                    f"batch: {batch} of {length} tokens take {number(total / GB)} GB with {method!r}, and this machine "
+                    f"has {number(memory / GB)}"
+                )
+            planned[method, checkpointing] = total
+    rows = []
+    for method in methods:
+        prepared = attach(models.load_model(model), method, **parts[method])
+        for checkpointing in (False, True):
+            found = measure(prepared, **given, checkpointing=checkpointing)
+            sizes = {name: getattr(found, name) for name in (*PURPOSES, "total")}
+            sizes["planned"] = planned[method, checkpointing]
+            rows.append({"method": method, "checkpointing": checkpointing} | sizes)
         del prepared
     return pd.DataFrame(rows)
 
