@@ -232,7 +232,7 @@ def _value(text: str, value: str) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:int", whole)
     Loader.add_constructor("tag:yaml.org,2002:timestamp", Loader.construct_yaml_str)
     try:
-        return _from_here(yaml.load(value, Loader))
+        return _from_here(Loader(value).get_single_data())
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--set: the value of {text!r} is not YAML") from error
 
