@@ -415,7 +415,7 @@ def test_two_runs_at_once(tmp_path):
     first, second = (
         {record.key: record.scores for record in read_records(tmp_path / name / "records")} for name in ("a", "b")
     )
-    assert first == second and len(first) == 3
+    assert first == second and len(first) == 5
 
 
 def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):

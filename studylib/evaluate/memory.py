@@ -236,24 +236,29 @@ def read_config(name: str) -> PreTrainedConfig:
         raise ValueError(f"{error}; or, for a plan, a config.json or one of {', '.join(SHAPES)}") from error
 
 
-class _Answer(TorchDispatchMode):
-    """Answers where a tensor without numbers is asked yes or no: yes to "are all finite?" as a model is prepared, no to
-    "is this layer dropped?" as it is trained, which OPT asks."""
+class _Yes(TorchDispatchMode):
+    """Answers yes where a tensor without numbers is asked, as in "are all finite?", and no where it says whether one
+    number is less than another, as in "is this layer dropped?", which OPT asks."""
 
-    def __init__(self, answer: bool):
-        super().__init__()
-        self.answer = answer
+    less: Tensor | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return self.answer
-        return func(*args, **(kwargs or {}))
+            return args[0] is not self.less
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lt.Scalar and found.ndim == 0:
+            self.less = found
+        return found
 
 
-# On fake tokens transformers builds the mask that it leaves out on real ones, where no window or padding needs it.
+# On fake tokens transformers builds the mask that it leaves out on real ones, where no window or padding needs it; here
+# nothing is padded, also where a model says so by a mask of ones (OPT).
 AttentionInterface.register(FAKE_ATTENTION, sdpa_attention_forward)
 AttentionMaskInterface.register(
-    FAKE_ATTENTION, lambda *arguments, **settings: sdpa_mask(*arguments, **settings | {"allow_is_causal_skip": True})
+    FAKE_ATTENTION,
+    lambda *arguments, **settings: sdpa_mask(
+        *arguments, **settings | {"allow_is_causal_skip": True, "attention_mask": None}
+    ),
 )
 
 
@@ -264,7 +269,7 @@ def _no_weights(config: PreTrainedConfig, format: Format | None) -> Iterator[Pre
         levels(format), scale_levels()  # they are cached, and must not be without numbers
     config = copy.deepcopy(config)
     config.dtype = torch.float32  # as models.load_model has it
-    with torch.device("meta"), _Answer(True):
+    with torch.device("meta"), _Yes():
         yield models.skeleton(config)
 
 
@@ -305,7 +310,7 @@ def plan(
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        with FakeTensorMode(allow_non_fake_inputs=True), _Answer(False):
+        with FakeTensorMode(allow_non_fake_inputs=True), _Yes():
             model.to_empty(device="cpu").tie_weights()
             model.set_attn_implementation(FAKE_ATTENTION)
             memory = measure(model, batch, length, checkpointing=checkpointing, dtype=dtype)
