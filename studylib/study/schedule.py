@@ -18,7 +18,7 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from studylib.config import MAX_JOBS, Arm, check_whole, remove
+from studylib.config import MAX_JOBS, Arm, check_whole, remove, tell
 from studylib.methods import find, title
 from studylib.study.machine import keep_freed_memory
 from studylib.study.records import Record, Store, arm_key
@@ -136,7 +136,10 @@ def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoin
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems without masks
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
+    try:
+        _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
+    except (OSError, ValueError) as error:
+        tell(f"a helper process stops: {error}")
 
 
 def _end_with_parent() -> None:

@@ -27,6 +27,7 @@ from studylib.data import models
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
 COMPILED_STEPS = 20  # from so many steps on, compiling the layers pays for itself
+OWNER = "owner.txt"  # in a checkpoint: the names of the training's folder and of the checkpoint that it was made as
 
 
 class _InOrder(Trainer):
@@ -60,9 +61,9 @@ class _InOrder(Trainer):
             except RuntimeError as error:  # so torch.save tells of a full disk
                 raise OSError("torch could not write it; is the disk full?") from error
             _sign(partial, checkpoint)
-        if checkpoint.exists():
-            for other in _checkpoints(checkpoint.parent):
-                if other != checkpoint:
+        for other in _checkpoints(checkpoint.parent) if checkpoint.exists() else ():
+            if other != checkpoint:
+                with contextlib.suppress(OSError):
                     remove(other)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -230,9 +231,6 @@ def fit(
             if "held_out_loss" in entry
         ],
     )
-
-
-OWNER = "owner.txt"  # in a checkpoint: the folder, named by its training, and the name that it was made for
 
 
 def _sign(files: Path, checkpoint: Path) -> None:
