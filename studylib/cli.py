@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"{where}: {error.strerror}" if where else error)
         return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet what libraries do at the exit
         _say("interrupted; the same command goes on from here")
         return 130
 
