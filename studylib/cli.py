@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"{where}: {error.strerror}" if where else error)
         return 2
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet what libraries do at the exit
         _say("interrupted; the same command goes on from here")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     finally:
