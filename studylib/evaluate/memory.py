@@ -45,7 +45,7 @@ TITLES = {
 }
 PURPOSES = tuple(TITLES)[:-1]
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB
-MAX_STEP = 2**16  # tokens: QLoRA's largest step, and what is planned in seconds
+MAX_STEP = 2**19  # tokens: the loss walks through them, and a plan takes half a minute for so many
 DRIVER = 1.0  # GB that CUDA and its libraries take of a card before anything is computed
 FAKE_ATTENTION = "studylib_fake"
 # Bytes a layer: the 16 levels; with double quantization, the 256 of the scales as well.

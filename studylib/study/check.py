@@ -55,6 +55,8 @@ def check(arm: Arm) -> None:
     method.check_model(arm, skeleton)
     for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
         check_length(skeleton, length)
+    if isinstance(arm.data, Sampling) and arm.data.top_k > config.get_text_config().vocab_size:
+        raise ValueError(f"top_k: {arm.data.top_k} is more than the vocabulary; use 0 for all of it")
     named = json.dumps(contents(arm), sort_keys=True)
     if arm.instructions:
         _check_instructions(arm.model, arm.instructions, named)

@@ -38,7 +38,7 @@ def test_all_steps_are_planned_before_one_is_measured(fp32, monkeypatch):
         ((["lora", "qlora"], 8, 32, 4, 2, 32), "bits: 8 is not allowed for 'nf'"),
         ((["lora", "l4q"], 4, 48, 4, 2, 32), "group: 48 does not divide the row length 64"),
         ((["lora"], 4, 32, 4, 2, 10**5), "length: 100000 tokens"),
-        ((["lora"], 4, 32, 4, 65536, 2), "batch: 65536 of 2 tokens is not allowed; use 65536 tokens in one step"),
+        ((["lora"], 4, 32, 4, 65536, 16), "batch: 65536 of 16 tokens is not allowed; use 524288 tokens in one step"),
         ((["lora", "rtn"], 4, 32, 4, 2, 32), "method: 'rtn' is not known; use one of lora, qlora"),
     ):
         with pytest.raises(ValueError, match=message):

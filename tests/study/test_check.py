@@ -142,6 +142,12 @@ def test_an_opening_that_leaves_no_room(make_folder, byte_tokenizer):
     check(chat(folder, length=128))
 
 
+def test_more_likely_tokens_than_there_are(make_folder):
+    refused(
+        trained(make_folder(), sampling={"top_k": 10**6}), "top_k: 1000000 is more than the vocabulary; use 0 for all"
+    )
+
+
 def test_layers_are_tried_with_the_arms_scheme(make_folder):
     folder = make_folder()
     refused(arm(folder, "rtn", "4-8-4", scheme=Scheme(group=48)), "48 does not divide the row length 64")
