@@ -4,10 +4,9 @@
 # One would expect: from_pretrained returns a model with weights of its own. What happens to the folder afterwards (a newer
 # checkpoint copied over it, a sync) concerns the next load.
 # Seen with transformers 5.17.0, safetensors 0.8.0, torch 2.13.0: where the file's type is the one that is asked for, the
-# parameters are the mapped file. Written anew in place, as cp and rsync --inplace do, all weights of the model that is in use are
+# parameters are the mapped file. Written anew in place, as cp and rsync --inplace do, all matrices of the model that is in use are
 # the new file's. Renamed over, as rsync does by itself, none change; nor do any where loading casts (stored in bf16, loaded in
-# fp32). A training step is not written to the file: the mapping is private, so that after it some weights are the trained ones
-# and those that were not touched would still follow the file.
+# fp32).
 # Guess written down before the run: weights are copied in all four cases.
 # Where it comes from: safetensors' default reader on Linux, which maps the file, and transformers' loader, which takes its tensors
 # as parameters without a copy where neither type nor device differ.
