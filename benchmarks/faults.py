@@ -378,7 +378,7 @@ def kills(place: Path, sample: int | None, seed: int) -> dict[str, Any]:
     def records(folder: Path) -> dict[str, Any]:
         listed = {path.name: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
         for fields in listed.values():
-            del fields["cost"], fields["provenance"]["finished"]
+            del fields["cost"], fields["provenance"]
         return listed
 
     if (complete, last) != (0, 0) or leftovers(killed) or records(killed) != records(whole):

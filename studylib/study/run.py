@@ -303,7 +303,8 @@ def _checkpoints(arm: Arm, store: Store) -> Path:
             if usable(kept):
                 from studylib.train import take_over  # Trainer's imports take seconds
 
-                take_over(kept, folder)
+                with kept_if_possible(f"what {folder} begins with"):
+                    take_over(kept, folder)
     return folder
 
 

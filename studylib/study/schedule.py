@@ -3,12 +3,7 @@
 import contextlib
 import functools
 import gc
-import multiprocessing
-import multiprocessing.resource_tracker
-import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +15,7 @@ from tqdm import tqdm
 
 from studylib.config import MAX_JOBS, Arm, check_whole, remove, tell
 from studylib.methods import find, title
+from studylib.study import helpers
 from studylib.study.machine import keep_freed_memory
 from studylib.study.records import Record, Store, arm_key
 from studylib.study.run import advance, carry_out, check, data_folder, data_lock, planned_work
@@ -48,9 +44,9 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     store = Store(results)
     missing = missing_arms(arms, store)
     shared = [arm for arm in missing if _is_known_elsewhere(arm)]
-    helpers = min(jobs - 1, len(shared), max(0, len(missing) - 1))
+    further = min(jobs - 1, len(shared), max(0, len(missing) - 1))
     with (
-        _sharing_threads(helpers, shared, results, keep_checkpoints),
+        _sharing_threads(further, shared, results, keep_checkpoints),
         tqdm(
             total=sum(map(planned_work, missing)),
             unit="tok",
@@ -93,61 +89,26 @@ def _is_known_elsewhere(arm: Arm) -> bool:
 
 
 @contextlib.contextmanager
-def _sharing_threads(helpers: int, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
+def _sharing_threads(count: int, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
     """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
     threads = torch.get_num_threads()
-    share = max(1, threads // (helpers + 1))
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_help, args=(share, arms, *where), daemon=True) for _ in range(helpers)]
+    share = max(1, threads // (count + 1))
+    torch.set_num_threads(share)
     try:
-        torch.set_num_threads(share)
-        with _deaf_to_interrupts():
+        with helpers.working(count, _help, share, arms, *where) as processes:
+            yield
             for process in processes:
-                process.start()
-        yield
-        for process in processes:
-            process.join()
+                process.join()
     finally:
         torch.set_num_threads(threads)
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
-
-
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started inside get no Ctrl-C, which goes to the whole group: this one stops them.
-
-    One that arrives meanwhile comes afterwards.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    multiprocessing.resource_tracker.ensure_running()  # starting it would take the mask away
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems without masks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
     except (OSError, ValueError) as error:
         tell(f"a helper process stops: {error}")
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, however that ended; its arm is taken up again later."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, bar: tqdm) -> None:
