@@ -174,7 +174,8 @@ def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, fol
     ids=base.CONTAINERS[:2] + base.CONTAINERS[3:],
 )
 def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, fields):
-    config = Qwen2Config(**shape | {"intermediate_size": 64}, tie_word_embeddings=False)
+    longer = {"intermediate_size": 64, "max_position_embeddings": 512}  # than the pairs that are scored
+    config = Qwen2Config(**shape | longer, tie_word_embeddings=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = models.skeleton(config)
