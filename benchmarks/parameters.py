@@ -54,7 +54,7 @@ def case(number: int) -> tuple[Path, dict[str, str]]:
     chance = random.Random(number)
     *others, summary = batch.find_notebooks([])
     notebook = chance.choice(others) if chance.random() < 0.97 else summary
-    defaults = batch.default_parameters(notebook)
+    defaults = batch.default_parameters(notebook) | TINY
     names = [name for name in defaults if name not in FREE]
     if not names or chance.random() < 0.05:
         names = list(FREE)
