@@ -233,6 +233,9 @@ def _value(text: str, value: str) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:int", whole)
     Loader.add_constructor("tag:yaml.org,2002:timestamp", Loader.construct_yaml_str)
     try:
+        # References could stand for more than there is memory for, and tags for what is no parameter.
+        if any(isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) for event in yaml.parse(value)):
+            raise ValueError(f"--set: the value of {text!r} has YAML references or tags; write it out")
         return _from_here(Loader(value).get_single_data())
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--set: the value of {text!r} is not YAML") from error

@@ -183,7 +183,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--budget-mb", "nan"], "budget: nan MB is not allowed; use a number above 0"),
         (["--set", "extend=010"], "--set: '010' in 'extend=010' is not a whole number as people write it, e.g. 10"),
         (["--set", "extend=1:30"], "--set: '1:30' in 'extend=1:30' is not a whole number"),
-        (["--set", "settings=&a [*a]"], "--set: the value of 'settings=&a [*a]' is not YAML"),
+        (["--set", "settings=[&a 1, *a]"], "--set: the value of 'settings=[&a 1, *a]' has YAML references or tags"),
         (["--set", "settings=" + 5000 * "["], "is not YAML"),
         (["--set", "=1"], "parameter: '' is not one of 01_sampling_strategy.ipynb"),
         (["--model", ""], "model: the folder '' has no config.json"),

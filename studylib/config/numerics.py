@@ -34,7 +34,8 @@ NUMERICS = {
     "generation": Version(2, "texts begin with BOS where the tokenizer puts one; a chat's turns end at its EOS, too"),
     "training": Version(1, FIRST),  # the loop: optimizer, schedule, order
     "distillation": Version(1, FIRST),  # losses towards the teacher, LLM-QAT
-    "fine-tuning": Version(1, FIRST),  # adapters, instruction pairs in batches, merging
+    # adapters, instruction pairs in batches, merging
+    "fine-tuning": Version(2, "pairs are cut at the model's context, too"),
     "learned grids": Version(1, FIRST),  # L4Q, QAT-LoRA
     "ptq": Version(1, FIRST),  # SmoothQuant, GPTQ and AWQ as llm-compressor computes them
     "execution": Version(1, FIRST),  # integers multiplied as they are stored

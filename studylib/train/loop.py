@@ -44,7 +44,7 @@ class _InOrder(Trainer):
         return self.lr_scheduler
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # From a checkpoint of its end Trainer would take one more step (findings/trainer-resumed-at-its-end.sh).
+        # Resumed at its end, Trainer takes one more step: findings/trainer-resumed-at-its-end-steps-again.sh
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
