@@ -209,16 +209,6 @@ def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
     assert schedule.run([FP], tmp_path)[0].status == "finished"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "x"}'])
-def test_a_corrupt_record_is_named_and_nothing_is_overwritten(tmp_path, damage):
-    (record,) = schedule.run([FP], tmp_path)
-    path = Store(tmp_path).find(record.key)
-    path.write_text(damage)
-    with pytest.raises(RecordError, match=f"{path.name} cannot be read as a record .*; move it away"):
-        schedule.run([FP], tmp_path)
-    assert path.read_text() == damage
-
-
 def test_divergence_is_recorded_as_such(tmp_path):
     wild = dataclasses.replace(TRAINED, training=dataclasses.replace(TRAINED.training, learning_rate=1e30))
     record = schedule.run([wild], tmp_path)[0]
