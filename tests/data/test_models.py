@@ -85,7 +85,7 @@ def test_dequantized_weights_that_were_damaged_are_made_again(own_model, tmp_pat
     )
 
     def found():
-        models.load_tokenizer.cache_clear()
+        models._load_tokenizer.cache_clear()
         # Copied: they are the file's bytes in memory, and change with it where it is written to in place.
         weights = {name: own.clone() for name, own in models.load_model("smollm2-135m").state_dict().items()}
         return models.identity("smollm2-135m"), models.load_tokenizer("smollm2-135m")("Some text").input_ids, weights
@@ -98,7 +98,7 @@ def test_dequantized_weights_that_were_damaged_are_made_again(own_model, tmp_pat
         *after, others = found()
         assert after == before and all(torch.equal(others[name], weights[name]) for name in weights)
         assert capsys.readouterr().err.endswith("; it is made again\n"), damage
-    models.load_tokenizer.cache_clear()
+    models._load_tokenizer.cache_clear()
 
 
 def test_smollm2_speaks_english(language_model):
