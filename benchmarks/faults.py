@@ -69,7 +69,7 @@ def numbers(arms: list[Arm], folder: Path, keep: bool = False) -> list[dict[str,
     found = []
     for record in schedule.run(arms, folder, keep):
         fields = json.loads(record.to_json())
-        del fields["cost"], fields["provenance"]["finished"]
+        del fields["cost"], fields["provenance"]["finished"], fields["sha256"]
         found.append(fields)
     return found
 
