@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -31,6 +32,12 @@ BUDGET = dataclasses.replace(
 @pytest.fixture
 def tiny_model():
     return models.load_model("tiny-random")
+
+
+@pytest.fixture
+def heeding():
+    """For preexec_fn: a process that was started in the background ignores Ctrl-C, and so do those that it starts."""
+    return lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

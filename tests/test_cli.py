@@ -420,12 +420,7 @@ def test_two_runs_at_once(tmp_path):
     assert first == second and len(first) == 5
 
 
-def heeding():
-    """A process that was started in the background ignores Ctrl-C, and so do those that it starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path, heeding):
     command = [STUDY, "run", *SMOKE, "--notebooks", "04", "--results", tmp_path / "results"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     maps = Path(f"/proc/{started.pid}/maps")

@@ -262,11 +262,11 @@ class Measure:
             else self._scores(cell)
             for cell in cells
         ]
-        if self.weights:  # resampled with the items
-            scores.append(cells[0].scores(self.weights))
+        n = len(cells)
         return paired_bootstrap(
-            lambda *values: contrast(*(statistic(value, values[-1]) for value in values[: len(cells)])),
+            lambda *values: contrast(*(statistic(value, *values[n:]) for value in values[:n])),
             *scores,
+            *self._weights(cells),  # resampled with the items
             strata=strata,
             draws=draws,
             family=self.family,
@@ -280,8 +280,8 @@ class Measure:
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
         """contrast(value of each cell), without an interval; of one seed where given."""
         _, statistic = self._statistic()
-        weights = cells[0].scores(self.weights) if self.weights else None
-        return float(contrast(*(statistic(self._scores(cell, seed), weights) for cell in cells)))
+        weights = self._weights(cells)
+        return float(contrast(*(statistic(self._scores(cell, seed), *weights) for cell in cells)))
 
     def over_seeds(self, contrast: Contrast, *cells: Cell) -> tuple[float, float] | None:
         """Lowest and highest value over the seeds that all cells with several have; None with fewer than two."""
@@ -292,15 +292,19 @@ class Measure:
     def _scores(self, cell: Cell, seed: int | None = None) -> Array:
         return np.concatenate([cell.scores(part, seed) for part in self.parts])
 
-    def _statistic(self) -> tuple[Array | None, Callable[[Array, Array | None], Array]]:
-        """Strata of the items, and the value of scores [..., n] whose items weigh by the second argument."""
+    def _weights(self, cells: Sequence[Cell]) -> list[Array]:
+        """What the items weigh, the same for all cells; nothing where they count alike."""
+        return [cells[0].scores(self.weights)] if self.weights else []
+
+    def _statistic(self) -> tuple[Array | None, Callable[..., Array]]:
+        """Strata of the items, and the value of scores [..., n], and of what the items weigh where they do."""
         if self.is_perplexity and len(self.parts) == 1:
-            return None, lambda losses, weights: perplexity(losses, weights if self.weights else None)
+            return None, perplexity
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
         mean, unit = stratified_mean(strata), 1 if self.kind == "bits" else 100
         if self.is_perplexity:
-            return strata, lambda losses, _: perplexity(mean(losses)[..., None])
-        return strata, lambda scores, _: unit * mean(scores)
+            return strata, lambda losses: perplexity(mean(losses)[..., None])
+        return strata, lambda scores: unit * mean(scores)
 
 
 def _common_seeds(cells: Sequence[Cell]) -> list[int]:

@@ -34,11 +34,6 @@ sys.exit(cli.main(["list"]))
 """
 
 
-def _heeding():
-    """A process that was started in the background ignores Ctrl-C, and so do those that it starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def is_helper(process):
     with contextlib.suppress(psutil.NoSuchProcess):  # or one that has ended
         return "spawn_main" in " ".join(process.cmdline())
@@ -46,10 +41,10 @@ def is_helper(process):
 
 
 @pytest.fixture
-def running(tmp_path):
+def running(tmp_path, heeding):
     """A process that has finished one record and has started a helper for two arms that take for ever."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heeding)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeding)
     helpers = []
     try:
         while not helpers:
