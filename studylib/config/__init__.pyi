@@ -52,6 +52,7 @@ from .files import (
     file_sha256,
     kept_if_possible,
     kept_name,
+    make_folder,
     remove,
     remove_leftovers,
     remove_sealed,

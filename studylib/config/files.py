@@ -43,7 +43,10 @@ def written_whole(path: str | Path, *, sealed: bool = False, size: int | None = 
         for file in _files(partial):
             _settle(file, holder)
         if sealed:  # first: a crash in between leaves a file that is not what the digest says, and is made again
-            write_whole(_seal(path), f"{file_sha256(partial)}  {path.name}\n")
+            seal = _seal(partial)
+            seal.write_text(f"{file_sha256(partial)}  {path.name}\n")
+            _settle(seal, holder)
+            os.replace(seal, _seal(path))
         os.replace(partial, path)
         _sync(path.parent)
     except Exception as error:
@@ -68,6 +71,14 @@ def kept_if_possible(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         tell(f"{what} is not kept ({error.strerror or error})")
+
+
+def make_folder(path: Path) -> None:
+    """Have a folder there. A file in its place is removed, and one line says so."""
+    if os.path.lexists(path) and not path.is_dir():
+        tell(f"{path} is no folder; it is made again")
+        path.unlink()
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def seal_folder(folder: Path) -> None:

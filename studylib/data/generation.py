@@ -25,6 +25,7 @@ from studylib.config import (
     GREEDY,
     GREEDY_TOKENS,
     Sampling,
+    make_folder,
     remove_sealed,
     tell,
     usable,
@@ -174,7 +175,7 @@ def generate_windows(
         if len(given) >= settings.length:
             raise ValueError(f"length: {settings.length} tokens leave no room after an opening of {len(given)}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written = folder / "settings.json"
     described = json.dumps(asdict(settings) | {"opening": list(opening)} | ({"first": list(first)} if first else {}))
     if usable(written) and written.read_text() != described:

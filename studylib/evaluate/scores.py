@@ -3,6 +3,7 @@ weights are like: their rounding error, and the time of a token that is decoded 
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import math
@@ -150,7 +151,8 @@ class PackedLM(HFLM):
     def max_gen_toks(self) -> int:
         return ANSWER_TOKENS
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+    def _cut(self, requests) -> list[tuple[list[int], list[int]]]:
+        """Contexts and continuations, within what the model takes."""
         cut = []
         for _, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -160,11 +162,32 @@ class PackedLM(HFLM):
                 )
             context = context[-(self.max_length + 1 - len(continuation)) :]
             cut.append((context, continuation))
-        answers = log_likelihoods(self.model, cut)
+        return cut
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+        answers = log_likelihoods(self.model, self._cut(requests))
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
+
+
+class _UnscoredLM(PackedLM):
+    """Makes all requests and computes none: `seen` is told of the tokens of each."""
+
+    def __init__(self, pretrained: PreTrainedModel, tokenizer, seen: Callable[[list[int]], None]):
+        super().__init__(pretrained, tokenizer)
+        self.seen = seen
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None) -> list[tuple[float, bool]]:
+        for context, continuation in (cut := self._cut(requests)):
+            self.seen([*context, *continuation])
+        return [(0.0, False)] * len(cut)
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        for request in requests:
+            self.seen(self.tok_encode(request.args[0]))
+        return [""] * len(requests)
 
 
 def pair_requests(
@@ -204,10 +227,13 @@ def response_losses(
     return np.array([-log_likelihood for log_likelihood, _ in answers]) / tokens, tokens
 
 
-def check_requests(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> None:
-    """Score one window, one pair and one benchmark request: ValueError for what cannot be scored of this model.
+def check_requests(
+    model: PreTrainedModel, tokenizer, wanted: Evaluation, seen: Callable[[list[int]], None] = lambda tokens: None
+) -> None:
+    """Score one window and one pair, and make all requests of the benchmarks (of one item, where examples make them
+    long): ValueError for what cannot be scored of this model.
 
-    model: of the same architecture, and as small as you like but for its context.
+    model: of the same architecture, and as small as you like but for its context. seen: told of each request's tokens.
     """
     if wanted.tasks and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError("tasks: lm-eval needs a BOS or an EOS token, and this model's tokenizer has neither")
@@ -217,9 +243,12 @@ def check_requests(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> Non
     requests = [((1, 2, 3), (4, 5)), ((1, 2, 3), (6,))]  # which share a beginning
     with autocast(model.device):
         log_likelihoods(model, requests)
-    if wanted.tasks:
-        with _quiet():
-            PackedLM(model, tokenizer).tok_encode("Question:")
+    for tasks, items in (
+        ([task for task in wanted.tasks if not TASKS[task].shots], wanted.items),
+        ([task for task in wanted.tasks if TASKS[task].shots], 1),  # whose answers are a letter, or generated
+    ):
+        if tasks:
+            _evaluated(functools.partial(_UnscoredLM, pretrained=model, tokenizer=tokenizer, seen=seen), tasks, items, wanted.source)
 
 
 def _arrow(folder: Path, split: str) -> str:
@@ -301,6 +330,12 @@ def task_scores(
     Raises ValueError for an unknown task or source, or an answer longer than the model's context, SourceError where the
     archive cannot be had.
     """
+    return _evaluated(functools.partial(PackedLM, pretrained=model, tokenizer=tokenizer), tasks, items, source)
+
+
+def _evaluated(
+    load: Callable[[], PackedLM], tasks: Sequence[str], items: int | None, source: str
+) -> dict[str, dict[str, np.ndarray]]:
     check_tasks(tasks)
     if source not in TASK_SOURCES:
         raise ValueError(f"source: {source!r} is not known; use {' or '.join(map(repr, TASK_SOURCES))}")
@@ -309,7 +344,7 @@ def task_scores(
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         sizes = {task: _archive_tasks(task, Path(folder)) for task in tasks if source == ARCHIVE}
         stack.enter_context(_quiet())
-        evaluated = PackedLM(pretrained=model, tokenizer=tokenizer)
+        evaluated = load()
         manager = TaskManager(include_path=folder, include_defaults=source == HUB)
         for task in tasks:
             if source == ARCHIVE:

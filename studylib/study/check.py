@@ -124,7 +124,7 @@ def _check_evaluation(model: str, wanted: Evaluation, named: str) -> None:
     if wanted.tasks and wanted.source == ARCHIVE:
         fetch("benchmarks")
     with _computing(model):
-        check_requests(sample, tokenizer, wanted)
+        check_requests(sample, tokenizer, wanted, lambda tokens: _check_tokens(model, torch.tensor(tokens), rows))
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,6 +22,7 @@ from studylib.config import (
     RealText,
     Sampling,
     Training,
+    make_folder,
     split_loss,
     usable,
     write_whole,
@@ -304,7 +305,7 @@ def _teacher(
 def _windows(
     model: PreTrainedModel, tokenizer, settings: Sampling | RealText, folder: Path, progress: Callable[[int], None]
 ) -> Tensor:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if isinstance(settings, RealText):
         return _real_windows(settings, tokenizer)
     opening = chat_opening(tokenizer) if settings.strategy == CHAT else ()

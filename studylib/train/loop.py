@@ -22,7 +22,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from studylib.config import SUMS, Budget, Log, kept_if_possible, remove, seal_folder, tell, usable, written_whole
+from studylib.config import (
+    SUMS,
+    Budget,
+    Log,
+    kept_if_possible,
+    make_folder,
+    remove,
+    seal_folder,
+    tell,
+    usable,
+    written_whole,
+)
 from studylib.data import models
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
@@ -212,6 +223,7 @@ def fit(
         )
         trainer.budget, trainer.run_dir = budget, Path(folder)
         trainer.remove_callback(PrinterCallback)
+        make_folder(Path(folder))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder, budget))
     finally:
         del model.forward
@@ -248,7 +260,7 @@ def take_over(kept: Path, folder: Path) -> None:
         except OSError:  # a file system without links, or somebody else's file
             shutil.copyfile(source, target)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with written_whole(folder / kept.name) as partial:
         shutil.copytree(kept, partial, copy_function=linked, ignore=shutil.ignore_patterns(OWNER, SUMS))
         _sign(partial, folder / kept.name)

@@ -20,6 +20,7 @@ from studylib.config.files import (
     SUMS,
     kept_if_possible,
     kept_name,
+    make_folder,
     remove_leftovers,
     seal_folder,
     usable,
@@ -214,3 +215,14 @@ def test_what_another_machine_writes_is_left_for_a_day(tmp_path, monkeypatch):
         remove_leftovers(tmp_path)
         assert mine.exists()
         (mine / "y").write_text("")
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path, capsys):
+    there = tmp_path / "data"
+    there.write_text("x")
+    make_folder(there)
+    assert there.is_dir() and f"{there} is no folder; it is made again" in capsys.readouterr().err
+    make_folder(there)
+    (tmp_path / "link").symlink_to(there)
+    make_folder(tmp_path / "link")  # a folder elsewhere is one
+    assert (tmp_path / "link").is_symlink() and not capsys.readouterr().err

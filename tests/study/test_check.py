@@ -134,6 +134,15 @@ def test_contexts_shorter_than_pairs(make_folder, byte_tokenizer, tmp_path):
     assert record.status == "finished"
 
 
+def test_answers_of_benchmarks_are_tried_too(make_folder, byte_tokenizer):
+    tasks = dataclasses.replace(BUDGET, evaluation=Evaluation(("wikipedia",), 2, 32, ("arc_easy",), items=40))
+    short = make_folder(max_position_embeddings=40)  # one token a byte
+    refused(arm(short, budget=tasks), "task arc_easy: a continuation of [0-9]+ tokens .* takes 1 to 40")
+    check(arm(make_folder(name="enough", max_position_embeddings=400), budget=tasks))
+    few = dataclasses.replace(tasks, evaluation=Evaluation(("wikipedia",), 2, 32, ("triviaqa",)))
+    check(arm(make_folder(name="few", max_position_embeddings=400), budget=few))
+
+
 def test_an_opening_that_leaves_no_room(make_folder, byte_tokenizer):
     folder = make_folder(
         byte_tokenizer(chat_template="a long beginning of a chat, " * 2 + byte_tokenizer().chat_template)
