@@ -36,6 +36,7 @@ ALPACA = "alpaca"
 LABELS, KL, REVERSE_KL, SYMMETRIC_KL = LOGIT_LOSSES = ("labels", "kl", "reverse-kl", "symmetric-kl")
 ATTENTION, HIDDEN = FEATURE_LOSSES = ("attention", "hidden")
 SCALES, MASTERS = ("token", "batchmean"), ("fp32", "bf16")
+COSINE, CONSTANT = SCHEDULES = ("cosine", "constant")
 CURVE_PARTS = 4  # the held-out loss is measured before training and after each quarter of it
 ZERO_SHOT = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TASKS = (*ZERO_SHOT, "mmlu", "triviaqa")
@@ -137,9 +138,11 @@ class RealText:
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps and optimizer of one training: AdamW, linear warm-up, cosine decay to zero.
+    """Steps and optimizer of one training: AdamW, linear warm-up, cosine decay to zero or a constant rate.
 
-    steps optimizer steps of `batch` examples each, at most `learning_rate`. warmup: the share of a part's steps in
+    steps optimizer steps of `batch` examples each, at most `learning_rate`. grid_rate: that of learned scales and
+    offsets, as a share of the layer's first scales (their root mean square) a step, without weight decay; None:
+    learning_rate for all, as L4Q's paper has it. schedule: of SCHEDULES. warmup: the share of a part's steps in
     which the rate rises. extended_from: the step counts that this training stopped at before it was extended; at each
     of them the schedule starts again (warm restart: Loshchilov & Hutter 2017).
     """
@@ -151,11 +154,16 @@ class Budget:
     weight_decay: float = 0.0
     warmup: float = 0.0
     extended_from: tuple[int, ...] = ()
+    grid_rate: float | None = None
+    schedule: str = COSINE
 
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, 1)
         check_whole("batch", self.batch, 1, MAX_BATCH)
         check_positive("learning_rate", self.learning_rate)
+        if self.grid_rate is not None:
+            check_share("grid_rate", self.grid_rate)
+        check_known("schedule", self.schedule, SCHEDULES)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_number("weight_decay", self.weight_decay, 0, 1000)
         check_share("warmup", self.warmup)
@@ -177,6 +185,8 @@ class Budget:
         warm = round(self.warmup * (end - begin))
         if step - begin < warm:
             return (step - begin + 1) / (warm + 1)
+        if self.schedule == CONSTANT:
+            return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - begin - warm) / (end - begin - warm))))
 
     def measured_at(self, step: int) -> bool:
@@ -343,10 +353,12 @@ NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on
 @dataclass(frozen=True)
 class Log:
     """What a training leaves: steps, one {"step", "loss", "learning_rate", "grad_norm"} each; curve, {"step", "tokens",
-    "loss"} before training and at each quarter, on held-out text."""
+    "loss"} before training and at each quarter, on held-out text; moved, for learned grids, the median share by which
+    their scales are others than at the start."""
 
     steps: list[dict[str, float]]
     curve: list[dict[str, float]]
+    moved: float | None = None
 
 
 DECODING = Decoding(shapes=("llama-7b",))  # L4Q's own model beside the study's

@@ -53,7 +53,16 @@ class BitWidths:
         return f"{self.weights}-{self.activations}-{self.cache}"
 
 
-SYMMETRIC, ASYMMETRIC, STATSQ, LSQ = GRIDS = ("symmetric", "asymmetric", "statsq", "lsq")
+SYMMETRIC, ASYMMETRIC, FULL_RANGE, STATSQ, LSQ, PARETOQ = GRIDS = (
+    "symmetric",
+    "asymmetric",
+    "full-range",
+    "statsq",
+    "lsq",
+    "paretoq",
+)
+LEARNED = (LSQ, PARETOQ)  # grids whose scales are trained
+OF_WEIGHTS = (STATSQ, *LEARNED)  # grids of weights alone; activations and cache beside them are symmetric
 BEFORE_ROTARY, AFTER_ROTARY = KEYS = ("before-rotary", "after-rotary")
 PER_TOKEN, PER_HEAD = CACHE_SCALES = ("token", "head")
 
@@ -66,8 +75,12 @@ class Grid:
     MinMax, nothing is clipped). Worked: 4 bits, row (-3.5, 1.2): scale 0.5, codes (-7, 2), values (-3.5, 1.0).
     "asymmetric": levels 0..2^b-1, scale = (max - min) / (2^b-1) over a range that includes 0, integer zero point, so
     that 0 is exact (padding, ReLU-like inputs). Worked: 4 bits, row (-1, 14): scale 1, zero point 1, codes (0, 15).
+    "full-range": levels -2^(b-1)..2^(b-1)-1, scale = max|x| / (2^(b-1) - 1/2), zero point 0: all 2^b integers, as GPTQ
+    and compressed-tensors have them. Worked: 4 bits, row (-3.75, 3.75): scale 0.5, codes (-8, 7): half a step is lost.
     "statsq": the symmetric levels over a range clipped at 2 mean|x| (StatsQ: Liu et al. 2023, arXiv 2302.02210).
-    "lsq": the symmetric levels with a learned scale, numbers beyond them clipped (LSQ: Esser et al. 2020, Eq. 1-3).
+    "lsq": the symmetric levels with a learned scale, numbers beyond them clipped (LSQ: Esser et al. 2020, Eq. 1-3); the
+    scale starts where the squared error is least. "paretoq": the same, from max|x| / (2^(b-1)-1) (ParetoQ: Liu et al.
+    2025, arXiv 2502.02631, section 3.2, which has it for 3 and 4 bits).
     group: None for one scale a row, or the number of neighbours in a row that share a scale.
     """
 
@@ -87,6 +100,8 @@ class Grid:
 
     @property
     def low(self) -> int:
+        if self.kind == FULL_RANGE:
+            return -self.high - 1
         return -self.high if self.symmetric else 0
 
     @property
@@ -123,7 +138,8 @@ def check_width(group: int | None, width: int) -> None:
 class Scheme:
     """How the numbers of a bit width are chosen and where they apply; the defaults are LLM-QAT's.
 
-    grid: the kind of grid of weights, activations and cache (see Grid). group: how many input columns share a scale of
+    grid: the kind of grid of weights, activations and cache (see Grid; OF_WEIGHTS are of weights alone, and the other
+    two are symmetric then). group: how many input columns share a scale of
     the weights, None for one scale an output channel. cache_scale "token": one scale for a token's keys (or
     values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
     embedding (values have none).
@@ -138,20 +154,16 @@ class Scheme:
         for name, allowed in (("grid", GRIDS), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
             check_known(name, getattr(self, name), allowed)
         check_group(self.group)
-        if self.grid == LSQ and self.group is not None:
-            raise ValueError(
-                f"group: {self.group!r} does not go with the grid 'lsq', which learns one scale a row; use None"
-            )
-        if self.grid == LSQ and (self.keys, self.cache_scale) != (BEFORE_ROTARY, PER_TOKEN):
-            raise ValueError(
-                f"keys: {self.keys!r} with cache_scale {self.cache_scale!r} does not go with the grid 'lsq', which "
-                f"learns one scale a layer; use {BEFORE_ROTARY!r} and {PER_TOKEN!r}"
-            )
+
+    @property
+    def on_the_fly(self) -> str:
+        """The kind of grid of activations and cache."""
+        return SYMMETRIC if self.grid in OF_WEIGHTS else self.grid
 
 
 DEFAULT_GROUP = 64
 FLOATS = ("fp-e2m1", "fp-bnb", "fp-e3m0")
-INTEGER_FORMATS = {"int": SYMMETRIC, "affine": ASYMMETRIC}  # formats that are a Grid
+INTEGER_FORMATS = {"int": SYMMETRIC, "int-full": FULL_RANGE, "affine": ASYMMETRIC}  # formats that are a Grid
 BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
 BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FORMATS = ("nf", *FLOATS, *INTEGER_FORMATS)
@@ -166,8 +178,8 @@ class Format:
     "fp-bnb": what bitsandbytes, QLoRA's own library, calls FP4: E2M1 but for its smallest magnitude, which is
     0.0625/12 = 0.0052 of the largest in place of 0.5/6 = 0.0833.
     "fp-e3m0": sign, three exponent bits: 0 and the powers of two 0.25 to 16 and their negatives, over 16.
-    "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "affine": 2^b integers from min to max with a zero point of b
-    bits, over a range that includes 0 (see Grid for both); 2, 3, 4 or 8 bits.
+    "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "int-full": all 2^b integers around 0. "affine": 2^b integers
+    from min to max with a zero point of b bits, over a range that includes 0 (see Grid for all three); 2, 3, 4 or 8 bits.
     group: neighbours in a row that share a scale (QLoRA calls them a block); None for one scale an output channel.
     double: scales are stored in 8 bits (QLoRA, section 3, "double quantization"). scale_bits: 32 or 16, the floating
     type of scales that are not.
@@ -204,6 +216,7 @@ class Format:
             "fp-bnb": "FP4 (bitsandbytes)",
             "fp-e3m0": "FP4 (E3M0)",
             "int": f"Int{self.bits}",
+            "int-full": f"full-range Int{self.bits}",
             "affine": f"affine Int{self.bits}",
         }[self.kind]
         group = "per channel" if self.group is None else f"groups of {self.group}"
@@ -213,7 +226,7 @@ class Format:
 
     @property
     def grid(self) -> Grid:
-        """The integer grid of "int" and "affine"."""
+        """The integer grid of INTEGER_FORMATS."""
         return Grid(self.bits, INTEGER_FORMATS[self.kind], self.group)
 
     def check_width(self, width: int) -> None:
@@ -229,6 +242,7 @@ def in_bitsandbytes(format: Format | None) -> bool:
 
 
 PLAIN, DORA, PISSA, LOFTQ = ADAPTER_KINDS = ("lora", "dora", "pissa", "loftq")
+INT, FULL, AFFINE = INTEGER_FORMATS  # kinds of Format
 INITS = ("l4q", "lsq+", "symmetric", "asymmetric")  # of L4Q's scales and offsets
 ALL = "all"
 
@@ -241,7 +255,8 @@ class Adapter:
     "pissa", A and B start as the largest singular vectors and the base holds the rest (arXiv 2404.02948); "loftq", they
     start as the best correction of the rounding error (arXiv 2310.08659, Algorithm 1, 5 iterations).
     layers: "all" linear layers of the decoder, or the ends of their names joined by "+": "q_proj+v_proj".
-    init, for "l4q" only: its first scales and offsets (see l4q). dropout: of the adapter's input.
+    init, for "l4q" only: its first scales and offsets (see quant.initial_grid); None: those of the format, "l4q" for
+    full-range integers and the affine grid for affine ones. dropout: of the adapter's input.
     """
 
     rank: int = 16
@@ -249,14 +264,15 @@ class Adapter:
     dropout: float = 0.0
     kind: str = PLAIN
     layers: str = ALL
-    init: str = "l4q"
+    init: str | None = None
 
     def __post_init__(self) -> None:
         check_whole("rank", self.rank, 1, MAX_RANK)
         check_positive("alpha", self.alpha)
         check_share("dropout", self.dropout)
-        for name, allowed in (("kind", ADAPTER_KINDS), ("init", INITS)):
-            check_known(name, getattr(self, name), allowed)
+        check_known("kind", self.kind, ADAPTER_KINDS)
+        if self.init is not None:
+            check_known("init", self.init, INITS)
         check_layers(self.layers)
 
     @property

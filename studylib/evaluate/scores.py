@@ -248,7 +248,12 @@ def check_requests(
         ([task for task in wanted.tasks if TASKS[task].shots], 1),  # whose answers are a letter, or generated
     ):
         if tasks:
-            _evaluated(functools.partial(_UnscoredLM, pretrained=model, tokenizer=tokenizer, seen=seen), tasks, items, wanted.source)
+            _evaluated(
+                functools.partial(_UnscoredLM, pretrained=model, tokenizer=tokenizer, seen=seen),
+                tasks,
+                items,
+                wanted.source,
+            )
 
 
 def _arrow(folder: Path, split: str) -> str:

@@ -4,7 +4,7 @@ import lazy_loader
 
 from studylib.methods.base import register
 from studylib.methods.llm_qat import LLMQAT, SmoothQuantLLMQAT
-from studylib.methods.lora import L4Q, QAT, GPTQLoRA, LoRA, QALoRA, QATLoRA, QLoRA
+from studylib.methods.lora import L4Q, QAT, GPTQLoRA, GPTQQALoRA, LearnedStepQAT, LoRA, QALoRA, QATLoRA, QLoRA
 from studylib.methods.ptq import AWQ, GPTQ, FourBitKernel, FullPrecision, RoundedWeights, RoundToNearest, SmoothQuant
 
 register(  # in the order of tables and legends
@@ -21,9 +21,11 @@ register(  # in the order of tables and legends
     QLoRA(),
     GPTQLoRA(),
     QALoRA(),
+    GPTQQALoRA(),
     QATLoRA(),
     L4Q(),
     QAT(),
+    LearnedStepQAT(),
 )
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -37,7 +37,13 @@ from studylib.config import (
 from studylib.methods.base import METHODS, find
 
 CORPUS_TITLES = dict(zip(CORPORA, ("Wikipedia", "C4"), strict=True))
-GRID_TITLES = {"asymmetric": "asymmetric MinMax", "statsq": "StatsQ clipping", "lsq": "LSQ"}
+GRID_TITLES = {
+    "asymmetric": "asymmetric MinMax",
+    "full-range": "full-range MinMax",
+    "statsq": "StatsQ weights",
+    "lsq": "LSQ weights",
+    "paretoq": "ParetoQ weights",
+}
 KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
 MERGE_TITLES = {
     DEQUANTIZED: "adapter merged, 16 bits",

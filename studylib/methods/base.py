@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from studylib.config import (
     BESIDE,
     INTEGER_FORMATS,
-    LSQ,
+    LEARNED,
     NOTHING,
+    OF_WEIGHTS,
     OFF,
     PACKED,
     PARTS,
@@ -138,8 +139,10 @@ class Method(ABC):
                 f"cache_scale: {arm.scheme.cache_scale!r} with keys {arm.scheme.keys!r} has no effect at {arm.bits}, "
                 "whose cache is not quantized; leave them out"
             )
-        if arm.scheme.grid == LSQ and "training" not in self.needs:
-            raise ValueError(f"grid: 'lsq' is learned in training, which {self.name!r} has none of")
+        if arm.scheme.grid in LEARNED and "training" not in self.needs:
+            raise ValueError(f"grid: {arm.scheme.grid!r} is learned in training, which {self.name!r} has none of")
+        if arm.scheme.grid in OF_WEIGHTS and arm.widths.weights == OFF:
+            raise ValueError(f"grid: {arm.scheme.grid!r} is one of weights, which {arm.bits} leaves as they are")
         if arm.merge != BESIDE and "tuning" not in self.needs:
             raise ValueError(f"merge: is given, but {self.name!r} is not fine-tuned")
         if arm.format and "format" in self.needs and arm.bits != f"{arm.format.bits}-16-16":

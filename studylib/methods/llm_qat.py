@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from studylib.config import AFTER_ROTARY, ATTENTION, LSQ, OFF, Arm
+from studylib.config import AFTER_ROTARY, ATTENTION, LEARNED, OFF, Arm
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable, smoothquant
 
@@ -23,8 +23,10 @@ class LLMQAT(Method):
     def check(self, arm: Arm) -> None:
         super().check(arm)
         assert arm.training is not None
-        if arm.scheme.grid == LSQ and arm.training.mask is not None:
-            raise ValueError(f"mask: {arm.training.mask} does not go with the grid 'lsq', whose gradients are its own")
+        if arm.scheme.grid in LEARNED and arm.training.mask is not None:
+            raise ValueError(
+                f"mask: {arm.training.mask} does not go with the grid {arm.scheme.grid!r}, whose gradients are its own"
+            )
         if ATTENTION in arm.training.features and arm.scheme.keys == AFTER_ROTARY and arm.widths.cache < OFF:
             raise ValueError(
                 f"loss: {arm.training.loss!r} needs attention maps, which the kernel that quantizes keys "
@@ -41,8 +43,7 @@ class LLMQAT(Method):
             attention = model.config._attn_implementation
             if ATTENTION in arm.training.features:
                 model.set_attn_implementation("eager")
-            first = data.windows[: arm.training.batch]
-            quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask, tokens=first)
+            quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask)
             log = train_llm_qat(
                 model,
                 data.teacher,

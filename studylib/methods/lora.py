@@ -9,12 +9,14 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from studylib.config import (
+    AFFINE,
     ALL,
     BESIDE,
     DEFAULT_GROUP,
     DEQUANTIZED,
     DORA,
     FROM_ORIGINAL,
+    FULL,
     INITS,
     LOFTQ,
     MERGED_16,
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from studylib.config import Log
 
 
+UNIFORM = (FULL, AFFINE)  # the formats of L4Q's comparison: its own grid, and one with a zero point
+
+
 class FineTuned(Method):
     """A method that learns from instructions, on a base in `format` and through `adapter`.
 
@@ -54,7 +59,7 @@ class FineTuned(Method):
     few_shot = ("mmlu",)
     formats: tuple[str, ...] | None = None
     kinds: tuple[str, ...] = (PLAIN,)
-    inits: tuple[str, ...] = ("l4q",)
+    inits: tuple[str | None, ...] = (None,)
     chooses_layers = drops_out = keeps_adapter = True
 
     @abstractmethod
@@ -72,6 +77,10 @@ class FineTuned(Method):
         format, adapter: as the method needs them, else None. names: the linear layers that get an adapter. tokens
         [N, T]: what a base is calibrated on, for a method that needs data. The model's parameters are fp32 and frozen.
         """
+
+    def usual_format(self, bits: int = 4, group: int | None = 64, double: bool = True) -> Format | None:
+        """The grid that L4Q's paper gives all methods, for a base in low bits."""
+        return Format(FULL, bits, group) if "format" in self.needs else None
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
@@ -285,7 +294,7 @@ class GPTQLoRA(FineTuned):
     name, title, source = "gptq+lora", "GPTQ + LoRA", "L4Q, section 5.1"
     look, numerics = Look("#009E73", "^"), ("formats", "grids", "ptq")
     needs = FineTuned.needs | {"data"}
-    formats = ("int", "affine")
+    formats = UNIFORM
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
@@ -293,7 +302,7 @@ class GPTQLoRA(FineTuned):
         from studylib.methods.adapters import inject
         from studylib.methods.ptq import gptq
 
-        gptq(model, f"{format.bits}-16-16", tokens, format.group, symmetric=format.kind == "int")
+        gptq(model, f"{format.bits}-16-16", tokens, format)
         inject(model, adapter, names, seed)
 
 
@@ -301,22 +310,45 @@ class QALoRA(FineTuned):
     """An adapter that is merged into the zero points of its base."""
 
     name, title, source = "qa-lora", "QA-LoRA", "arXiv 2309.14717"
-    look, formats, keeps_adapter = Look("#E69F00", "v"), ("affine",), False
+    look, formats, keeps_adapter = Look("#E69F00", "v"), UNIFORM, False
     relative_rate = 0.2
+
+    def usual_adapter(self) -> Adapter:
+        """Of twice the rank, as in L4Q, section 5.1: its A is a group's width smaller."""
+        usual = Adapter()
+        return Adapter(2 * usual.rank, 2 * usual.alpha)
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
+        from studylib.quant import encode_model, qa_lora_model
+
+        encode_model(model, format)
+        qa_lora_model(model, adapter, format.group, names, seed)
+
+
+class GPTQQALoRA(QALoRA):
+    """QA-LoRA on a base that GPTQ rounded, as its paper and L4Q's have it."""
+
+    name, title, source = "gptq+qa-lora", "GPTQ + QA-LoRA", "L4Q, section 5.1"
+    look, numerics = Look("#E69F00", "^"), ("formats", "grids", "ptq")
+    needs = FineTuned.needs | {"data"}
+
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
+        from studylib.methods.ptq import gptq
         from studylib.quant import qa_lora_model
 
-        qa_lora_model(model, format, adapter, names, seed)
+        gptq(model, f"{format.bits}-16-16", tokens, format)
+        qa_lora_model(model, adapter, format.group, names, seed)
 
 
 class QATLoRA(FineTuned):
     """LoRA beside a frozen weight that is rounded to a grid whose scales and offsets are learned with it."""
 
     name, title, source = "qat-lora", "QAT-LoRA", "L4Q, section 4"
-    look, formats, numerics = Look("#56B4E9", "p"), ("affine",), ("formats", "learned grids")
+    look, formats, numerics = Look("#56B4E9", "p"), UNIFORM, ("formats", "learned grids")
     relative_rate = 0.3
 
     def prepare(
@@ -326,7 +358,7 @@ class QATLoRA(FineTuned):
         from studylib.methods.adapters import inject
         from studylib.quant import learned_grid_model, train_grids
 
-        learned_grid_model(model, format.bits, format.group, models.compute_dtype())
+        learned_grid_model(model, format.bits, format.group, models.compute_dtype(), first_grid(format))
         inject(model, adapter, names, seed)
         train_grids(model)
 
@@ -335,8 +367,8 @@ class L4Q(FineTuned):
     """A weight, its adapter and its grid trained as one, so that integers are left."""
 
     name, title, source = "l4q", "L4Q", "arXiv 2402.04902"
-    look, formats, numerics = Look("#D55E00", "X"), ("affine",), ("formats", "learned grids")
-    inits, keeps_adapter, chooses_layers, drops_out = INITS, False, False, False
+    look, formats, numerics = Look("#D55E00", "X"), UNIFORM, ("formats", "learned grids")
+    inits, keeps_adapter, chooses_layers, drops_out = (None, *INITS), False, False, False
     relative_rate = 0.3
     few_shot_at = ("4-16-16",)
 
@@ -347,8 +379,13 @@ class L4Q(FineTuned):
         from studylib.quant import l4q_model
 
         compact(model)  # before scales are chosen: a weight that bf16 rounds up must not fall off its grid
-        rank, alpha, init = adapter.rank, adapter.alpha, adapter.init
+        rank, alpha, init = adapter.rank, adapter.alpha, adapter.init or first_grid(format)
         l4q_model(model, format.bits, group=format.group, rank=rank, alpha=alpha, init=init, seed=seed)
+
+
+def first_grid(format: Format) -> str:
+    """How scales and offsets that are learned start (see quant.initial_grid): on the grid of their format."""
+    return "l4q" if format.kind == FULL else AFFINE
 
 
 class QAT(FineTuned):
@@ -357,7 +394,7 @@ class QAT(FineTuned):
     name, title, source = "qat", "QAT", "L4Q, section 5.1"
     look, numerics = Look("#CC79A7", "P"), ("formats", "grids")
     needs = FineTuned.needs - {"adapter"}
-    formats, keeps_adapter = ("int", "affine"), False
+    formats, keeps_adapter = UNIFORM, False
     relative_rate = 0.05
 
     def prepare(
@@ -366,5 +403,24 @@ class QAT(FineTuned):
         from studylib.quant import decoder_linears, quantize_model
 
         quantize_model(model, f"{format.bits}-16-16", Scheme(format.grid.kind, format.group))
+        for linear in decoder_linears(model).values():
+            linear.weight.requires_grad_(True)
+
+
+class LearnedStepQAT(QAT):
+    """QAT whose scales are trained with the weights; offsets too, where the format has any."""
+
+    name, title, source = "lsq", "QAT with learned steps", "arXiv 1902.08153"
+    look, numerics = Look("#CC79A7", "D"), ("formats", "learned grids")
+
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
+        import torch
+
+        from studylib.quant import decoder_linears, learned_grid_model, train_grids
+
+        learned_grid_model(model, format.bits, format.group, torch.float32, first_grid(format))
+        train_grids(model, offsets=format.kind == AFFINE)
         for linear in decoder_linears(model).values():
             linear.weight.requires_grad_(True)

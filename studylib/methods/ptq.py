@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from studylib import data, quant  # doors: what stands behind them is loaded when it is used
-from studylib.config import OFF, Arm, BitWidths, Grid
+from studylib.config import OFF, Arm, BitWidths, Format, check_known, check_width
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, PAPERS, QLORA_PAPER, Look, Method, Work
 
 if TYPE_CHECKING:
@@ -64,32 +64,34 @@ class SmoothQuant(Method):
 class GPTQ(Method):
     name, title, source = "gptq", "GPTQ", "arXiv 2210.17323"
     papers, look = (LLM_QAT_PAPER,), Look("#009E73", "v", hollow=True)
-    needs, numerics = frozenset({"data"}), ("grids", "ptq")
+    needs, takes, numerics = frozenset({"data"}), frozenset({"format"}), ("grids", "ptq")
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
         _with_weights(arm.bits, self.title)
+        _check_group_format(arm)
 
     def apply(self, work: Work) -> None:
         with work.phase("quantize"):
-            gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS))
+            gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS), work.arm.format)
 
 
 class AWQ(Method):
     name, title, source = "awq", "AWQ", "arXiv 2306.00978"
     papers, look = (LLM_QAT_PAPER,), Look("#CC79A7", "P", hollow=True)
-    needs, numerics = frozenset({"data"}), ("grids", "ptq")
+    needs, takes, numerics = frozenset({"data"}), frozenset({"format"}), ("grids", "ptq")
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
         _with_weights(arm.bits, self.title)
+        _check_group_format(arm)
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
         check_smoothable(skeleton)
 
     def apply(self, work: Work) -> None:
         with work.phase("quantize"):
-            awq(work.model, work.arm.bits, work.calibration(AWQ_WINDOWS))
+            awq(work.model, work.arm.bits, work.calibration(AWQ_WINDOWS), work.arm.format)
 
 
 class RoundedWeights(Method):
@@ -130,6 +132,22 @@ class FourBitKernel(Method):
             work.model = quant.int4_model(encoded, data.models.compute_dtype())
 
 
+GROUP_FORMATS = {"int-full": True, "affine": False}  # whose weights llm-compressor rounds: whether they are symmetric
+
+
+def _check_group_format(arm: Arm) -> None:
+    """Raise ValueError unless an arm's format, if any, is one of GROUP_FORMATS of weights alone."""
+    if arm.format is None:
+        return
+    check_known("format", arm.format.kind, GROUP_FORMATS)
+    if arm.format.double or arm.format.scale_bits != 32:
+        raise ValueError(f"format: {arm.format.title} is not allowed for {arm.method!r}; use fp32 scales")
+    if arm.bits != f"{arm.format.bits}-16-16":
+        raise ValueError(
+            f"bits: {arm.bits} does not go with the format {arm.format.title}; use {arm.format.bits}-16-16"
+        )
+
+
 def check_smoothable(model: "PreTrainedModel") -> None:
     """Raise ValueError where it is not known which norms SmoothQuant and AWQ may put their scales into."""
     if model.config.model_type not in SMOOTHABLE:
@@ -164,23 +182,21 @@ def smoothquant(model: "nn.Module", tokens: "Tensor", strength: float = 0.5) -> 
     return model
 
 
-def gptq(
-    model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", group: int | None = None, symmetric: bool = True
-) -> "nn.Module":
+def gptq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
     """GPTQ (Frantar et al. 2023) for the weights, then activations and cache rounded on the fly as by RTN.
 
     Layer after layer, the weights' columns are rounded one by one, and those to come make up for the error on the
     layer's inputs. These inputs come from layers whose weights are rounded already, but are not rounded themselves
-    (llm-compressor's default, as are columns in the order of their activations' size and a dampening of 1%). Its grid
-    has a level more than RTN's: -2^(b-1)..2^(b-1)-1 with scale max|w| / (2^(b-1) - 0.5); with symmetric=False the
-    levels span min to max of w, and 0. group: input columns that share a scale, None for one an output channel.
+    (llm-compressor's default, as are columns in the order of their activations' size and a dampening of 1%).
+    format: the weights' grid, one of GROUP_FORMATS; by default full-range integers, one scale an output channel.
     Raises ValueError for weights at 16 bits, tokens that are no windows, a group that does not divide a layer's input,
     a model that is quantized already or has no linear layers.
     """
     bits = _with_weights(bits, "GPTQ")
+    group, symmetric = _group(format)
     _check(model, tokens)
     for linear in quant.decoder_linears(model).values():
-        Grid(bits.weights, "symmetric" if symmetric else "asymmetric", group).check_width(linear.in_features)
+        check_width(group, linear.in_features)
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.pipelines.sequential import SequentialPipeline
 
@@ -206,8 +222,9 @@ def _codes(layer: "nn.Module", bits: int, symmetric: bool) -> "Codes":
     return quant.Codes.of_integers(integers - low, bits, 0, scale, layer.weight_zero_point - low)
 
 
-def awq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor") -> "nn.Module":
-    """AWQ (Lin et al. 2024): scale the weights' input channels, as SmoothQuant does, for less error; then RTN.
+def awq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
+    """AWQ (Lin et al. 2024): scale the weights' input channels, as SmoothQuant does, for less error; then RTN, to
+    `format` if it is given.
 
     A layer's scales are the best of 20 candidates, by the squared error of the block's output: 1, and 19 that grow with
     the mean activation (their Eq. 4-5) and fall with the mean weight. llm-compressor tries them on its own grid (see
@@ -222,9 +239,16 @@ def awq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor") -> "nn.Modu
     from llmcompressor.modifiers.transform import AWQModifier
     from llmcompressor.pipelines.sequential import SequentialPipeline
 
-    grid = QuantizationModifier(config_groups=_weight_grid(model, bits))
+    grid = QuantizationModifier(config_groups=_weight_grid(model, bits, *_group(format)))
     _calibrate(model, tokens, SequentialPipeline, AWQModifier(), grid)
+    if format is not None:
+        return quant.decode_model(quant.encode_model(model, format))
     return quant.round_to_nearest(model, bits)
+
+
+def _group(format: Format | None) -> tuple[int | None, bool]:
+    """How many input columns share a scale (None: all), and whether the grid is symmetric."""
+    return (None, True) if format is None else (format.group, GROUP_FORMATS[format.kind])
 
 
 def _with_weights(bits: str | BitWidths, method: str) -> BitWidths:

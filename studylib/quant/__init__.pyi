@@ -18,6 +18,7 @@ from .layers import (
     freeze_weights,
     quantize_model,
     round_to_nearest,
+    trained_grids,
 )
 from .learned import l4q_model, learned_grid_model, qa_lora_model, train_grids
 from .storage import (
@@ -65,4 +66,5 @@ __all__ = [
     "sixteen_bits",
     "stored_bytes",
     "train_grids",
+    "trained_grids",
 ]

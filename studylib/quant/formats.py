@@ -27,7 +27,8 @@ SCALE_CODE_BITS = 8  # double quantization: of a scale, beside one fp32 number f
 
 @cache
 def levels(format: Format) -> Tensor:
-    """The levels in -1..1, fp32, ascending: 2^b of NormalFloat, 2^b - 1 of floats and integers (+0 and -0 are one).
+    """The levels of numbers in -1..1, fp32, ascending: 2^b of NormalFloat and full-range integers, 2^b - 1 of floats and
+    symmetric integers (+0 and -0 are one).
 
     NormalFloat, as bitsandbytes makes it (the paper's Eq. 4 diverges at i = 0): 0, the normal quantiles of 2^(b-1)
     probabilities evenly spaced from delta towards 1/2, the negatives of 2^(b-1) - 1 made alike; divided by the largest.
@@ -38,6 +39,9 @@ def levels(format: Format) -> Tensor:
     """
     if format.kind == "affine":
         raise ValueError("format: the levels of 'affine' depend on the zero point of each group")
+    if format.kind == "int-full":
+        half = 2 ** (format.bits - 1)
+        return torch.arange(-half, half).float() / (half - 0.5)
     if format.kind == "nf":
         half = 2 ** (format.bits - 1)
         delta = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)

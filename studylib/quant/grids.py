@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studylib.config import Grid
+from studylib.config import FULL_RANGE, LEARNED, LSQ, STATSQ, SYMMETRIC, Grid
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,18 @@ def choose_scale(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """fp32 scale and zero point of each row of `rows` [..., D]: both [..., 1]; no zero point if symmetric.
 
     A row of zeros gets the smallest normal number as its scale, and codes that stand for exact zeros.
-    Raises ValueError for "lsq", whose scale is learned.
+    Raises ValueError for LEARNED grids, whose scale is learned.
     """
     tiny = torch.finfo(torch.float32).tiny
-    if grid.kind == "lsq":
-        raise ValueError("grid: the scale of 'lsq' is learned, not chosen from the numbers; give it as `step`")
-    if grid.kind == "statsq":
+    if grid.kind in LEARNED:
+        raise ValueError(f"grid: the scale of {grid.kind!r} is learned, not chosen from the numbers; give it as `step`")
+    if grid.kind == STATSQ:
         return (2 * mean_magnitude(rows) / grid.high).clamp_min(tiny), None
     # aminmax takes six (bf16) to fourteen times (fp32) as long on a CPU
     smallest, largest = rows.amin(-1, keepdim=True).float(), rows.amax(-1, keepdim=True).float()
     if grid.symmetric:
-        return (torch.maximum(largest, -smallest) / grid.high).clamp_min(tiny), None
+        steps = grid.high + 0.5 if grid.kind == FULL_RANGE else grid.high
+        return (torch.maximum(largest, -smallest) / steps).clamp_min(tiny), None
     smallest, largest = smallest.clamp_max(0), largest.clamp_min(0)
     scale = ((largest - smallest) / grid.high).clamp_min(tiny)
     return scale, torch.round(-smallest / scale).clamp(0, grid.high)
@@ -58,14 +59,31 @@ def mean_magnitude(rows: Tensor) -> Tensor:
     return rows.abs().mean(-1, keepdim=True, dtype=torch.float32)
 
 
-def initial_step(magnitude: Tensor, grid: Grid) -> Tensor:
-    """LSQ's first scale for numbers of mean magnitude `magnitude`: 2 mean|x| / sqrt(2^(b-1)-1) (Esser et al., 2.1)."""
-    return (2 * magnitude / math.sqrt(grid.high)).clamp_min(torch.finfo(torch.float32).tiny)
+TRIED_STEPS = 32  # scales among which the one of least error is chosen
+
+
+def initial_step(x: Tensor, grid: Grid) -> Tensor:
+    """The first scale of each row of a LEARNED grid, fp32 [..., 1], for numbers x [..., D].
+
+    "paretoq": max|x| / Q with Q = 2^(b-1)-1, where nothing is clipped. "lsq": of TRIED_STEPS even steps up to that, the
+    one whose squared error is least, row by row. (LSQ's own, 2 mean|x| / sqrt(Q) (Esser et al., section 2.1), clips what
+    a language model needs: docs/deviations.md.)
+    """
+    rows = grid.rows(x)
+    largest = choose_scale(rows, Grid(grid.bits))[0]
+    if grid.kind != LSQ:
+        return largest
+    best, least = largest, torch.full_like(largest, math.inf)
+    for tried in range(1, TRIED_STEPS + 1):
+        step = largest * (tried / TRIED_STEPS)
+        error = (_values(_levels(rows, step, None, grid), step, None) - rows).square().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best
 
 
 def _levels(rows: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
     levels = (rows.float() / scale).round_()
-    if grid.kind == "symmetric":  # these cannot leave the range: |x| / (max|x| / high) rounds to at most `high` in fp32
+    if grid.kind == SYMMETRIC:  # these cannot leave the range: |x| / (max|x| / high) rounds to at most `high` in fp32
         return levels
     return (levels if zero is None else levels.add_(zero)).clamp_(grid.low, grid.high)
 
@@ -78,7 +96,7 @@ def _values(levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 def quantize(x: Tensor, grid: Grid, step: Tensor | None = None) -> Quantized:
     """Round `x` [..., D] to the nearest level of its row's (or group's) grid; ties go to even.
 
-    step: the learned scale of an "lsq" grid, of a shape that broadcasts to [..., 1]; other grids choose theirs.
+    step: the learned scale of a LEARNED grid, of a shape that broadcasts to [..., 1]; other grids choose theirs.
     Raises ValueError where x holds NaN or infinity, or where the group does not divide D.
     """
     rows = grid.rows(x)
@@ -97,7 +115,7 @@ class _StraightThrough(torch.autograd.Function):
         rows = grid.rows(x)
         scale, zero = choose_scale(rows, grid)
         passed = None if mask is None else x.abs() < mask
-        if grid.kind == "statsq":
+        if grid.kind == STATSQ:
             inside = ((rows.abs() / scale) <= grid.high).reshape(x.shape)
             passed = inside if passed is None else passed & inside
         ctx.masked = passed is not None
@@ -139,7 +157,7 @@ class _LearnedStep(torch.autograd.Function):
 def fake_quantize(x: Tensor, grid: Grid, mask: float | None = None, step: Tensor | None = None) -> Tensor:
     """quantize(x, grid, step).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN.
 
-    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of an "lsq" grid, which
+    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of a LEARNED grid, which
     gets a gradient of its own; numbers that a grid clips get none.
     mask: None for the plain straight-through estimator; LLM-QAT's official code uses 2.0, which drops the gradient
     where |x| >= 2 although its forward pass never clips.

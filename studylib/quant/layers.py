@@ -1,6 +1,5 @@
 """Quantized linear layers, and how an unmodified transformers model is turned into one made of them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config import AFTER_ROTARY, OFF, PER_HEAD, BitWidths, Grid, Scheme
+from studylib.config import AFTER_ROTARY, ASYMMETRIC, LEARNED, OFF, PER_HEAD, BitWidths, Grid, Scheme
 from studylib.quant.grids import fake_quantize, initial_step, quantize
 from studylib.quant.storage import FLOAT_BYTES, Codes
 
@@ -24,8 +23,8 @@ class QuantizedLinear(nn.Linear):
 
     input [..., in] --activation grid, one scale a token--> times weight [out, in] --weight grid, one scale an output
     channel--> output [..., out] --cache grid, one scale a token--> (keys and values only, before rotary embedding). A
-    grid of None means not quantized. The parameters are those of the layer it replaces; an "lsq" grid adds its learned
-    scales: weight_step [out, 1], activation_step [1], output_step [1].
+    grid of None means not quantized. The parameters are those of the layer it replaces; a LEARNED grid of the weight
+    adds its scales: weight_step [out, in // group, 1].
     """
 
     def __init__(
@@ -47,18 +46,15 @@ class QuantizedLinear(nn.Linear):
             if grid is not None:
                 grid.check_width(width)
         self.weight_grid, self.activation_grid, self.output_grid, self.mask = weight, activation, output, mask
-        self.weight_step = self.activation_step = self.output_step = None
+        self.weight_step: nn.Parameter | None = None
+        if weight is not None and weight.kind in LEARNED:
+            self.weight_step = nn.Parameter(initial_step(linear.weight.detach(), weight))
         self.stored: Codes | None = None
 
-    def learn_steps(self, input_magnitude: Tensor, output_magnitude: Tensor) -> None:
-        """Give the "lsq" grids their learned scales, from the weights and from mean |input| and mean |output|."""
-        for name, grid, magnitude in (
-            ("weight_step", self.weight_grid, self.weight.detach().abs().mean(1, keepdim=True)),
-            ("activation_step", self.activation_grid, input_magnitude.view(1)),
-            ("output_step", self.output_grid, output_magnitude.view(1)),
-        ):
-            if grid is not None:
-                setattr(self, name, nn.Parameter(initial_step(magnitude.float(), grid)))
+    @property
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the grid, in units of the layer's scales."""
+        return [] if self.weight_step is None else [self.weight_step]
 
     def codes(self) -> Codes | None:
         """The weight as it is stored; None where it has 16 bits. ValueError where it is not finite."""
@@ -75,9 +71,9 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_grid is not None:
-            x = fake_quantize(x, self.activation_grid, self.mask, self.activation_step)
+            x = fake_quantize(x, self.activation_grid, self.mask)
         y = F.linear(x, self.dense(), self.bias)
-        return y if self.output_grid is None else fake_quantize(y, self.output_grid, self.mask, self.output_step)
+        return y if self.output_grid is None else fake_quantize(y, self.output_grid, self.mask)
 
     def extra_repr(self) -> str:
         return (
@@ -154,32 +150,29 @@ def quantize_model(
     scheme: Scheme = Scheme(),
     *,
     mask: float | None = None,
-    tokens: Tensor | None = None,
 ) -> nn.Module:
     """Replace the decoder's linear layers in place by QuantizedLinear; embeddings and lm_head stay.
 
-    bits: "W-A-KV", e.g. "4-8-4". mask: see `fake_quantize`. tokens [B, T]: what the first scales of an "lsq" grid are
-    taken from, in one forward pass.
+    bits: "W-A-KV", e.g. "4-8-4". mask: see `fake_quantize`.
     Raises ValueError for bits that are not allowed, a group that does not divide a layer's input, a model without
-    linear layers, one that is quantized already, one without k_proj and v_proj if the cache is to be quantized, "lsq"
-    without tokens or with a mask, or keys after rotary embedding in a model that does not use scaled dot-product
+    linear layers, one that is quantized already, one without k_proj and v_proj if the cache is to be quantized, a
+    LEARNED grid with a mask, or keys after rotary embedding in a model that does not use scaled dot-product
     attention.
     """
     bits = BitWidths.parse(bits)
     linears = decoder_linears(model)
     if any(isinstance(module, QuantizedLinear) for module in linears.values()):
         raise ValueError("the model is quantized already; load it anew to quantize it in another way")
-    learned = scheme.grid == "lsq"
-    if learned and tokens is None:
-        raise ValueError("tokens: missing; the grid 'lsq' takes its first scales from them")
-    if learned and mask is not None:
-        raise ValueError(f"mask: {mask!r} does not go with the grid 'lsq', whose gradients are its own; use None")
+    if scheme.grid in LEARNED and mask is not None:
+        raise ValueError(
+            f"mask: {mask!r} does not go with the grid {scheme.grid!r}, whose gradients are its own; use None"
+        )
 
-    def grid(width: int, group: int | None = None) -> Grid | None:
-        return None if width == OFF else Grid(width, scheme.grid, group)
+    def grid(width: int, kind: str, group: int | None = None) -> Grid | None:
+        return None if width == OFF else Grid(width, kind, group)
 
-    weight, activation = grid(bits.weights, scheme.group), grid(bits.activations)
-    cache = grid(bits.cache, head_width(model) if scheme.cache_scale == PER_HEAD else None)
+    weight, activation = grid(bits.weights, scheme.grid, scheme.group), grid(bits.activations, scheme.on_the_fly)
+    cache = grid(bits.cache, scheme.on_the_fly, head_width(model) if scheme.cache_scale == PER_HEAD else None)
     if cache is not None and not any(is_projection(name, *CACHE_PROJECTIONS) for name in linears):
         raise ValueError(
             f"{type(model).__name__} has no layers named {' and '.join(CACHE_PROJECTIONS)}, whose outputs "
@@ -196,10 +189,6 @@ def quantize_model(
         at_output = is_projection(name, *(("v_proj",) if rotated else CACHE_PROJECTIONS))
         if weight or activation or (cache and at_output):
             replaced[name] = QuantizedLinear(linear, weight, activation, cache if at_output else None, mask)
-    if learned:
-        magnitudes = _mean_magnitudes(model, linears, tokens)
-        for name, module in replaced.items():
-            module.learn_steps(*magnitudes[name])
     for name, module in replaced.items():  # only after every layer was found to fit
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -212,24 +201,10 @@ def quantize_model(
     return model
 
 
-@torch.no_grad()
-def _mean_magnitudes(model: nn.Module, linears: dict[str, nn.Linear], tokens: Tensor) -> dict[str, list[Tensor]]:
-    """mean |input| and mean |output| of each layer over `tokens`."""
-    found = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = [x.abs().mean(dtype=torch.float32) for x in (inputs[0], output)]
-
-        return hook
-
-    handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
-    try:
-        model(input_ids=tokens.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def trained_grids(model: nn.Module) -> list[list[nn.Parameter]]:
+    """What is trained of each layer's grid: its scales [out, groups, 1] first."""
+    found = [getattr(module, "grid_parameters", []) for module in model.modules()]
+    return [trained for own in found if (trained := [parameter for parameter in own if parameter.requires_grad])]
 
 
 @torch.no_grad()
@@ -258,8 +233,7 @@ def round_to_nearest(model: nn.Module, bits: str | BitWidths, scheme: Scheme = S
 def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Scheme = Scheme()) -> int:
     """Bytes of keys and values that one token leaves in the cache, in all layers: KV bits, an fp32 scale for each.
 
-    A scale is shared by all heads, or each head has its own (scheme.cache_scale); learned scales are the layer's,
-    not the token's. Worked: 3 heads of 64 numbers at 4 bits: 96 + 4 bytes over all heads, 96 + 12 for each head.
+    A scale is shared by all heads, or each head has its own (scheme.cache_scale). Worked: 3 heads of 64 numbers at 4 bits: 96 + 4 bytes over all heads, 96 + 12 for each head.
     """
     width = BitWidths.parse(bits).cache
     outputs = [
@@ -272,15 +246,13 @@ def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Schem
         outputs = [heads * head_width(model)] * (2 * model.config.num_hidden_layers)
     if width == OFF:
         return sum(outputs) * FLOAT_BYTES
-    if scheme.grid == "lsq":
-        return sum(n * width // 8 for n in outputs)
     return sum(
         _packed(n, n // head_width(model) if scheme.cache_scale == PER_HEAD else 1, width, scheme) for n in outputs
     )
 
 
 def _packed(numbers: int, scales: int, bits: int, scheme: Scheme) -> int:
-    zeros = scales if scheme.grid == "asymmetric" else 0
+    zeros = scales if scheme.on_the_fly == ASYMMETRIC else 0
     return (numbers + zeros) * bits // 8 + scales * SCALE_BYTES
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config import INITS, Adapter, Format
-from studylib.quant.formats import EncodedLinear, encode_model
+from studylib.config import AFFINE, ASYMMETRIC, INITS, Adapter, Grid, check_known
+from studylib.quant.grids import choose_scale
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import Codes
 
@@ -38,13 +38,15 @@ def levels_of(bits: int) -> tuple[int, int]:
 def initial_grid(weight: Tensor, bits: int, group: int | None, init: str = "l4q") -> tuple[Tensor, Tensor]:
     """The first scales and offsets of a weight [out, in]: both [out, in // group, 1], fp32 (fp64 for fp64 weights).
 
-    With the minimum, maximum, mean mu and (population) standard deviation sd of each group, the paper's four:
+    With the minimum, maximum, mean mu and (population) standard deviation sd of each group, the paper's four (L4Q,
+    section 4.3), and one of ours:
     "l4q": s = max(|min / QN|, |max / QP|), b = 0: nothing is clipped, and one end of the range is used.
     "lsq+": s = max(|mu - 3 sd|, |mu + 3 sd|) / 2^(bits-1), b = 0.
     "symmetric": s = max|W| / 2^(bits-1), b = 0: a maximum that is positive is clipped to QP.
-    "asymmetric": s = (max - min) / (QP - QN), b = max - s QP.
+    "asymmetric": s = (max - min) / (QP - QN), b = max - s QP: no level at 0.
+    "affine": the grid of the format "affine", which has one: its s, and b = s (2^(bits-1) - its zero point).
     Worked, 4 bits, group (-4, 14): l4q s = 2; symmetric s = 1.75; asymmetric s = 1.2, b = 5.6.
-    Scales are four rounding errors larger than these formulas: rounding would else push the largest number of every
+    The paper's scales are four rounding errors larger than these formulas: rounding would else push the largest number of every
     second group out of the range, where its gradients are other ones. A group of zeros gets the smallest normal scale.
     group: how many neighbours share a scale; None for a whole row.
     Raises ValueError for bits, a group or an init that is not allowed.
@@ -54,9 +56,12 @@ def initial_grid(weight: Tensor, bits: int, group: int | None, init: str = "l4q"
     group = width if group is None else group
     if type(group) is not int or group < 1 or width % group:
         raise ValueError(f"group: {group!r} does not divide the input width {width}; use a divisor, or None")
-    if init not in INITS:
-        raise ValueError(f"init: {init!r} is not known; use one of {', '.join(INITS)}")
+    check_known("init", init, (*INITS, AFFINE))
     rows = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group))
+    if init == AFFINE:
+        scale, zero = choose_scale(rows, Grid(bits, ASYMMETRIC))
+        assert zero is not None
+        return scale.to(rows.dtype), ((-low - zero) * scale).to(rows.dtype)
     smallest, largest = rows.aminmax(dim=-1, keepdim=True)
     if init == "l4q":
         scale = torch.maximum((smallest / low).abs(), (largest / high).abs())
@@ -209,6 +214,11 @@ class L4QLinear(nn.Linear):
         """Neighbours in a row that share a scale."""
         return self.in_features // self.scale.shape[1]
 
+    @property
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the grid, in units of the layer's scales."""
+        return [self.scale, self.offset]
+
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -281,14 +291,14 @@ class QALoRALinear(nn.Module):
 
     input [..., in] -> [..., out]: base(x) + scaling * B A pool(x), A [rank, in // group], B [out, rank]. pool sums the
     inputs of each group, as the paper's Algorithm 1 does (AvgPool1d times the group's size); its authors' code leaves
-    the average, which is the same at alpha / group.
+    the average, which is the same at alpha / group. base: a layer in low bits, whose integers `codes()` gives.
     """
 
-    def __init__(self, base: EncodedLinear, adapter: Adapter):
+    def __init__(self, base: nn.Linear, adapter: Adapter, group: int | None):
         super().__init__()
         self.base, self.scaling, self.dropout = base, adapter.scaling, nn.Dropout(adapter.dropout)
-        self.group = base.format.group or base.in_features
-        device = base.stored_codes.device
+        self.group = group or base.in_features
+        device = base.codes().codes.device
         self.lora_A = nn.Parameter(torch.empty(adapter.rank, base.in_features // self.group, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, adapter.rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -320,19 +330,25 @@ class QALoRALinear(nn.Module):
 
 
 class LearnedGridLinear(nn.Linear):
-    """A frozen weight rounded to a grid whose scale and offset are learned, as the base of QAT-LoRA (L4Q, section 4).
+    """A weight rounded to a grid whose scale and offset are learned: the base of QAT-LoRA (L4Q, section 4), where the
+    weight is frozen, and QAT with learned steps, where it trains.
 
     W_q = s round(clamp((W - b) / s, -2^(bits-1), 2^(bits-1) - 1)) + b with s, b [out, in // group, 1] that start as
-    L4Q's do; gradients through the rounding as in LSQ (Esser et al. 2020). Unlike L4Q's, this backward pass is plain
+    `initial_grid` has them; gradients through the rounding as in LSQ (Esser et al. 2020). Unlike L4Q's, this backward pass is plain
     autograd and keeps tensors of the weight's size. dtype: the type that the weight is computed with.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group: int | None, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, bits: int, group: int | None, dtype: torch.dtype, init: str = "l4q"):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
-        scale, offset = initial_grid(linear.weight.detach().to(dtype), bits, group)
+        scale, offset = initial_grid(linear.weight.detach().to(dtype), bits, group, init)
         self.scale, self.offset = nn.Parameter(scale), nn.Parameter(offset)
+
+    @property
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the grid, in units of the layer's scales."""
+        return [self.scale, self.offset]
 
     @torch.no_grad()
     def codes(self) -> Codes:
@@ -355,26 +371,27 @@ class LearnedGridLinear(nn.Linear):
         return F.linear(x, self.dense(), self.bias)
 
 
-def qa_lora_model(model: nn.Module, format: Format, adapter: Adapter, names: list[str], seed: int) -> nn.Module:
-    """Encode the decoder's linear layers in place and put QA-LoRA's adapters, drawn by `seed`, on those of `names`."""
-    encode_model(model, format)
+def qa_lora_model(model: nn.Module, adapter: Adapter, group: int | None, names: list[str], seed: int) -> nn.Module:
+    """Put QA-LoRA's adapters, drawn by `seed`, on the low-bit layers of `names`, in place."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name in names:
-            model.set_submodule(name, QALoRALinear(model.get_submodule(name), adapter))
+            model.set_submodule(name, QALoRALinear(model.get_submodule(name), adapter, group))
     return model
 
 
-def learned_grid_model(model: nn.Module, bits: int, group: int | None, dtype: torch.dtype) -> nn.Module:
+def learned_grid_model(
+    model: nn.Module, bits: int, group: int | None, dtype: torch.dtype, init: str = "l4q"
+) -> nn.Module:
     """Replace the decoder's linear layers in place by LearnedGridLinear."""
     for name, linear in decoder_linears(model).items():
-        model.set_submodule(name, LearnedGridLinear(linear, bits, group, dtype))
+        model.set_submodule(name, LearnedGridLinear(linear, bits, group, dtype, init))
     return model
 
 
-def train_grids(model: nn.Module) -> None:
-    """Let the scales and offsets of LearnedGridLinear require gradients."""
+def train_grids(model: nn.Module, offsets: bool = True) -> None:
+    """Let the scales of LearnedGridLinear require gradients, and its offsets."""
     for module in model.modules():
         if isinstance(module, LearnedGridLinear):
             module.scale.requires_grad_(True)
-            module.offset.requires_grad_(True)
+            module.offset.requires_grad_(offsets)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from studylib.config import ARCHIVE, CHAT, LSQ, SYMMETRIC, Arm, Evaluation, Instructions, RealText, Sampling, Scheme
+from studylib.config import ARCHIVE, CHAT, Arm, Evaluation, Instructions, RealText, Sampling, Scheme
 from studylib.data import (
     beginning,
     chat_opening,
@@ -130,8 +130,7 @@ def _check_evaluation(model: str, wanted: Evaluation, named: str) -> None:
 @functools.lru_cache(maxsize=64)
 def _check_layers(model: str, bits: str, scheme: Scheme, named: str) -> None:
     """Quantize a small one of the architecture, and compute with it."""
-    grid = SYMMETRIC if scheme.grid == LSQ else scheme.grid  # the same shapes, without a pass over data
-    sample = quantize_model(_sample(model, named, fresh=True)[0], bits, dataclasses.replace(scheme, grid=grid))
+    sample = quantize_model(_sample(model, named, fresh=True)[0], bits, scheme)
     with _computing(model):
         check_requests(sample, models.load_tokenizer(model), Evaluation((), 1, TRIED))
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import set_seed
 from filelock import Timeout
 from torch import nn
@@ -21,7 +20,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studylib.config import (
-    LSQ,
     NOTHING,
     NUMERICS,
     OFF,
@@ -93,6 +91,7 @@ def carry_out(
         if arm.tuning:
             tokens["trained"] = int(log.curve[-1]["tokens"])
         diverged = not _converged(log)
+        moved = {} if log.moved is None else {"moved/scales": log.moved}
         size = None if diverged else stored_bytes(work.model)
         sizes: dict[str, float | None] = {"bytes/weights": size, "bytes/cache_per_token": cache_bytes}
         with phase("evaluate"), _counted(work.model, progress) as seen:
@@ -104,7 +103,7 @@ def carry_out(
         key=key,
         arm=arm,
         status=FINISHED if finite else DIVERGED,
-        metrics=_json_entries({**metrics, **sizes}),
+        metrics=_json_entries({**metrics, **sizes, **moved}),
         scores={name: _json_numbers(np.array(values)) for name, values in (found | scores).items()},
         training=[_json_entries(entry) for entry in log.steps],
         curve=[_json_entries(entry) for entry in log.curve],
@@ -213,9 +212,7 @@ def _restored(arm: Arm, path: Path) -> PreTrainedModel:
     """The deployed model from its file: weights, and the rounding of activations and cache on the fly."""
     model = models.load_model(arm.model)
     if (arm.widths.activations, arm.widths.cache) != (OFF, OFF):
-        # Learned steps come from the file; tokens only give them their shapes.
-        tokens = torch.zeros(1, 2, dtype=torch.long) if arm.scheme.grid == LSQ else None
-        quantize_model(model, f"{OFF}-{arm.widths.activations}-{arm.widths.cache}", arm.scheme, tokens=tokens)
+        quantize_model(model, f"{OFF}-{arm.widths.activations}-{arm.widths.cache}", arm.scheme)
     return restore_model(model, path)
 
 

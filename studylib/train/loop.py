@@ -35,6 +35,7 @@ from studylib.config import (
     written_whole,
 )
 from studylib.data import models
+from studylib.quant import trained_grids
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
 COMPILED_STEPS = 20  # from so many steps on, compiling the layers pays for itself
@@ -49,6 +50,19 @@ class _InOrder(Trainer):
 
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Trainer's own, with learned grids in groups that have a rate of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.budget.grid_rate
+        grids = trained_grids(self.model) if rate is not None else []
+        apart = {id(parameter) for parameters in grids for parameter in parameters}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        for scale, *others in grids:
+            unit = scale.detach().square().mean().sqrt().item()
+            optimizer.add_param_group({"params": [scale, *others], "lr": rate * unit, "weight_decay": 0.0})
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.budget.rate)
@@ -212,6 +226,8 @@ def fit(
         model.train()
         return loss
 
+    grids = [scale for scale, *_ in trained_grids(model)]
+    first = [scale.detach().clone() for scale in grids]
     model.forward = loss_function
     try:
         trainer = _InOrder(
@@ -242,6 +258,9 @@ def fit(
             for entry in history
             if "held_out_loss" in entry
         ],
+        torch.cat([(own / was - 1).abs().flatten() for own, was in zip(grids, first, strict=True)]).median().item()
+        if grids
+        else None,
     )
 
 

@@ -70,6 +70,7 @@ LEVELS = {
     "fp-bnb": "FP4 (bitsandbytes)",
     "fp-e3m0": "FP4 (E3M0)",
     "int": "Int",
+    "int-full": "full-range Int",
     "affine": "affine Int",
 }  # what a format's levels are called at any width
 NF4_DQ = Format("nf", 4, double=True)
