@@ -1,5 +1,6 @@
 from .config.arm import Arm
 from .config.budgets import PROFILES, Profile, profile
+from .config.learning_rates import find_rates
 from .config.settings import Adapter, BitWidths, Format, Grid, Scheme
 from .data.models import load_model, load_tokenizer
 from .evidence.verdicts import judge
@@ -38,6 +39,7 @@ __all__ = [
     "check_parameters",
     "encode_model",
     "figures",
+    "find_rates",
     "frame",
     "judge",
     "load_model",

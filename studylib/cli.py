@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
+    run.add_argument(
+        "--rates", default="", metavar="FILE", help="learning rates that `study rates` chose (default: the committed)"
+    )
     _jobs(run)
     run.add_argument(
         "--set",
@@ -46,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _budget(run)
     _results(run)
+    rates = commands.add_parser("rates", help="search the learning rates of a model and write them to a file")
+    rates.add_argument(
+        "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="whose arms (default: all)"
+    )
+    rates.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
+    rates.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
+    rates.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="those with it in their name: 'l4q 3-16'")
+    rates.add_argument("--output", type=_path, required=True, metavar="FILE", help="for `study run --rates FILE`")
+    _jobs(rates)
+    _results(rates)
     listing = commands.add_parser("list", help="list the records of a results folder")
     _results(listing)
     clean = commands.add_parser(
@@ -156,6 +169,7 @@ def _say(what: object) -> None:
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import budgets as profiles
+    from studylib.config import find_rates
     from studylib.data import models
     from studylib.report import page, recipes, tables
     from studylib.study import Store, schedule
@@ -187,6 +201,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         parameters["seeds"] = options.seeds or list(budget.seeds)
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
+    if "rates" in taken and options.rates:
+        find_rates(model, options.profile, options.rates)  # before any work
+        parameters["rates"] = str(Path(options.rates).resolve())
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
     store = Store(results)  # only now: what is refused leaves no folder
@@ -210,6 +227,37 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     written = page.write_report(output, records, executed, shlex.join(["study", *arguments]), options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
+    return 0
+
+
+def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import Rate, find_rates, listed, profile, rates_text, write_whole
+    from studylib.data import models
+    from studylib.study import notebooks as batch
+    from studylib.study import rates, schedule
+
+    profile(options.profile)
+    schedule.check_jobs(options.jobs)
+    model = models.absolute_name(options.model)
+    known = find_rates(model, options.profile, str(options.output)) if options.output.exists() else {}
+    given = {"model": model, "profile": options.profile, "results": str(options.results.resolve()), "rates": ""}
+    arms = []
+    for notebook in batch.find_notebooks(options.notebooks):
+        own = {name: value for name, value in given.items() if name in batch.default_parameters(notebook)}
+        arms += batch.wanted_arms(notebook, own)
+    wanted = rates.cases(arms)
+    chosen = {case: arm for case, arm in wanted.items() if not options.cases or any(t in case for t in options.cases)}
+    if not chosen:
+        raise ValueError(f"cases: {' '.join(options.cases)!r} is in none of {listed(list(wanted))}")
+    share = rates.cost(list(chosen.values()), arms, options.results)
+    print(f"{len(chosen)} settings; searching takes about {share:.0%} of the time of all their arms", file=sys.stderr)
+
+    def told(case: str, rate: Rate) -> None:
+        known[case] = rate
+        write_whole(options.output, rates_text(model, options.profile, known))
+        print(f"{case}: {rate.text}")
+
+    rates.search(list(chosen.values()), options.results, options.jobs, told)
     return 0
 
 
@@ -432,6 +480,7 @@ def _find(options: argparse.Namespace) -> "Record":
 
 _COMMANDS = {
     "run": _run,
+    "rates": _rates,
     "list": _list,
     "show": _show,
     "export": _export,

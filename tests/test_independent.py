@@ -32,7 +32,7 @@ from studylib.quant.layers import decoder_linears
 SMOLLM2 = "smollm2-135m"
 BITS = [8, 4]
 TEXT = Evaluation(("wikipedia",), windows=4, length=64)
-ITEMS = 2
+ITEMS, LAYERS = 2, 4
 TASKS = {  # where lm-eval's task files and the archive's items lie
     "boolq": ("super_glue/boolq/default.yaml", "boolq/none"),
     "piqa": ("piqa/piqa.yaml", "piqa/plain_text"),
@@ -210,6 +210,7 @@ def test_every_item_scores_as_by_lm_evals_command_line(fp32, tmp_path, monkeypat
     log-likelihoods, greedy hits and right answers, item by item, and the metric that we report."""
     folder = str(tmp_path / "model")
     rounded = round_to_nearest(models.load_model(SMOLLM2), "4-16-16")
+    rounded.model.layers, rounded.config.num_hidden_layers = rounded.model.layers[:LAYERS], LAYERS
     rounded.save_pretrained(folder)
     models.load_tokenizer(SMOLLM2).save_pretrained(folder)
     (tmp_path / "tasks").mkdir()

@@ -6,10 +6,11 @@ Frozen values: files and models that they name are not looked at here (see study
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from studylib.config.learning_rates import Rate
 from studylib.config.settings import DEFAULT_GROUP, check_group
 from studylib.config.values import (
     MAX_BATCH,
@@ -368,7 +369,7 @@ DECODING = Decoding(shapes=("llama-7b",))  # L4Q's own model beside the study's
 class Profile:
     """A budget: the data and training a method may spend, what every arm is scored on, and the seeds that make the
     interval over runs. few_shot: tasks that the headline settings are scored on as well. group: weights that share a
-    scale where a method needs such groups."""
+    scale where a method needs such groups. rates: the rate of each setting (methods.rate_case) that one was chosen for."""
 
     sampling: Sampling
     training: Training
@@ -379,6 +380,7 @@ class Profile:
     few_shot: tuple[str, ...] = ()
     group: int = DEFAULT_GROUP
     decoding: Decoding = DECODING
+    rates: tuple[tuple[str, Rate], ...] = ()
 
     def __post_init__(self) -> None:
         check_parts(self)
@@ -399,11 +401,15 @@ class Profile:
         }
         return dataclasses.replace(self, **longer)
 
+    def with_rates(self, rates: Mapping[str, Rate]) -> "Profile":
+        """This budget with the learning rates of a search (see find_rates)."""
+        return dataclasses.replace(self, rates=tuple(sorted(rates.items())))
+
 
 PROFILES = {
     "smoke": Profile(
         Sampling(count=8, length=32, batch=4),
-        Training(steps=4, batch=2, learning_rate=1e-3),
+        Training(steps=4, batch=2, learning_rate=1e-3, grid_rate=0.01),
         Instructions(length=128),
         Tuning(steps=4, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("openbookqa",), items=4, pairs=2),
@@ -413,7 +419,7 @@ PROFILES = {
     ),
     "quick": Profile(
         Sampling(count=32, length=256, batch=64),
-        Training(steps=32, batch=1, learning_rate=3e-4),
+        Training(steps=32, batch=1, learning_rate=3e-4, grid_rate=0.01),
         Instructions(length=256),
         Tuning(steps=24, batch=2, learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=16, length=256, tasks=("arc_easy",), items=40, pairs=16),
@@ -421,7 +427,7 @@ PROFILES = {
     ),
     "full": Profile(
         Sampling(count=4096, length=512, batch=128),
-        Training(steps=512, batch=8, learning_rate=1e-4),
+        Training(steps=512, batch=8, learning_rate=1e-4, grid_rate=0.01),
         Instructions(length=512),
         Tuning(steps=195, batch=32, learning_rate=5e-4, weight_decay=0.01, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=ZERO_SHOT, items=1000, pairs=480),

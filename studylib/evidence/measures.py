@@ -22,7 +22,7 @@ from studylib.config import (
     points,
 )
 from studylib.evidence.statistics import Array, Interval, paired_bootstrap, perplexity, stratified_mean
-from studylib.methods import CHANGES, METHODS, Setting, corpus_title, order, seedless, setting
+from studylib.methods import CHANGES, METHODS, Setting, corpus_title, order, rated, seedless, setting
 from studylib.study import Record, arm_key, contents
 
 TASK_TITLES = {
@@ -167,15 +167,16 @@ def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
     """Whether the arm is one of the model that differs from the budget's own in what settings name, and no more."""
     if arm.model != model or _shared(arm.evaluation) != _shared(budget.evaluation):
         return False
-    tuning = budget.tuning
+    training, tuning = budget.training, budget.tuning
     if arm.method in METHODS:
-        tuning = replace(tuning, learning_rate=tuning.learning_rate * METHODS[arm.method].relative_rate)
+        setting_of = (budget, arm.method, arm.bits, arm.format, arm.scheme)
+        training, tuning = rated(training, *setting_of), rated(tuning, *setting_of)
     data: Any = budget.sampling
     if isinstance(arm.data, RealText):
         data = RealText(arm.data.corpus, data.count, data.length)
     usual = {
         "data": data,
-        "training": budget.training,
+        "training": training,
         "instructions": budget.instructions,
         "tuning": tuning,
         "decoding": budget.decoding,

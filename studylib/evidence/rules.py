@@ -61,8 +61,11 @@ def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
     return Outcome(shown, Effect(rule, PERPLEXITY, "", above=0).verdict, text)
 
 
-def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: Cell | None) -> Outcome:
-    """Whether four bits for the cache cost RTN much, and more than four bits for the `weights`; and LLM-QAT less."""
+def cache_breaks(
+    measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: Cell | None, smooth: Cell | None
+) -> Outcome:
+    """Whether four bits for the cache cost RTN much, and more than four bits for the `weights`; and LLM-QAT less than
+    SmoothQuant, or than RTN where that was not run."""
     cost = _worse(measure, eight, four, f"lost by {_name(four)} from {eight.bits} to {four.bits}")
     cost = replace(cost, above=_tolerance(measure))
     where = replace(_worse(measure, weights, four, f"{four.bits} behind {weights.bits}, by {_name(four)}"), above=0)
@@ -75,9 +78,10 @@ def cache_breaks(measure: Measure, eight: Cell, four: Cell, weights: Cell, qat: 
     def gained(r: Any, q: Any) -> Any:
         return measure.loss(q, r)
 
-    found = measure.interval(gained, four, qat)
-    gain = Effect(found, _unit(measure), f"gained by {_name(qat)} over {four.title}", above=0, of=qat.setting)
-    text += f" {_name(qat)} wins back {gain.text}{_seeds(measure, gained, measure.text, four, qat)}."
+    beside = smooth or four
+    found = measure.interval(gained, beside, qat)
+    gain = Effect(found, _unit(measure), f"gained by {_name(qat)} over {beside.title}", above=0, of=qat.setting)
+    text += f" {_name(qat)} gains {gain.text} over {_name(beside)}{_seeds(measure, gained, measure.text, beside, qat)}."
     return together([cost, where, gain], text)
 
 

@@ -9,22 +9,22 @@ from pathlib import PurePath
 from typing import Any, TypeVar
 
 from studylib.config import (
-    ALL,
     ALPACA,
     BESIDE,
     CORPORA,
     DEQUANTIZED,
     KL,
+    LEARNED,
     MERGED_16,
     MERGED_QUANTIZED,
     PARTS,
-    PLAIN,
     REQUANTIZED,
     Adapter,
     Arm,
     BitWidths,
     Format,
     Profile,
+    Rate,
     RealText,
     Sampling,
     Scheme,
@@ -96,11 +96,10 @@ def build_arm(
                 if not hasattr(parts["data"], field):
                     raise ValueError(f"sampling: {field!r} has no effect on the text of a corpus; leave it out")
     if "training" in own.needs:
-        parts["training"] = _changed("training", budget.training, training)
+        parts["training"] = _changed("training", rated(budget.training, budget, method, bits, format, scheme), training)
     if "tuning" in own.needs:
         parts["instructions"] = dataclasses.replace(budget.instructions, seed=seed)
-        rate = budget.tuning.learning_rate * own.relative_rate
-        parts["tuning"] = _changed("tuning", dataclasses.replace(budget.tuning, learning_rate=rate), tuning)
+        parts["tuning"] = _changed("tuning", rated(budget.tuning, budget, method, bits, format, scheme), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
     parts["format"], parts["adapter"] = format, own.usual_adapter() if adapter is None else adapter
@@ -114,6 +113,25 @@ def build_arm(
         evaluation = dataclasses.replace(budget.evaluation, tasks=scored + few_shot)
         return dataclasses.replace(arm, evaluation=evaluation)
     return arm
+
+
+def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> str:
+    """What arms share a learning rate: method, bits, and the kind of format or grid that is trained on. Their other
+    fields, what is compared above all, do not change it."""
+    own = find(method)
+    on = format.kind if format and "format" in own.needs else scheme.grid if "scheme" in own.takes else ""
+    return f"{method} {bits} {on}".rstrip()
+
+
+def rated(part: Part, budget: Profile, method: str, bits: str, format: Format | None, scheme: Scheme) -> Part:
+    """The budget's training or tuning with the rate that was chosen for such an arm, or its method's usual one. Only
+    grids that are learned have a rate of their own."""
+    own = find(method)
+    relative = own.relative_rate if isinstance(part, Tuning) else 1.0
+    usual = Rate(part.learning_rate * relative, part.grid_rate)
+    rate = dict(budget.rates).get(rate_case(method, bits, format, scheme), usual)
+    learns = own.learns_grid or scheme.grid in LEARNED
+    return dataclasses.replace(part, learning_rate=rate.learning_rate, grid_rate=rate.grid_rate if learns else None)
 
 
 def _changed(name: str, part: Part, changes: Mapping[str, Any] | None) -> Part:
@@ -198,6 +216,19 @@ def _part(name: str, field: str, kind: type | None = None) -> Callable[[Arm], An
     return value
 
 
+def _adapter(field: str) -> Callable[[Arm], Any]:
+    """A field of the adapter, unless it is as in the usual one of its method."""
+
+    def value(arm: Arm) -> Any:
+        if arm.adapter is None:
+            return None
+        usual = (METHODS[arm.method].usual_adapter() if arm.method in METHODS else None) or Adapter()
+        own = getattr(arm.adapter, field)
+        return None if own == getattr(usual, field) else own
+
+    return value
+
+
 def _format(arm: Arm) -> Format | None:
     """The format, unless it is the usual one of its method at that width."""
     if arm.format is None or arm.method not in METHODS:
@@ -223,12 +254,12 @@ CHANGES = {
     "scheme.cache_scale": Change(_part("scheme", "cache_scale"), "token", "cache scale a {}".format),
     "scheme.keys": Change(_part("scheme", "keys"), "before-rotary", lambda keys: f"keys {keys.replace('-', ' ')}"),
     "format": Change(_format, None, lambda format: format.title),
-    "adapter.kind": Change(_part("adapter", "kind"), PLAIN, lambda kind: KIND_TITLES[kind]),
-    "adapter.rank": Change(_part("adapter", "rank"), Adapter().rank, "rank {}".format),
-    "adapter.scaling": Change(_part("adapter", "scaling"), Adapter().scaling, "scaled by {:g}".format),
-    "adapter.dropout": Change(_part("adapter", "dropout"), 0.0, "dropout {:g}".format),
-    "adapter.layers": Change(_part("adapter", "layers"), ALL, lambda layers: f"on {layers.replace('+', ' and ')} only"),
-    "adapter.init": Change(_part("adapter", "init"), Adapter().init, "{} initialisation".format),
+    "adapter.kind": Change(_adapter("kind"), None, lambda kind: KIND_TITLES[kind]),
+    "adapter.rank": Change(_adapter("rank"), None, "rank {}".format),
+    "adapter.scaling": Change(_adapter("scaling"), None, "scaled by {:g}".format),
+    "adapter.dropout": Change(_adapter("dropout"), None, "dropout {:g}".format),
+    "adapter.layers": Change(_adapter("layers"), None, lambda layers: f"on {layers.replace('+', ' and ')} only"),
+    "adapter.init": Change(_adapter("init"), None, "{} initialisation".format),
     "tuning.checkpointing": Change(_part("tuning", "checkpointing"), False, lambda on: "checkpointing"),
     "tuning.paged": Change(_part("tuning", "paged"), False, lambda on: "paged optimizer"),
     "instructions.source": Change(

@@ -91,7 +91,7 @@ class Method(ABC):
     "scheme". rounds: whether it leaves anything in low bits.
     numerics: the components of config.numerics that it passes through besides those that its arm's parts imply;
     version: its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the
-    adapters'. few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of them (None: all that a
+    adapters', where none was chosen. learns_grid: whether scales are trained. few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of them (None: all that a
     profile has). checks_weights: whether the rounding error of each layer is recorded. keeps_adapter: whether it leaves
     a 16-bit adapter beside the base; what a method without one makes is deployed in one way.
     """
@@ -109,6 +109,7 @@ class Method(ABC):
     few_shot_at: tuple[str, ...] = ()
     few_shot: tuple[str, ...] | None = None
     relative_rate: float = 1.0
+    learns_grid: bool = False
     checks_weights: bool = False
     keeps_adapter: bool = False
 
@@ -143,6 +144,10 @@ class Method(ABC):
             raise ValueError(f"grid: {arm.scheme.grid!r} is learned in training, which {self.name!r} has none of")
         if arm.scheme.grid in OF_WEIGHTS and arm.widths.weights == OFF:
             raise ValueError(f"grid: {arm.scheme.grid!r} is one of weights, which {arm.bits} leaves as they are")
+        if arm.budget and arm.budget.grid_rate is not None and not (self.learns_grid or arm.scheme.grid in LEARNED):
+            raise ValueError(
+                f"grid_rate: {arm.budget.grid_rate:g} has no effect on {self.name!r}, which learns no grid"
+            )
         if arm.merge != BESIDE and "tuning" not in self.needs:
             raise ValueError(f"merge: is given, but {self.name!r} is not fine-tuned")
         if arm.format and "format" in self.needs and arm.bits != f"{arm.format.bits}-16-16":

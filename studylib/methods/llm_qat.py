@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from studylib.config import Log
 
 HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
+VALIDATION_WINDOWS = 2  # of each corpus, for choosing the rate of an arm that is scored on nothing
 
 
 class LLMQAT(Method):
@@ -35,12 +36,12 @@ class LLMQAT(Method):
 
     def apply(self, work: Work) -> "Log":
         from studylib.quant import freeze_weights, quantize_model
-        from studylib.train import held_out_windows, train_llm_qat
+        from studylib.train import held_out_windows, train_llm_qat, validation_windows
 
         arm, model, data = work.arm, work.model, work.data
         assert arm.training is not None and data is not None
         with work.phase("train"):
-            attention = model.config._attn_implementation
+            attention, length = model.config._attn_implementation, data.windows.shape[1]
             if ATTENTION in arm.training.features:
                 model.set_attn_implementation("eager")
             quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask)
@@ -52,9 +53,9 @@ class LLMQAT(Method):
                 arm.training,
                 work.checkpoints,
                 seed=arm.seed,
-                held_out=held_out_windows(
-                    arm.evaluation.corpora, work.tokenizer, data.windows.shape[1], HELD_OUT_WINDOWS
-                ),
+                held_out=held_out_windows(arm.evaluation.corpora, work.tokenizer, length, HELD_OUT_WINDOWS)
+                if arm.evaluation.corpora
+                else validation_windows(work.tokenizer, length, VALIDATION_WINDOWS),
                 keep=work.keep,
                 progress=work.progress,
             )

@@ -78,10 +78,6 @@ class FineTuned(Method):
         [N, T]: what a base is calibrated on, for a method that needs data. The model's parameters are fp32 and frozen.
         """
 
-    def usual_format(self, bits: int = 4, group: int | None = 64, double: bool = True) -> Format | None:
-        """The grid that L4Q's paper gives all methods, for a base in low bits."""
-        return Format(FULL, bits, group) if "format" in self.needs else None
-
     def check(self, arm: Arm) -> None:
         super().check(arm)
         self.check_parts(arm.format, arm.adapter)
@@ -348,8 +344,10 @@ class QATLoRA(FineTuned):
     """LoRA beside a frozen weight that is rounded to a grid whose scales and offsets are learned with it."""
 
     name, title, source = "qat-lora", "QAT-LoRA", "L4Q, section 4"
+    learns_grid = True
     look, formats, numerics = Look("#56B4E9", "p"), UNIFORM, ("formats", "learned grids")
     relative_rate = 0.3
+    inits = (None, *INITS)
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
@@ -358,7 +356,7 @@ class QATLoRA(FineTuned):
         from studylib.methods.adapters import inject
         from studylib.quant import learned_grid_model, train_grids
 
-        learned_grid_model(model, format.bits, format.group, models.compute_dtype(), first_grid(format))
+        learned_grid_model(model, format.bits, format.group, models.compute_dtype(), adapter.init or first_grid(format))
         inject(model, adapter, names, seed)
         train_grids(model)
 
@@ -367,6 +365,7 @@ class L4Q(FineTuned):
     """A weight, its adapter and its grid trained as one, so that integers are left."""
 
     name, title, source = "l4q", "L4Q", "arXiv 2402.04902"
+    learns_grid = True
     look, formats, numerics = Look("#D55E00", "X"), UNIFORM, ("formats", "learned grids")
     inits, keeps_adapter, chooses_layers, drops_out = (None, *INITS), False, False, False
     relative_rate = 0.3
@@ -411,6 +410,7 @@ class LearnedStepQAT(QAT):
     """QAT whose scales are trained with the weights; offsets too, where the format has any."""
 
     name, title, source = "lsq", "QAT with learned steps", "arXiv 1902.08153"
+    learns_grid = True
     look, numerics = Look("#CC79A7", "D"), ("formats", "learned grids")
 
     def prepare(

@@ -121,6 +121,11 @@ FOLDER = _text(lambda path: not path or is_line(path), "the path of a folder, or
 FLAG = Parameter(Annotated[bool, BeforeValidator(_as_flag)], "true or false", True)
 SETTING = _text(BitWidths.parse, "bits of weights, activations and cache, each 2 to 8, or 16 for off", "4-8-4")
 WITH_CACHE = _text(lambda bits: BitWidths.parse(bits).cache != OFF, "bit widths whose last is 2 to 8", "16-16-4")
+WEIGHTS_ALONE = _list(
+    _text(lambda bits: re.fullmatch("[2348]-16-16", bits) is not None, "", "4-16-16"),
+    "2-16-16, 3-16-16, 4-16-16 or 8-16-16",
+    ["4-16-16"],
+)
 SETTINGS = _list(SETTING, "bit widths", ["8-8-8", "4-8-4"])
 GROUP = Parameter(
     Annotated[int, Field(ge=0, le=MAX_GROUP), _that(lambda group: group != 1)],
@@ -149,6 +154,7 @@ TRAINED = POOLED | {
     "seeds": _wholes(0, MAX_SEED, [0, 1], at_least=1),
     "extend": _whole(0, MAX_COUNT, 32),
     "keep_checkpoints": FLAG,
+    "rates": _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json"),
 }
 PARAMETERS = {
     "00_claims": COMMON,
@@ -170,7 +176,14 @@ PARAMETERS = {
     "03_bit_allocation": TRAINED
     | {"settings": SETTINGS, "trained": SETTINGS, "grids": _some_of(GRIDS), "bits": SETTING, "cache_bits": WITH_CACHE},
     "04_ptq_vs_qat": TRAINED
-    | {"settings": SETTINGS, "methods": _some_of(ROUNDED), "searched": SETTINGS, "hard": SETTING, "smoothed": SETTINGS},
+    | {
+        "settings": SETTINGS,
+        "methods": _some_of(ROUNDED),
+        "searched": SETTINGS,
+        "grouped": WEIGHTS_ALONE,
+        "hard": SETTING,
+        "smoothed": SETTINGS,
+    },
     "05_qlora_vs_l4q": TRAINED
     | {
         "methods": _some_of(ON_A_BASE),

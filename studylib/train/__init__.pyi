@@ -1,4 +1,12 @@
-from .distillation import TrainingData, check_head, held_out_windows, last_hidden, prepare, train_llm_qat
+from .distillation import (
+    TrainingData,
+    check_head,
+    held_out_windows,
+    last_hidden,
+    prepare,
+    train_llm_qat,
+    validation_windows,
+)
 from .finetuning import check_paging, encode, fine_tune, training_pairs, usable_length
 from .loop import take_over
 from .losses import label_loss
@@ -17,4 +25,5 @@ __all__ = [
     "train_llm_qat",
     "training_pairs",
     "usable_length",
+    "validation_windows",
 ]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from studylib.config import (
     ATTENTION,
     CHAT,
+    CORPORA,
     HIDDEN,
     LABELS,
     Log,
@@ -91,6 +92,11 @@ def keep_teacher_states(
 def held_out_windows(names: Sequence[str], tokenizer, length: int, count: int) -> Tensor:
     """The first `count` evaluation windows of `length` tokens of each corpus, for learning curves."""
     return torch.cat([corpora.windows(corpus, tokenizer, length, count, "evaluation") for corpus in names])
+
+
+def validation_windows(tokenizer, length: int, count: int) -> Tensor:
+    """`count` windows of each corpus's training split, which is neither generated text nor scored: for choosing rates."""
+    return torch.cat([corpora.windows(corpus, tokenizer, length, count, "training") for corpus in CORPORA])
 
 
 class _Examples(Dataset):

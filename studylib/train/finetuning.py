@@ -28,7 +28,13 @@ def encode(tokenizer, pairs: Sequence[Pair], length: int) -> list[dict[str, list
     """Token ids and labels of each pair: labels[t] is the token after t where the response has it, else IGNORED.
 
     Pairs whose response starts after `length` tokens teach nothing and are left out; ValueError where all are.
+    What was encoded last is remembered, for all arms that learn from it: do not write to it.
     """
+    return _encode(tokenizer, tokenizer.chat_template, tuple(pairs), length)
+
+
+@functools.lru_cache(maxsize=8)
+def _encode(tokenizer, template: str | None, pairs: tuple[Pair, ...], length: int) -> list[dict[str, list[int]]]:
     rows = []
     for tokens, start in (conversation(tokenizer, pair) for pair in pairs):
         tokens = tokens[:length]
@@ -112,7 +118,7 @@ def fine_tune(
     lengths = [len(row["tokens"]) for row in rows]
     examples = [rows[i] for i in random_order(lengths, settings.batch, instructions.seed)]
     measured = encode(tokenizer, held_out, length) if held_out else []
-    measured.sort(key=lambda row: len(row["tokens"]))
+    measured = sorted(measured, key=lambda row: len(row["tokens"]))
     compiled = settings.steps >= COMPILED_STEPS and not settings.checkpointing
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,171 @@
+"""The search for learning rates: where it begins, how it walks, what it leaves."""
+
+import dataclasses
+import math
+
+import pytest
+
+from studylib.cli import main
+from studylib.config import NOTHING, Rate, find_rates, parse_rates, rates_text
+from studylib.config.budgets import profile
+from studylib.config.settings import Adapter, Format, Scheme
+from studylib.data.corpora import windows
+from studylib.methods.arms import build_arm, rate_case
+from studylib.study import rates, schedule
+from studylib.study.rates import FACTOR, GRID_RATE, cases, search, validation_loss
+
+SMOKE = profile("smoke")
+INT3 = {"format": Format("int-full", 3, 32)}
+
+
+def arm(method="l4q", bits="3-16-16", seed=0, **changes):
+    return build_arm(SMOKE, "tiny-random", method, bits, seed, **(INT3 | changes if method != "llm-qat" else changes))
+
+
+def walked(loss, start):
+    """The rates that a walk asks for, and where it ends, on a made-up landscape."""
+    walk, asked = rates._walk(start), []
+    given = next(walk)
+    while True:
+        asked.append(rates.rate_of(given))
+        try:
+            given = walk.send(loss(asked[-1]))
+        except StopIteration as end:
+            return asked, end.value
+
+
+def log10(x):
+    return math.log10(x)
+
+
+@pytest.mark.parametrize("best", [1e-5, 3e-4, 1e-3, 0.1])
+def test_a_walk_ends_at_the_bottom_whichever_side_it_is_on(best):
+    (start,) = cases([arm("qlora")]).values()
+    asked, end = walked(lambda rate: abs(log10(rate.learning_rate / best)), start)
+    assert abs(log10(end.learning_rate / best)) <= log10(FACTOR) / 2 + 0.01 and end.grid_rate is None
+    assert len(asked) == len(set(asked)) >= 3  # both neighbours of the best were tried
+    assert {float(f"{end.learning_rate * factor:.2g}") for factor in (FACTOR, 1 / FACTOR)} <= {
+        rate.learning_rate for rate in asked
+    }
+
+
+def test_a_learned_grid_is_searched_after_the_adapter():
+    (start,) = cases([arm()]).values()
+    assert rates.rate_of(start).grid_rate == GRID_RATE
+    asked, end = walked(lambda rate: abs(log10(rate.learning_rate / 1e-3)) + abs(log10(rate.grid_rate / 0.1)), start)
+    assert end.learning_rate == pytest.approx(9.5e-4) and end.grid_rate == pytest.approx(0.1, rel=0.05)
+    assert all(rate.grid_rate == GRID_RATE for rate in asked[:3]) and all(rate.grid_rate < 1 for rate in asked)
+
+
+def test_a_training_that_diverges_is_no_choice_and_no_landscape_ends_the_walk():
+    (start,) = cases([arm("qlora")]).values()
+    _, end = walked(lambda rate: math.inf if rate.learning_rate > 1e-3 else -rate.learning_rate, start)
+    assert end.learning_rate == 1e-3
+    asked, _ = walked(lambda rate: -rate.learning_rate, start)
+    assert len(asked) == 1 + rates.MOST
+
+
+def test_arms_that_are_compared_share_a_rate():
+    same = [
+        arm(),
+        arm(seed=1),
+        arm(adapter=Adapter(4, 4)),
+        arm(adapter=Adapter(init="lsq+")),
+        arm(format=Format("int-full", 3, 16)),
+    ]
+    others = [arm(format=Format("affine", 3, 32)), arm("qlora"), arm("llm-qat", "4-8-4")]
+    others += [arm("llm-qat", "4-8-4", scheme=Scheme("lsq"))]
+    found = cases([*same[1:3], same[0], *same[3:], *others, build_arm(SMOKE, "tiny-random", "rtn", "4-8-4")])
+    assert sorted(found) == [
+        "l4q 3-16-16 affine",
+        "l4q 3-16-16 int-full",
+        "llm-qat 4-8-4 lsq",
+        "llm-qat 4-8-4 symmetric",
+        "qlora 3-16-16 int-full",
+    ]
+    chosen = found["l4q 3-16-16 int-full"]
+    assert chosen == rates._begun(dataclasses.replace(same[0], evaluation=NOTHING))  # the plainest, of the least seed
+
+
+def test_a_search_takes_the_least_validation_loss_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    wanted, told = [arm(), arm("llm-qat", "4-8-4")], {}
+    monkeypatch.setattr(rates, "MOST", 2)
+    chosen, records = search(wanted, tmp_path, told=told.__setitem__)
+    assert chosen == told and sorted(chosen) == ["l4q 3-16-16 int-full", "llm-qat 4-8-4 symmetric"]
+    for case, rate in chosen.items():
+        own = {rates.rate_of(r.arm): validation_loss(r) for r in records if r.arm.method == case.split()[0]}
+        assert own[rate] == min(own.values()) and len(own) >= 3
+    assert all(rates.is_search(record) and "perplexity/wikipedia" not in record.metrics for record in records)
+    monkeypatch.setattr(schedule, "carry_out", None)
+    assert search(wanted, tmp_path)[0] == chosen  # nothing is computed again
+
+
+def test_validation_text_is_not_scored_and_not_generated(tmp_path, monkeypatch, tiny_tokenizer):
+    from studylib.train import distillation
+
+    seen = []
+    original = distillation.corpora.windows
+
+    def watched(corpus, tokenizer, length, count, split):
+        seen.append((corpus, split))
+        return original(corpus, tokenizer, length, count, split)
+
+    monkeypatch.setattr(distillation.corpora, "windows", watched)
+    (own,) = cases([arm("llm-qat", "4-8-4")]).values()
+    schedule.run([own], tmp_path)
+    assert set(seen) == {("wikipedia", "training"), ("c4", "training")}
+    scored, held = (windows("c4", tiny_tokenizer, 32, 2, split) for split in ("evaluation", "training"))
+    assert not (scored[:, None] == held[None]).all(-1).any()
+
+
+def test_chosen_rates_reach_the_arms():
+    given = {"l4q 3-16-16 int-full": Rate(0.5, 0.25), "llm-qat 4-8-4 symmetric": Rate(0.125)}
+    budget = SMOKE.with_rates(given)
+    tuned = build_arm(budget, "tiny-random", "l4q", "3-16-16", **INT3, adapter=Adapter(4, 4)).tuning
+    assert (tuned.learning_rate, tuned.grid_rate) == (0.5, 0.25)
+    trained = build_arm(budget, "tiny-random", "llm-qat", "4-8-4", training={"loss": "labels"}).training
+    assert (trained.learning_rate, trained.grid_rate) == (0.125, None)
+    usual = build_arm(budget, "tiny-random", "llm-qat", "8-8-8").training
+    assert usual.learning_rate == SMOKE.training.learning_rate
+    assert build_arm(budget, "tiny-random", "l4q", "3-16-16", **INT3, tuning={"learning_rate": 2.0}).tuning == (
+        dataclasses.replace(tuned, learning_rate=2.0)
+    )
+    assert rate_case("lora", "16-16-16", Format("affine", 4, 32), Scheme()) == "lora 16-16-16"  # merged to it, only
+
+
+def test_a_file_of_rates_is_read_back(tmp_path):
+    given = {"l4q 3-16-16 int-full": Rate(1e-3, 0.01), "lora 16-16-16": Rate(3e-4)}
+    text = rates_text("own", "quick", given)
+    assert parse_rates(text, "file") == ("own", "quick", given)
+    file = tmp_path / "rates.json"
+    file.write_text(text)
+    assert find_rates("whatever", "quick", str(file)) == given and find_rates("whatever", "quick") == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"model": "m", "profile": "quick", "rates": {"a": 1}}', '{"rates": {"a": {"b": 1}}}']
+)
+def test_a_file_that_holds_no_rates_is_one_line(tmp_path, text, capsys):
+    file = tmp_path / "rates.json"
+    file.write_text(text)
+    command = ["run", "--profile", "smoke", "--model", "tiny-random", "--notebooks", "05"]
+    assert main([*command, "--rates", str(file), "--results", str(tmp_path / "results")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"study: rates: '{file}' holds no rates as `study rates` writes them (")
+    assert told.count("\n") == 1 and not (tmp_path / "results").exists()
+
+
+def test_the_command_searches_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rates, "MOST", 1)
+    command = ["rates", "--profile", "smoke", "--model", "tiny-random", "--notebooks", "04", "--results", str(tmp_path)]
+    file = tmp_path / "rates.json"
+    assert main([*command, "--cases", "llm-qat 4-8-4", "--output", str(file)]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("llm-qat 4-8-4 symmetric: ") and "searching takes about " in told.err
+    found = find_rates("tiny-random", "smoke", str(file))
+    assert sorted(found) == ["llm-qat 4-8-4 symmetric", "smoothquant+llm-qat 4-8-4"]
+    rate = found["llm-qat 4-8-4 symmetric"]
+    assert main([*command, "--cases", "llm-qat 8-8-8", "--output", str(file)]) == 0  # the others stay
+    assert find_rates("tiny-random", "smoke", str(file))["llm-qat 4-8-4 symmetric"] == rate
+    assert main([*command, "--cases", "no such", "--output", str(file)]) == 2
+    assert "cases: 'no such' is in none of llm-qat" in capsys.readouterr().err
