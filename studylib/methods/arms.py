@@ -208,6 +208,12 @@ def _format(arm: Arm) -> Format | None:
     return arm.format
 
 
+def _rank(arm: Arm) -> int | None:
+    """The adapter's rank, unless it is the usual one of its method."""
+    usual = METHODS[arm.method].usual_adapter() if arm.method in METHODS else Adapter()
+    return None if arm.adapter is None or arm.adapter.rank == (usual or Adapter()).rank else arm.adapter.rank
+
+
 CHANGES = {
     "data.corpus": Change(_part("data", "corpus", RealText), None, lambda corpus: f"{corpus_title(corpus)} text"),
     "data.strategy": Change(_part("data", "strategy", Sampling), "hybrid", str),
@@ -224,7 +230,7 @@ CHANGES = {
     "scheme.keys": Change(_part("scheme", "keys"), "before-rotary", lambda keys: f"keys {keys.replace('-', ' ')}"),
     "format": Change(_format, None, lambda format: format.title),
     "adapter.kind": Change(_part("adapter", "kind"), PLAIN, lambda kind: KIND_TITLES[kind]),
-    "adapter.rank": Change(_part("adapter", "rank"), Adapter().rank, "rank {}".format),
+    "adapter.rank": Change(_rank, None, "rank {}".format),
     "adapter.scaling": Change(_part("adapter", "scaling"), Adapter().scaling, "scaled by {:g}".format),
     "adapter.dropout": Change(_part("adapter", "dropout"), 0.0, "dropout {:g}".format),
     "adapter.layers": Change(_part("adapter", "layers"), ALL, lambda layers: f"on {layers.replace('+', ' and ')} only"),
