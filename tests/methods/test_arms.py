@@ -44,7 +44,7 @@ CHANGED = {  # for each field an arm without a change, one with this change alon
     "training.scale": (QAT, part(QAT, "training", scale="batchmean"), "batchmean", "loss scale batchmean"),
     "training.mask": (QAT, part(QAT, "training", mask=2.0), 2.0, "gradient mask ±2"),
     "training.masters": (QAT, part(QAT, "training", masters="bf16"), "bf16", "bf16 masters"),
-    "scheme.grid": (QAT, dataclasses.replace(QAT, scheme=Scheme(grid="statsq")), "statsq", "StatsQ clipping"),
+    "scheme.grid": (QAT, dataclasses.replace(QAT, scheme=Scheme(grid="statsq")), "statsq", "StatsQ weights"),
     "scheme.group": (QAT, dataclasses.replace(QAT, scheme=Scheme(group=32)), 32, "weights in groups of 32"),
     "scheme.cache_scale": (
         QAT,
@@ -120,7 +120,7 @@ def test_changes_together_come_in_one_order_with_a_comma():
     both = part(dataclasses.replace(QAT, scheme=Scheme(grid="lsq")), "training", loss="labels", masters="bf16")
     own = Setting.of(both)
     assert [field for field, _ in own.changes] == ["training.loss", "training.masters", "scheme.grid"]
-    assert own.variant == "loss labels, bf16 masters, LSQ"
+    assert own.variant == "loss labels, bf16 masters, LSQ weights"
     given = {"scheme.grid": "lsq", "training.masters": "bf16", "training.loss": "labels"}
     assert own == setting("llm-qat", "4-8-4", given)
 
