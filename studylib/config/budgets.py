@@ -34,7 +34,7 @@ SMOLLM2, TINY = MODELS = ("smollm2-135m", "tiny-random")  # that have a name of 
 CORPORA = ("wikipedia", "c4")
 ALPACA = "alpaca"
 LABELS, KL, REVERSE_KL, SYMMETRIC_KL = LOGIT_LOSSES = ("labels", "kl", "reverse-kl", "symmetric-kl")
-ATTENTION, HIDDEN = FEATURE_LOSSES = ("attention", "hidden")
+ATTENTION, HIDDEN, RAW_HIDDEN = FEATURE_LOSSES = ("attention", "hidden", "raw-hidden")
 SCALES, MASTERS = ("token", "batchmean"), ("fp32", "bf16")
 COSINE, CONSTANT = SCHEDULES = ("cosine", "constant")
 CURVE_PARTS = 4  # the held-out loss is measured before training and after each quarter of it
@@ -233,7 +233,8 @@ class Training(Budget):
     learning_rate 2e-5 is the paper's (on about 12,000 steps).
     loss: parts joined by "+". On logits: "labels" (cross-entropy with the text's next tokens), "kl" (KL(teacher ||
     student), LLM-QAT's), "reverse-kl" or "symmetric-kl" (the mean of both), at `temperature`. On features, averaged
-    over layers: "attention" (KL of the attention maps), "hidden" (squared error of hidden states).
+    over layers: "attention" (KL of the attention maps), "hidden" (squared error of each token's hidden state, relative
+    to the teacher's), "raw-hidden" (mean squared error of hidden states as they are).
     scale: "token" averages over tokens, "batchmean" is the official code's, `length` times that.
     mask: the official gradient mask |x| >= 2, or None for the plain straight-through estimator.
     masters: the type that parameters are kept and updated in, "fp32" or, as in the official code, "bf16".
