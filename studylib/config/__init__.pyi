@@ -227,6 +227,7 @@ __all__ = [
     "kept_if_possible",
     "kept_name",
     "listed",
+    "make_folder",
     "markdown",
     "nats",
     "number",
