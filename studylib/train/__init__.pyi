@@ -1,3 +1,4 @@
+from .blocks import decoder_blocks, train_blocks
 from .distillation import TrainingData, check_head, held_out_windows, last_hidden, prepare, train_llm_qat
 from .finetuning import check_paging, encode, fine_tune, training_pairs, usable_length
 from .loop import take_over
@@ -7,6 +8,7 @@ __all__ = [
     "TrainingData",
     "check_head",
     "check_paging",
+    "decoder_blocks",
     "encode",
     "fine_tune",
     "held_out_windows",
@@ -14,6 +16,7 @@ __all__ = [
     "last_hidden",
     "prepare",
     "take_over",
+    "train_blocks",
     "train_llm_qat",
     "training_pairs",
     "usable_length",

@@ -19,6 +19,7 @@ SETTINGS = {  # one format and adapter for each method; the blocks divide the la
     "l4q": {"format": AFFINE, "adapter": SMALL},
     "gptq+lora": {"format": AFFINE, "adapter": SMALL, "tokens": tokens},
     "qat": {"format": Format("int", 4, 32)},
+    "efficientqat": {"format": AFFINE, "tokens": tokens},
 }
 
 

@@ -76,6 +76,7 @@ def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
         "qat-lora",
         "l4q",
         "qat",
+        "efficientqat",
     ]
     assert all(find(name) is method and method.name == name for name, method in METHODS.items())
     assert len({method.title for method in METHODS.values()}) == len(METHODS)
