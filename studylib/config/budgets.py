@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studylib.config.settings import DEFAULT_GROUP, check_group
+from studylib.config.settings import DEFAULT_GROUP, INTEGER_FORMATS, Adapter, Format, check_group
 from studylib.config.values import (
     MAX_BATCH,
     MAX_LENGTH,
@@ -366,10 +366,49 @@ DECODING = Decoding(shapes=("llama-7b",))  # L4Q's own model beside the study's
 
 
 @dataclass(frozen=True)
+class Terms:
+    """How a paper fine-tunes `methods` in one of its comparisons: budget and adapter, as it has them for each of them.
+
+    integers: the comparison is one of bases in integers; else of bases in 16 bits, NormalFloat and floats.
+    """
+
+    methods: tuple[str, ...]
+    integers: bool
+    tuning: Tuning
+    adapter: Adapter
+
+    def __post_init__(self) -> None:
+        check_parts(self)
+        check_several("methods", self.methods, lambda method: check_text("method", method))
+        check_flag("integers", self.integers)
+
+    def covers(self, method: str, format: Format | None) -> bool:
+        """Whether a method on a base in `format` (None: in 16 bits) is one of the comparison."""
+        return method in self.methods and self.integers == (format is not None and format.kind in INTEGER_FORMATS)
+
+    def has_made(self, tuning: "Training | Tuning | None") -> bool:
+        """Whether a training is on these terms: of any number of steps, with memory saved or not."""
+        own = self.tuning
+        free: dict[str, Any] = {
+            "steps": own.steps,
+            "extended_from": own.extended_from,
+            "checkpointing": False,
+            "paged": False,
+        }
+        return isinstance(tuning, Tuning) and dataclasses.replace(tuning, **free) == own
+
+
+def _check_terms(terms: Any) -> None:
+    if not isinstance(terms, Terms):
+        raise ValueError(f"terms: {shown(terms)} is not allowed; use Terms")
+
+
+@dataclass(frozen=True)
 class Profile:
     """A budget: the data and training a method may spend, what every arm is scored on, and the seeds that make the
     interval over runs. few_shot: tasks that the headline settings are scored on as well. group: weights that share a
-    scale where a method needs such groups."""
+    scale where a method needs such groups. terms: those of the papers, where they are to be each method's own; what
+    they do not cover is fine-tuned with `tuning`, at the method's share of its rate."""
 
     sampling: Sampling
     training: Training
@@ -380,26 +419,39 @@ class Profile:
     few_shot: tuple[str, ...] = ()
     group: int = DEFAULT_GROUP
     decoding: Decoding = DECODING
+    terms: tuple[Terms, ...] = ()
 
     def __post_init__(self) -> None:
         check_parts(self)
         check_several("seeds", self.seeds, check_seed)
         if not self.seeds:
             raise ValueError("seeds: () is not allowed; use one or more")
+        check_several("terms", self.terms, _check_terms)
         check_several("few_shot", self.few_shot, lambda task: check_tasks([task]))
         check_group(self.group)
+
+    def terms_of(self, method: str, format: Format | None) -> Terms | None:
+        """Those that cover a method on a base in `format`, if any do."""
+        return next((terms for terms in self.terms if terms.covers(method, format)), None)
 
     def extended(self, steps: int) -> "Profile":
         """This budget with `steps` more for every training, which goes on from where it ended."""
         check_whole("extend", steps, 0)
         if steps == 0:
             return self
-        longer: dict[str, Any] = {
-            name: dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
-            for name, own in (("training", self.training), ("tuning", self.tuning))
-        }
-        return dataclasses.replace(self, **longer)
 
+        def longer(own: Any) -> Any:
+            return dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
+
+        terms = tuple(dataclasses.replace(own, tuning=longer(own.tuning)) for own in self.terms)
+        return dataclasses.replace(self, training=longer(self.training), tuning=longer(self.tuning), terms=terms)
+
+
+# L4Q, sections 4.1 and E, on Alpaca: AdamW of weight decay 0.01, cosine decay, batches of 128; rates of LLaMA-2 7B.
+_L4Q_LONG = Tuning(steps=390, batch=128, learning_rate=2e-5, weight_decay=0.01, warmup=0.1)  # 50,000 samples
+_L4Q_SHORT = dataclasses.replace(_L4Q_LONG, steps=195, learning_rate=2e-4)  # 25,000 samples
+# QLoRA's code with its defaults for LLaMA-7B on Alpaca.
+_QLORA = Tuning(10_000, 16, 2e-4, max_grad_norm=0.3, warmup=0.03, schedule=CONSTANT)
 
 PROFILES = {
     "smoke": Profile(
@@ -433,10 +485,16 @@ PROFILES = {
         Sampling(count=96_000, length=2048, batch=256),
         Training(steps=12_000, batch=8, learning_rate=2e-5),
         Instructions(length=2048),
-        Tuning(steps=195, batch=128, learning_rate=2e-4, weight_decay=0.01, warmup=0.1),
+        _L4Q_SHORT,
         Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),
+        terms=(
+            Terms(("lora", "qlora"), False, _QLORA, Adapter(64, 16.0, dropout=0.1)),
+            Terms(("qlora", "gptq+lora"), True, _L4Q_LONG, Adapter(4, 4.0)),
+            Terms(("qa-lora", "gptq+qa-lora"), True, _L4Q_LONG, Adapter(8, 8.0)),
+            Terms(("qat-lora", "l4q"), True, _L4Q_SHORT, Adapter(4, 4.0)),
+        ),
     ),
 }
 

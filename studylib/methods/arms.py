@@ -19,6 +19,7 @@ from studylib.config import (
     MERGED_QUANTIZED,
     PARTS,
     PLAIN,
+    PROFILES,
     REQUANTIZED,
     Adapter,
     Arm,
@@ -28,6 +29,7 @@ from studylib.config import (
     RealText,
     Sampling,
     Scheme,
+    Terms,
     Training,
     Tuning,
     check_known,
@@ -72,7 +74,8 @@ def build_arm(
     adapter: Adapter | None = None,
     merge: str = BESIDE,
 ) -> Arm:
-    """The arm of a method at a budget; adapter: by default the usual one, for methods that have one.
+    """The arm of a method at a budget; adapter: by default the usual one, for methods that have one, or the one of the
+    budget's terms.
 
     corpus: real text in place of generated; sampling, training, tuning: fields to change. Raises ValueError for a
     method that is not known, a field that there is not, what the method takes none of, or what does not go together.
@@ -99,11 +102,12 @@ def build_arm(
         parts["training"] = _changed("training", budget.training, training)
     if "tuning" in own.needs:
         parts["instructions"] = dataclasses.replace(budget.instructions, seed=seed)
-        rate = budget.tuning.learning_rate * own.relative_rate
-        parts["tuning"] = _changed("tuning", dataclasses.replace(budget.tuning, learning_rate=rate), tuning)
+        parts["tuning"] = _changed("tuning", usual_tuning(budget, method, format), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
-    parts["format"], parts["adapter"] = format, own.usual_adapter() if adapter is None else adapter
+    terms = budget.terms_of(method, format)
+    usual = terms.adapter if terms else own.usual_adapter()
+    parts["format"], parts["adapter"] = format, usual if adapter is None else adapter
     arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
     own.check(arm)
     if bits in own.few_shot_at and not Setting.of(arm).changes:
@@ -114,6 +118,15 @@ def build_arm(
         evaluation = dataclasses.replace(budget.evaluation, tasks=scored + few_shot)
         return dataclasses.replace(arm, evaluation=evaluation)
     return arm
+
+
+def usual_tuning(budget: Profile, method: str, format: Format | None) -> Tuning:
+    """How a budget fine-tunes a method on a base in `format`: on the terms that cover it, else at the method's share of
+    the budget's rate."""
+    if terms := budget.terms_of(method, format):
+        return terms.tuning
+    share = METHODS[method].relative_rate if method in METHODS else 1.0
+    return dataclasses.replace(budget.tuning, learning_rate=budget.tuning.learning_rate * share)
 
 
 def _changed(name: str, part: Part, changes: Mapping[str, Any] | None) -> Part:
@@ -140,11 +153,13 @@ class Setting:
 
     @classmethod
     def of(cls, arm: Arm) -> "Setting":
-        """The setting of an arm. A format counts as changed where it is not its method's usual one at that width."""
-        changes = []
+        """The setting of an arm. A format counts as changed where it is not its method's usual one at that width, an
+        adapter that is trained on a paper's terms where it is not the one of these terms."""
+        changes, terms = [], _terms(arm)
         for field, change in CHANGES.items():
-            value = change.value(arm)
-            if value is not None and value != change.default:
+            value, (part, _, name) = change.value(arm), field.partition(".")
+            default = getattr(terms.adapter, name) if terms and part == "adapter" else change.default
+            if value is not None and value != default:
                 changes.append((field, value))
         return cls(arm.method, arm.bits, tuple(changes))
 
@@ -167,6 +182,12 @@ class Setting:
             return self.variant
         at = f" at {self.bits}" if method is None or method.rounds or method.needs else ""
         return method_title(self.method) + at + (f" ({self.variant})" if self.variant else "")
+
+
+def _terms(arm: Arm) -> Terms | None:
+    """A paper's terms that the arm is fine-tuned on, if it is."""
+    known = (budget.terms_of(arm.method, arm.format) for budget in PROFILES.values())
+    return next((terms for terms in known if terms and terms.has_made(arm.tuning)), None)
 
 
 def setting(method: str, bits: str, changes: Mapping[str, Any] | None = None) -> Setting:

@@ -17,7 +17,7 @@ from studylib.config import AFFINE, Format
 from studylib.data import models
 from studylib.quant import FixedIntegersLinear, LearnedGridLinear, decoder_linears
 
-# The paper has 4,096 windows of 2,048 tokens and so 4,096 steps a block; here 32 windows make 32 steps, of higher rates.
+# The paper has 4,096 windows of 2,048 tokens and so 4,096 steps a block; here 32 windows make 32, of higher rates.
 PASSES = 2  # over the windows: the paper's
 BATCH = 2  # windows of a step: its code's
 WEIGHT_RATE = 3e-4  # of AdamW without weight decay; the paper's: 1e-5, 2e-5 at two bits
@@ -34,9 +34,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     inside = {module for block in blocks for module in block.modules()}
     for name, linear in decoder_linears(model).items():
         if linear not in inside:
-            raise ValueError(
-                f"{type(model).__name__}: its layer {name} is in none of base_model.layers, block by block"
-            )
+            raise ValueError(f"{type(model).__name__}: its layer {name} is in none of base_model.layers")
     return blocks
 
 
@@ -44,8 +42,8 @@ def train_blocks(model: PreTrainedModel, tokens: Tensor, format: Format, init: s
     """Put FixedIntegersLinear in the place of the decoder's linear layers, block by block, each trained before.
 
     Trained are the block's linear weights, their scales and, for affine formats, offsets, which begin as `init` has
-    them (see quant.initial_grid). The block gets what the rounded blocks before it give, and learns, by the mean squared
-    error, what it gave in full precision on what the blocks before it gave in full precision. All else of it stays.
+    them (see quant.initial_grid). The block gets what the rounded blocks before it give, and learns, by the mean
+    squared error, what it gave in full precision on what the blocks before it gave so. All else of it stays.
     tokens [N, T]: windows, taken in their order, PASSES times, BATCH at a time (an odd last one is left out). The same
     windows give the same numbers. Gradients, optimizer and activations are those of one block; besides, the hidden
     states of all windows are held twice, in fp32.

@@ -89,7 +89,7 @@ def test_a_decoder_whose_blocks_are_elsewhere_is_refused_unchanged():
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320}
     opt = AutoModelForCausalLM.from_config(OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32))
     names = list(decoder_linears(opt))
-    with pytest.raises(ValueError, match="OPTForCausalLM: its layer .* is in none of base_model.layers") as caught:
+    with pytest.raises(ValueError, match=r"OPTForCausalLM: its layer .* is in none of base_model\.layers") as caught:
         train_blocks(opt, torch.zeros(2, 8, dtype=torch.int64), FORMATS["l4q"], "l4q")
     assert "\n" not in str(caught.value) and list(decoder_linears(opt)) == names
     assert len(decoder_blocks(AutoModelForCausalLM.from_config(GPTNeoXConfig(**small, intermediate_size=48)))) == 1
