@@ -121,7 +121,7 @@ def _is_module(name: str) -> bool:
 
 
 def test_pages_are_wrapped():
-    for page in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/licences.md"):
+    for page in ("CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/deviations.md", "docs/licences.md"):
         long = [line for line in (ROOT / page).read_text().splitlines() if len(line) > 120 and not line.startswith("|")]
         assert long == []
 

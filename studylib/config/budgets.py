@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from studylib.config.learning_rates import Rate
-from studylib.config.settings import DEFAULT_GROUP, check_group
+from studylib.config.settings import DEFAULT_GROUP, INTEGER_FORMATS, Adapter, Format, check_group
 from studylib.config.values import (
     MAX_BATCH,
     MAX_LENGTH,
@@ -35,7 +35,7 @@ SMOLLM2, TINY = MODELS = ("smollm2-135m", "tiny-random")  # that have a name of 
 CORPORA = ("wikipedia", "c4")
 ALPACA = "alpaca"
 LABELS, KL, REVERSE_KL, SYMMETRIC_KL = LOGIT_LOSSES = ("labels", "kl", "reverse-kl", "symmetric-kl")
-ATTENTION, HIDDEN = FEATURE_LOSSES = ("attention", "hidden")
+ATTENTION, HIDDEN, RAW_HIDDEN = FEATURE_LOSSES = ("attention", "hidden", "raw-hidden")
 SCALES, MASTERS = ("token", "batchmean"), ("fp32", "bf16")
 COSINE, CONSTANT = SCHEDULES = ("cosine", "constant")
 CURVE_PARTS = 4  # the held-out loss is measured before training and after each quarter of it
@@ -234,7 +234,8 @@ class Training(Budget):
     learning_rate 2e-5 is the paper's (on about 12,000 steps).
     loss: parts joined by "+". On logits: "labels" (cross-entropy with the text's next tokens), "kl" (KL(teacher ||
     student), LLM-QAT's), "reverse-kl" or "symmetric-kl" (the mean of both), at `temperature`. On features, averaged
-    over layers: "attention" (KL of the attention maps), "hidden" (squared error of hidden states).
+    over layers: "attention" (KL of the attention maps), "hidden" (squared error of each token's hidden state, relative
+    to the teacher's), "raw-hidden" (mean squared error of hidden states as they are).
     scale: "token" averages over tokens, "batchmean" is the official code's, `length` times that.
     mask: the official gradient mask |x| >= 2, or None for the plain straight-through estimator.
     masters: the type that parameters are kept and updated in, "fp32" or, as in the official code, "bf16".
@@ -366,10 +367,50 @@ DECODING = Decoding(shapes=("llama-7b",))  # L4Q's own model beside the study's
 
 
 @dataclass(frozen=True)
+class Terms:
+    """How a paper fine-tunes `methods` in one of its comparisons: budget and adapter, as it has them for each of them.
+
+    integers: the comparison is one of bases in integers; else of bases in 16 bits, NormalFloat and floats.
+    """
+
+    methods: tuple[str, ...]
+    integers: bool
+    tuning: Tuning
+    adapter: Adapter
+
+    def __post_init__(self) -> None:
+        check_parts(self)
+        check_several("methods", self.methods, lambda method: check_text("method", method))
+        check_flag("integers", self.integers)
+
+    def covers(self, method: str, format: Format | None) -> bool:
+        """Whether a method on a base in `format` (None: in 16 bits) is one of the comparison."""
+        return method in self.methods and self.integers == (format is not None and format.kind in INTEGER_FORMATS)
+
+    def has_made(self, tuning: "Training | Tuning | None") -> bool:
+        """Whether a training is on these terms: of any number of steps, with memory saved or not."""
+        own = self.tuning
+        free: dict[str, Any] = {
+            "steps": own.steps,
+            "extended_from": own.extended_from,
+            "checkpointing": False,
+            "paged": False,
+        }
+        return isinstance(tuning, Tuning) and dataclasses.replace(tuning, **free) == own
+
+
+def _check_terms(terms: Any) -> None:
+    if not isinstance(terms, Terms):
+        raise ValueError(f"terms: {shown(terms)} is not allowed; use Terms")
+
+
+@dataclass(frozen=True)
 class Profile:
     """A budget: the data and training a method may spend, what every arm is scored on, and the seeds that make the
     interval over runs. few_shot: tasks that the headline settings are scored on as well. group: weights that share a
-    scale where a method needs such groups. rates: the rate of each setting (methods.rate_case) that one was chosen for."""
+    scale where a method needs such groups. terms: those of the papers, where they are to be each method's own; what
+    they do not cover is fine-tuned with `tuning`, at the method's share of its rate. rates: those that were chosen for
+    settings (see methods.rate_case), in the place of all others."""
 
     sampling: Sampling
     training: Training
@@ -381,30 +422,43 @@ class Profile:
     group: int = DEFAULT_GROUP
     decoding: Decoding = DECODING
     rates: tuple[tuple[str, Rate], ...] = ()
+    terms: tuple[Terms, ...] = ()
 
     def __post_init__(self) -> None:
         check_parts(self)
         check_several("seeds", self.seeds, check_seed)
         if not self.seeds:
             raise ValueError("seeds: () is not allowed; use one or more")
+        check_several("terms", self.terms, _check_terms)
         check_several("few_shot", self.few_shot, lambda task: check_tasks([task]))
         check_group(self.group)
+
+    def terms_of(self, method: str, format: Format | None) -> Terms | None:
+        """Those that cover a method on a base in `format`, if any do."""
+        return next((terms for terms in self.terms if terms.covers(method, format)), None)
 
     def extended(self, steps: int) -> "Profile":
         """This budget with `steps` more for every training, which goes on from where it ended."""
         check_whole("extend", steps, 0)
         if steps == 0:
             return self
-        longer: dict[str, Any] = {
-            name: dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
-            for name, own in (("training", self.training), ("tuning", self.tuning))
-        }
-        return dataclasses.replace(self, **longer)
+
+        def longer(own: Any) -> Any:
+            return dataclasses.replace(own, steps=own.steps + steps, extended_from=(*own.extended_from, own.steps))
+
+        terms = tuple(dataclasses.replace(own, tuning=longer(own.tuning)) for own in self.terms)
+        return dataclasses.replace(self, training=longer(self.training), tuning=longer(self.tuning), terms=terms)
 
     def with_rates(self, rates: Mapping[str, Rate]) -> "Profile":
         """This budget with the learning rates of a search (see find_rates)."""
         return dataclasses.replace(self, rates=tuple(sorted(rates.items())))
 
+
+# L4Q, sections 4.1 and E, on Alpaca: AdamW of weight decay 0.01, cosine decay, batches of 128; rates of LLaMA-2 7B.
+_L4Q_LONG = Tuning(steps=390, batch=128, learning_rate=2e-5, weight_decay=0.01, warmup=0.1)  # 50,000 samples
+_L4Q_SHORT = dataclasses.replace(_L4Q_LONG, steps=195, learning_rate=2e-4)  # 25,000 samples
+# QLoRA's code with its defaults for LLaMA-7B on Alpaca.
+_QLORA = Tuning(10_000, 16, 2e-4, max_grad_norm=0.3, warmup=0.03, schedule=CONSTANT)
 
 PROFILES = {
     "smoke": Profile(
@@ -438,10 +492,16 @@ PROFILES = {
         Sampling(count=96_000, length=2048, batch=256),
         Training(steps=12_000, batch=8, learning_rate=2e-5),
         Instructions(length=2048),
-        Tuning(steps=195, batch=128, learning_rate=2e-4, weight_decay=0.01, warmup=0.1),
+        _L4Q_SHORT,
         Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),
+        terms=(
+            Terms(("lora", "qlora"), False, _QLORA, Adapter(64, 16.0, dropout=0.1)),
+            Terms(("qlora", "gptq+lora"), True, _L4Q_LONG, Adapter(4, 4.0)),
+            Terms(("qa-lora", "gptq+qa-lora"), True, _L4Q_LONG, Adapter(8, 8.0)),
+            Terms(("qat-lora", "l4q"), True, _L4Q_SHORT, Adapter(4, 4.0)),
+        ),
     ),
 }
 

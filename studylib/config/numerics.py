@@ -8,7 +8,7 @@ move and the version does not; CONTRIBUTING says how to raise one.
 from typing import NamedTuple
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import Sampling
+from studylib.config.budgets import HIDDEN, Sampling
 from studylib.config.settings import OF_WEIGHTS
 
 
@@ -37,6 +37,8 @@ NUMERICS = {
     "generation": Version(2, "texts begin with BOS where the tokenizer puts one; a chat's turns end at its EOS, too"),
     "training": Version(1, FIRST),  # the loop: optimizer, schedule, order
     "distillation": Version(1, FIRST),  # losses towards the teacher, LLM-QAT
+    # the loss "hidden"
+    "hidden states": Version(1, "each token's error is relative to the teacher's state; the raw one is 'raw-hidden'"),
     # adapters, instruction pairs in batches, merging
     "fine-tuning": Version(2, "pairs are cut at the model's context, too"),
     # L4Q, QAT-LoRA, QAT with learned steps
@@ -55,6 +57,7 @@ def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
     names |= {"generation"} if isinstance(arm.data, Sampling) else set()
     names |= {"weight grids"} if arm.scheme.grid in OF_WEIGHTS else set()
     names |= {"training", "distillation"} if arm.training else set()
+    names |= {"hidden states"} if arm.training and HIDDEN in arm.training.features else set()
     names |= {"training", "fine-tuning"} if arm.tuning else set()
     for name in sorted(names - NUMERICS.keys()):
         raise ValueError(f"numerics: {name!r} is not known; use some of {', '.join(NUMERICS)}")

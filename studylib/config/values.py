@@ -103,5 +103,6 @@ def check_parts(whole: Any) -> None:
 
 @functools.cache
 def _parts(whole: type) -> dict[str, tuple[type, ...]]:
-    found = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(whole).items()}
+    hints = {name: hint for name, hint in typing.get_type_hints(whole).items() if typing.get_origin(hint) is not tuple}
+    found = {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
     return {name: kinds for name, kinds in found.items() if any(map(dataclasses.is_dataclass, kinds))}

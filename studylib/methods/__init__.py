@@ -4,7 +4,18 @@ import lazy_loader
 
 from studylib.methods.base import register
 from studylib.methods.llm_qat import LLMQAT, SmoothQuantLLMQAT
-from studylib.methods.lora import L4Q, QAT, GPTQLoRA, GPTQQALoRA, LearnedStepQAT, LoRA, QALoRA, QATLoRA, QLoRA
+from studylib.methods.lora import (
+    L4Q,
+    QAT,
+    EfficientQAT,
+    GPTQLoRA,
+    GPTQQALoRA,
+    LearnedStepQAT,
+    LoRA,
+    QALoRA,
+    QATLoRA,
+    QLoRA,
+)
 from studylib.methods.ptq import AWQ, GPTQ, FourBitKernel, FullPrecision, RoundedWeights, RoundToNearest, SmoothQuant
 
 register(  # in the order of tables and legends
@@ -26,6 +37,7 @@ register(  # in the order of tables and legends
     L4Q(),
     QAT(),
     LearnedStepQAT(),
+    EfficientQAT(),
 )
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,6 +18,8 @@ from studylib.config import (
     MERGED_16,
     MERGED_QUANTIZED,
     PARTS,
+    PLAIN,
+    PROFILES,
     REQUANTIZED,
     Adapter,
     Arm,
@@ -28,6 +30,7 @@ from studylib.config import (
     RealText,
     Sampling,
     Scheme,
+    Terms,
     Training,
     Tuning,
     check_known,
@@ -72,7 +75,8 @@ def build_arm(
     adapter: Adapter | None = None,
     merge: str = BESIDE,
 ) -> Arm:
-    """The arm of a method at a budget; adapter: by default the usual one, for methods that have one.
+    """The arm of a method at a budget; adapter: by default the usual one, for methods that have one, or the one of the
+    budget's terms.
 
     corpus: real text in place of generated; sampling, training, tuning: fields to change. Raises ValueError for a
     method that is not known, a field that there is not, what the method takes none of, or what does not go together.
@@ -102,7 +106,9 @@ def build_arm(
         parts["tuning"] = _changed("tuning", rated(budget.tuning, budget, method, bits, format, scheme), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
-    parts["format"], parts["adapter"] = format, own.usual_adapter() if adapter is None else adapter
+    terms = budget.terms_of(method, format)
+    usual = terms.adapter if terms else own.usual_adapter()
+    parts["format"], parts["adapter"] = format, usual if adapter is None else adapter
     arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
     own.check(arm)
     if bits in own.few_shot_at and not Setting.of(arm).changes:
@@ -124,11 +130,14 @@ def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> 
 
 
 def rated(part: Part, budget: Profile, method: str, bits: str, format: Format | None, scheme: Scheme) -> Part:
-    """The budget's training or tuning with the rate that was chosen for such an arm, or its method's usual one. Only
-    grids that are learned have a rate of their own."""
+    """The budget's training or tuning with the rate that was chosen for such an arm; else, for tuning, on the terms
+    that cover it, or at the method's share of the rate. Only grids that are learned have a rate of their own."""
     own = find(method)
-    relative = own.relative_rate if isinstance(part, Tuning) else 1.0
-    usual = Rate(part.learning_rate * relative, part.grid_rate)
+    if isinstance(part, Tuning):
+        terms = budget.terms_of(method, format)
+        share = part.learning_rate * own.relative_rate
+        part = terms.tuning if terms else dataclasses.replace(part, learning_rate=share)
+    usual = Rate(part.learning_rate, part.grid_rate)
     rate = dict(budget.rates).get(rate_case(method, bits, format, scheme), usual)
     learns = own.learns_grid or scheme.grid in LEARNED
     return dataclasses.replace(part, learning_rate=rate.learning_rate, grid_rate=rate.grid_rate if learns else None)
@@ -158,11 +167,15 @@ class Setting:
 
     @classmethod
     def of(cls, arm: Arm) -> "Setting":
-        """The setting of an arm. A format counts as changed where it is not its method's usual one at that width."""
-        changes = []
+        """The setting of an arm. A format counts as changed where it is not its method's usual one at that width, an
+        adapter where it is not the usual one, or not that of the paper's terms that it is trained on."""
+        changes, terms = [], _terms(arm)
+        usual = METHODS[arm.method].usual_adapter() if arm.method in METHODS else None
+        adapter = terms.adapter if terms else usual or Adapter()
         for field, change in CHANGES.items():
-            value = change.value(arm)
-            if value is not None and value != change.default:
+            value, (part, _, name) = change.value(arm), field.partition(".")
+            default = getattr(adapter, name) if part == "adapter" else change.default
+            if value is not None and value != default:
                 changes.append((field, value))
         return cls(arm.method, arm.bits, tuple(changes))
 
@@ -185,6 +198,12 @@ class Setting:
             return self.variant
         at = f" at {self.bits}" if method is None or method.rounds or method.needs else ""
         return method_title(self.method) + at + (f" ({self.variant})" if self.variant else "")
+
+
+def _terms(arm: Arm) -> Terms | None:
+    """A paper's terms that the arm is fine-tuned on, if it is."""
+    known = (budget.terms_of(arm.method, arm.format) for budget in PROFILES.values())
+    return next((terms for terms in known if terms and terms.has_made(arm.tuning)), None)
 
 
 def setting(method: str, bits: str, changes: Mapping[str, Any] | None = None) -> Setting:
@@ -216,19 +235,6 @@ def _part(name: str, field: str, kind: type | None = None) -> Callable[[Arm], An
     return value
 
 
-def _adapter(field: str) -> Callable[[Arm], Any]:
-    """A field of the adapter, unless it is as in the usual one of its method."""
-
-    def value(arm: Arm) -> Any:
-        if arm.adapter is None:
-            return None
-        usual = (METHODS[arm.method].usual_adapter() if arm.method in METHODS else None) or Adapter()
-        own = getattr(arm.adapter, field)
-        return None if own == getattr(usual, field) else own
-
-    return value
-
-
 def _format(arm: Arm) -> Format | None:
     """The format, unless it is the usual one of its method at that width."""
     if arm.format is None or arm.method not in METHODS:
@@ -254,12 +260,12 @@ CHANGES = {
     "scheme.cache_scale": Change(_part("scheme", "cache_scale"), "token", "cache scale a {}".format),
     "scheme.keys": Change(_part("scheme", "keys"), "before-rotary", lambda keys: f"keys {keys.replace('-', ' ')}"),
     "format": Change(_format, None, lambda format: format.title),
-    "adapter.kind": Change(_adapter("kind"), None, lambda kind: KIND_TITLES[kind]),
-    "adapter.rank": Change(_adapter("rank"), None, "rank {}".format),
-    "adapter.scaling": Change(_adapter("scaling"), None, "scaled by {:g}".format),
-    "adapter.dropout": Change(_adapter("dropout"), None, "dropout {:g}".format),
-    "adapter.layers": Change(_adapter("layers"), None, lambda layers: f"on {layers.replace('+', ' and ')} only"),
-    "adapter.init": Change(_adapter("init"), None, "{} initialisation".format),
+    "adapter.kind": Change(_part("adapter", "kind"), PLAIN, lambda kind: KIND_TITLES[kind]),
+    "adapter.rank": Change(_part("adapter", "rank"), Adapter().rank, "rank {}".format),
+    "adapter.scaling": Change(_part("adapter", "scaling"), Adapter().scaling, "scaled by {:g}".format),
+    "adapter.dropout": Change(_part("adapter", "dropout"), 0.0, "dropout {:g}".format),
+    "adapter.layers": Change(_part("adapter", "layers"), ALL, lambda layers: f"on {layers.replace('+', ' and ')} only"),
+    "adapter.init": Change(_part("adapter", "init"), None, "{} initialisation".format),
     "tuning.checkpointing": Change(_part("tuning", "checkpointing"), False, lambda on: "checkpointing"),
     "tuning.paged": Change(_part("tuning", "paged"), False, lambda on: "paged optimizer"),
     "instructions.source": Change(

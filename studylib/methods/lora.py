@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from studylib.config import Log
 
 
+FREE_OFFSETS = "no format that transformers loads has an offset a group that is not a whole number of steps"
 UNIFORM = (FULL, AFFINE)  # the formats of L4Q's comparison: its own grid, and one with a zero point
-NO_OFFSETS = "no format that transformers loads has an offset a group that is not a whole number of steps"
 
 
 class FineTuned(Method):
@@ -122,7 +122,7 @@ class FineTuned(Method):
         if arm.merge in (DEQUANTIZED, MERGED_16):
             return SIXTEEN_BITS
         if not self.keeps_adapter:
-            raise ValueError(NO_OFFSETS)
+            raise ValueError(FREE_OFFSETS)
         own = arm.format
         stock = "format" not in self.needs or (own is not None and in_bitsandbytes(own) and own.group == DEFAULT_GROUP)
         if not stock or arm.adapter.kind not in (PLAIN, DORA) or arm.model == TINY:
@@ -419,7 +419,7 @@ class LearnedStepQAT(QAT):
 
     def container(self, arm: Arm) -> str:
         if arm.format is not None and arm.format.kind == AFFINE:
-            raise ValueError(NO_OFFSETS)
+            raise ValueError(FREE_OFFSETS)
         return super().container(arm)
 
     def prepare(
@@ -434,3 +434,36 @@ class LearnedStepQAT(QAT):
         train_grids(model)
         for linear in decoder_linears(model).values():
             linear.weight.requires_grad_(True)
+
+
+class EfficientQAT(FineTuned):
+    """Decoder blocks trained one by one at the format, then integers fixed and scales trained on the instructions.
+
+    Block-AP and E2E-QP of its paper. The first takes one block's gradients, optimizer and activations at a time, and
+    the second trains a number a group. Interrupted in the second phase, it repeats the first, to the same end.
+    """
+
+    name, title, source = "efficientqat", "EfficientQAT", "arXiv 2407.11062"
+    learns_grid = True
+    look, numerics = Look("#F0E442", "d"), ("formats", "learned grids")
+    needs = FineTuned.needs - {"adapter"} | {"data"}
+    formats, keeps_adapter = UNIFORM, False
+    relative_rate = 0.05
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
+        from studylib.train import decoder_blocks
+
+        super().check_model(arm, skeleton)
+        decoder_blocks(skeleton)
+
+    def container(self, arm: Arm) -> str:
+        if arm.format is not None and arm.format.kind == AFFINE:
+            raise ValueError(FREE_OFFSETS)
+        return super().container(arm)
+
+    def prepare(
+        self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
+    ) -> None:
+        from studylib.train import train_blocks
+
+        train_blocks(model, tokens, format, first_grid(format))

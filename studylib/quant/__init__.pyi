@@ -20,7 +20,14 @@ from .layers import (
     round_to_nearest,
     trained_grids,
 )
-from .learned import l4q_model, learned_grid_model, qa_lora_model, train_grids
+from .learned import (
+    FixedIntegersLinear,
+    LearnedGridLinear,
+    l4q_model,
+    learned_grid_model,
+    qa_lora_model,
+    train_grids,
+)
 from .storage import (
     PEFT_ADAPTER,
     Beside,
@@ -39,6 +46,8 @@ __all__ = [
     "Codes",
     "DeployedLinear",
     "EncodedLinear",
+    "FixedIntegersLinear",
+    "LearnedGridLinear",
     "QuantizedLinear",
     "bits_per_parameter",
     "cache_bytes_per_token",

@@ -389,6 +389,44 @@ class LearnedGridLinear(nn.Linear):
         return F.linear(x, self.dense(), self.bias)
 
 
+class FixedIntegersLinear(nn.Linear):
+    """Integers that are fixed and scales that train: EfficientQAT's second phase (Chen et al., arXiv 2407.11062, 3.3).
+
+    W_q = s q + s z with q the integers of `layer`, s its scales, the one parameter, and z its offsets in steps, which
+    stay as they are: the whole grid grows with its scale. Forward passes keep a tensor of the weight's size.
+    Raises ValueError where the layer is not finite.
+    """
+
+    def __init__(self, layer: LearnedGridLinear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias, self.bits = layer.bias, layer.bits
+        self.scale = nn.Parameter(layer.scale.detach().clone())
+        self.register_buffer("integers", layer.codes().integers.to(torch.int8))
+        self.register_buffer("zero", layer.offset.detach() / layer.scale.detach())
+
+    @property
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """What is trained of the grid, in units of the layer's scales."""
+        return [self.scale]
+
+    @torch.no_grad()
+    def codes(self) -> Codes:
+        """The integers that the layer multiplies with. ValueError where a scale is not finite."""
+        offset = self.scale * self.zero
+        if not offset.isfinite().all() or not self.scale.isfinite().all():
+            raise ValueError("the scales hold NaN or infinity; the training has diverged")
+        return Codes.of_integers(self.integers, self.bits, levels_of(self.bits)[0], self.scale, offset=offset)
+
+    def dense(self) -> Tensor:
+        """The weight that the layer multiplies with, [out, in]."""
+        rows = self.integers.unflatten(1, (self.scale.shape[1], -1))
+        return (rows * self.scale + self.scale * self.zero).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense(), self.bias)
+
+
 def qa_lora_model(model: nn.Module, adapter: Adapter, names: list[str], seed: int) -> nn.Module:
     """Put QA-LoRA's adapters, drawn by `seed`, on the low-bit layers of `names`, in place."""
     with torch.random.fork_rng():

@@ -1,3 +1,4 @@
+from .blocks import decoder_blocks, train_blocks
 from .distillation import (
     TrainingData,
     check_head,
@@ -15,6 +16,7 @@ __all__ = [
     "TrainingData",
     "check_head",
     "check_paging",
+    "decoder_blocks",
     "encode",
     "fine_tune",
     "held_out_windows",
@@ -22,6 +24,7 @@ __all__ = [
     "last_hidden",
     "prepare",
     "take_over",
+    "train_blocks",
     "train_llm_qat",
     "training_pairs",
     "usable_length",

@@ -19,6 +19,7 @@ from studylib.config import (
     CORPORA,
     HIDDEN,
     LABELS,
+    RAW_HIDDEN,
     Log,
     RealText,
     Sampling,
@@ -39,7 +40,7 @@ from studylib.data import (
     text_statistics,
 )
 from studylib.quant import cast_parameters
-from studylib.train.losses import attention_loss, hidden_loss, label_loss, soft_logit_loss
+from studylib.train.losses import attention_loss, hidden_loss, label_loss, raw_hidden_loss, soft_logit_loss
 
 
 def last_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def held_out_windows(names: Sequence[str], tokenizer, length: int, count: int) -
 
 
 def validation_windows(tokenizer, length: int, count: int) -> Tensor:
-    """`count` windows of each corpus's training split, which is neither generated text nor scored: for choosing rates."""
+    """`count` windows of each corpus's training split, which is not generated text and not scored, to choose rates by."""
     return torch.cat([corpora.windows(corpus, tokenizer, length, count, "training") for corpus in CORPORA])
 
 
@@ -201,12 +202,16 @@ def _check_loss(student: PreTrainedModel, teacher: PreTrainedModel | np.ndarray 
         "num_attention_heads" if ATTENTION in settings.features else "hidden_size",
         "hidden_size",
     )
-    for name in names if HIDDEN in settings.features else names[:2]:
+    for name in names if _reads_states(settings.features) else names[:2]:
         if getattr(own, name) != getattr(given, name):
             raise ValueError(
                 f"loss: {settings.loss!r} compares models layer by layer; the student's {name} is "
                 f"{getattr(own, name)}, the teacher's {getattr(given, name)}"
             )
+
+
+def _reads_states(features: tuple[str, ...]) -> bool:
+    return HIDDEN in features or RAW_HIDDEN in features
 
 
 def _loss_function(
@@ -217,7 +222,7 @@ def _loss_function(
     wanted = {
         "use_cache": False,
         "output_attentions": ATTENTION in features,
-        "output_hidden_states": HIDDEN in features,
+        "output_hidden_states": _reads_states(features),
     }
 
     def forward(tokens: Tensor, teacher_hidden: Tensor | None = None) -> dict[str, Tensor]:
@@ -237,6 +242,8 @@ def _loss_function(
             loss = loss + attention_loss(own.attentions, given.attentions)
         if HIDDEN in features:
             loss = loss + hidden_loss(own.hidden_states[1:], given.hidden_states[1:])
+        if RAW_HIDDEN in features:
+            loss = loss + raw_hidden_loss(own.hidden_states[1:], given.hidden_states[1:])
         return {"loss": loss * tokens.shape[1] if settings.scale == "batchmean" else loss}
 
     return forward

@@ -117,6 +117,24 @@ def attention_loss(maps: tuple[Tensor, ...], teacher_maps: tuple[Tensor, ...]) -
 
 
 def hidden_loss(states: tuple[Tensor, ...], teacher_states: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers and tokens of |h - h_T|^2 / |h_T|^2: each token's error relative to the teacher's state h_T.
+
+    states, teacher_states: [B, T, D] a layer. A few tokens of a language model, its first above all, hold activations
+    that are hundreds of times as large as all others (Sun et al. 2024, "Massive Activations", arXiv 2402.17762). In a
+    raw mean of squares they are nearly all of the loss; here such a token counts as much as any other. OneBit (Xu et
+    al. 2024, arXiv 2402.11295, section 3.4) divides both states by their own lengths, so that the student's length is
+    not learned; both by the teacher's is ours. A teacher's state of zeros counts as the smallest normal number long.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    losses = []
+    for own, given in zip(states, teacher_states, strict=True):
+        own, given = (state.to(torch.promote_types(state.dtype, torch.float32)) for state in (own, given))
+        length = given.square().sum(-1).clamp_min(tiny)
+        losses.append(((own - given).square().sum(-1) / length).mean())
+    return torch.stack(losses).mean()
+
+
+def raw_hidden_loss(states: tuple[Tensor, ...], teacher_states: tuple[Tensor, ...]) -> Tensor:
     """Mean over layers of the mean squared error of hidden states [B, T, D] (TinyBERT: Jiao et al. 2020, Eq. 8)."""
     losses = [F.mse_loss(own.float(), given.float()) for own, given in zip(states, teacher_states, strict=True)]
     return torch.stack(losses).mean()

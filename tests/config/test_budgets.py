@@ -209,3 +209,6 @@ def test_a_loss_is_its_parts():
     assert split_loss("hidden+reverse-kl+attention") == ("reverse-kl", ("attention", "hidden"))
     assert Training(1, 1, 1.0).needs_teacher_states and not Training(1, 1, 1.0, loss="labels").needs_teacher_states
     assert Training(1, 1, 1.0, loss="labels+hidden").features == ("hidden",)
+    assert Training(1, 1, 1.0, loss="kl+raw-hidden").features == ("raw-hidden",)
+    with pytest.raises(ValueError, match="write 'kl\\+raw-hidden'"):
+        Training(1, 1, 1.0, loss="raw-hidden+kl")

@@ -64,6 +64,10 @@ def a_loss_of_the_other_direction(patch):
     patch.setattr(losses, "soft_logit_loss", changed)
 
 
+def states_that_are_not_divided(patch):
+    patch.setattr(losses, "hidden_loss", losses.raw_hidden_loss)
+
+
 def another_first_scale(patch):
     original = learned.initial_grid
 
@@ -153,6 +157,7 @@ CHANGES = [
     ("grids", levels_that_round_down),
     ("weight grids", another_start_of_learned_steps),
     ("distillation", a_loss_of_the_other_direction),
+    ("hidden states", states_that_are_not_divided),
     ("learned grids", another_first_scale),
     ("training", a_schedule_that_ends_above_zero),
     ("corpora", another_prompt),

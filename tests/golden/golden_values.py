@@ -350,11 +350,11 @@ def of_distillation() -> Iterator[float]:
             yield from (loss.item(), *summary(own.grad), *summary(matrix.grad))
     maps = [normal(2, 3, 8, 8, seed=seed).softmax(-1) for seed in (3, 4)]
     yield losses.attention_loss((maps[0],), (maps[1],)).item()
-    yield losses.hidden_loss((hidden,), (theirs,)).item()
+    yield losses.raw_hidden_loss((hidden,), (theirs,)).item()
     for bits, settings in (
         ("4-8-4", Training(1, 2, 1e-3)),
         ("4-8-4", Training(1, 2, 1e-3, loss="symmetric-kl", temperature=2.0, scale="batchmean")),
-        ("4-16-16", Training(1, 2, 1e-3, loss="labels+attention+hidden")),
+        ("4-16-16", Training(1, 2, 1e-3, loss="labels+attention+raw-hidden")),
         ("4-16-16", Training(3, 2, 1e-4, mask=0.5)),
         ("4-16-16", Training(1, 2, 1e-3, masters="bf16")),
     ):
@@ -370,6 +370,18 @@ def of_distillation() -> Iterator[float]:
                 student, given, teacher.lm_head.weight, tokens(4), settings, folder, held_out=tokens(2, 12)
             )
         yield from trained_by(student, log, before)
+
+
+def of_hidden_states() -> Iterator[float]:
+    from studylib.train import losses
+
+    for seed in range(4):
+        own, theirs = normal(2, 12, 24, seed=seed).requires_grad_(), normal(2, 12, 24, seed=seed + 4)
+        theirs[0, 0] *= 300
+        loss = losses.hidden_loss((own, own.square()), (theirs, theirs + 1))
+        loss.backward()
+        yield from (loss.item(), *summary(own.grad))
+        yield from own.grad.flatten()[:8].tolist()
 
 
 def of_fine_tuning() -> Iterator[float]:
@@ -500,6 +512,7 @@ VALUES: dict[str, Callable[[], Iterable[float]]] = {
     "generation": of_generation,
     "training": of_training,
     "distillation": of_distillation,
+    "hidden states": of_hidden_states,
     "fine-tuning": of_fine_tuning,
     "learned grids": of_learned_grids,
     "ptq": of_ptq,

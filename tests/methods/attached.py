@@ -21,6 +21,7 @@ SETTINGS = {  # one format and adapter for each method; the blocks divide the la
     "gptq+lora": {"format": AFFINE, "adapter": SMALL, "tokens": tokens},
     "qat": {"format": FULL},
     "lsq": {"format": FULL},
+    "efficientqat": {"format": AFFINE, "tokens": tokens},
 }
 
 

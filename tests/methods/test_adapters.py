@@ -45,6 +45,7 @@ def test_every_method_trains_what_it_should_and_nothing_else(tiny_model, monkeyp
         "l4q": ("lora_A", "lora_B", "scale", "offset"),
         "qa-lora": ("lora_A", "lora_B"),
         "gptq+qa-lora": ("lora_A", "lora_B"),
+        "efficientqat": ("scale",),
         "qat-lora": ("lora_A.default.weight", "lora_B.default.weight", "base_layer.scale", "base_layer.offset"),
     }.get(method, ("lora_A.default.weight", "lora_B.default.weight"))
     assert trained_names(tiny_model) == {f"{name}.{part}" for name in names for part in parts}

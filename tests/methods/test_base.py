@@ -78,6 +78,7 @@ def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
         "l4q",
         "qat",
         "lsq",
+        "efficientqat",
     ]
     assert all(find(name) is method and method.name == name for name, method in METHODS.items())
     assert len({method.title for method in METHODS.values()}) == len(METHODS)

@@ -17,9 +17,9 @@ from studylib.data import models
 from studylib.data.corpora import windows
 from studylib.evaluate.scores import window_losses
 from studylib.methods.arms import build_arm, title
-from studylib.methods.base import Work, check, find
+from studylib.methods.base import INTEGERS, Work, check, find
 from studylib.quant.formats import decode_model, encode_model
-from studylib.quant.layers import decoder_linears
+from studylib.quant.layers import decoder_linears, trained_grids
 from studylib.quant.storage import DeployedLinear
 from studylib.study import run, schedule
 from studylib.study.records import Store, arm_key
@@ -44,6 +44,7 @@ ARMS = {
     method: arm(method) for method in ("qlora", "qa-lora", "gptq+qa-lora", "qat-lora", "l4q", "gptq+lora", "qat", "lsq")
 }
 ARMS |= {"lora": arm("lora", "16-16-16", format=None), "merged": arm("qlora", merge=REQUANTIZED)}
+ARMS["efficientqat"] = arm("efficientqat", adapter=None, tuning={"learning_rate": 5e-3, "grid_rate": 0.01})
 ARMS["dora"] = arm("qlora", adapter=dataclasses.replace(ADAPTER, kind="dora", layers="q_proj+v_proj"))
 
 
@@ -149,12 +150,13 @@ def test_a_training_that_its_last_step_ruined_has_diverged(fp32, tmp_path, monke
     assert record.status == "diverged" and record.training[-1]["loss"] is None and record.training[0]["loss"] > 0
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(fp32, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["l4q", "efficientqat"])
+def test_a_killed_training_goes_on_from_its_checkpoint(fp32, tmp_path, monkeypatch, method):
     class Stopped(Exception):
         pass
 
     monkeypatch.setattr("studylib.train.loop.CHECKPOINT_SECONDS", -1)
-    whole, log = apply(ARMS["l4q"], tmp_path / "whole")
+    whole, log = apply(ARMS[method], tmp_path / "whole")
     told = []
 
     def cut(tokens):
@@ -163,10 +165,45 @@ def test_a_killed_training_goes_on_from_its_checkpoint(fp32, tmp_path, monkeypat
             raise Stopped
 
     with pytest.raises(Stopped):
-        apply(ARMS["l4q"], tmp_path / "cut", progress=cut)
+        apply(ARMS[method], tmp_path / "cut", progress=cut)
     assert list((tmp_path / "cut" / "checkpoints").glob("checkpoint-*"))
-    resumed, read = apply(ARMS["l4q"], tmp_path / "cut")
+    resumed, read = apply(ARMS[method], tmp_path / "cut")
     assert read == log and torch.equal(logits(resumed), logits(whole))
+
+
+# --- EfficientQAT -----------------------------------------------------------------------------------------------------
+
+
+def test_integers_are_those_of_the_first_phase_and_scales_those_of_the_second(fp32, tmp_path, monkeypatch):
+    begun = {}
+    original = finetuning.fine_tune
+
+    def watched(model, *args, **kwargs):
+        stored = {name: layer.codes() for name, layer in decoder_linears(model).items()}
+        begun.update({name: (codes.codes, codes.scales.clone()) for name, codes in stored.items()})
+        log = original(model, *args, **kwargs)
+        begun["trained"] = logits(model)
+        assert [len(own) for own in trained_grids(model)] == [1] * 14
+        return log
+
+    monkeypatch.setattr("studylib.train.fine_tune", watched)
+    model, log = apply(ARMS["efficientqat"], tmp_path)
+    torch.testing.assert_close(logits(model), begun.pop("trained"), rtol=0, atol=0)
+    assert log.moved > 0
+    for name, layer in decoder_linears(model).items():
+        found, (integers, scales) = layer.codes(), begun[name]
+        assert torch.equal(found.codes, integers) and not torch.equal(found.scales, scales)
+        assert torch.equal(layer.weight, found.decode())
+
+
+@pytest.mark.parametrize(("kind", "held"), [("int-full", True), ("affine", False)])
+def test_other_software_holds_its_integers_where_they_have_no_offset(kind, held):
+    own = dataclasses.replace(ARMS["efficientqat"], format=Format(kind, 4, 32))
+    if held:
+        assert find("efficientqat").container(own) == INTEGERS
+    else:
+        with pytest.raises(ValueError, match="no format that transformers loads has an offset"):
+            find("efficientqat").container(own)
 
 
 # --- records of fine-tuned arms ---------------------------------------------------------------------------------------
@@ -180,7 +217,7 @@ def test_every_method_runs_and_comes_back_from_its_file(fp32, tmp_path):
         assert len(record.training) == 4 and record.curve[-1]["loss"] < record.curve[0]["loss"], name
         assert Arm.from_dict(json.loads(record.arm.canonical())) == record.arm
         assert "bitsandbytes" in record.provenance["libraries"]
-        assert ("learned grids" in record.provenance["numerics"]) == (name in ("l4q", "qat-lora"))
+        assert ("learned grids" in record.provenance["numerics"]) == (name in ("l4q", "qat-lora", "efficientqat"))
         assert {"training", "fine-tuning"} <= set(record.provenance["numerics"])
     # The merged arm was not trained again; what is deployed is smaller by the adapter.
     assert made["merged"].training == made["qlora"].training

@@ -25,7 +25,15 @@ from studylib.methods import attach, merge
 from studylib.quant.formats import encode
 from studylib.quant.kernel import int4_model
 from studylib.quant.layers import decoder_linears
-from studylib.quant.learned import BITS, L4QLinear, LearnedGridLinear, initial_grid, l4q_model, levels_of
+from studylib.quant.learned import (
+    BITS,
+    FixedIntegersLinear,
+    L4QLinear,
+    LearnedGridLinear,
+    initial_grid,
+    l4q_model,
+    levels_of,
+)
 from studylib.quant.storage import DeployedLinear, coded_layers, keep_model, restore_model, stored_bytes
 
 LEARNED = ("lora_A", "lora_B", "scale", "offset")
@@ -576,3 +584,26 @@ def test_what_cannot_be_kept_or_restored_is_refused(tmp_path):
     with safe_open(tmp_path / "kept", "pt") as file:
         layout = json.loads(file.metadata()["layers"])["model.layers.0.mlp.up_proj"]
     assert layout == {"bits": 4, "shape": [160, 64], "low": -8}
+
+
+@pytest.mark.parametrize(("bits", "init"), [(2, "l4q"), (3, "affine"), (4, "asymmetric"), (8, "l4q")])
+def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_they_multiply(bits, init):
+    torch.manual_seed(bits)
+    layer = LearnedGridLinear(nn.Linear(24, 6).double(), bits, 8, torch.float64, init)
+    fixed = FixedIntegersLinear(layer)
+    torch.testing.assert_close(fixed.dense(), layer.dense(), rtol=1e-13, atol=1e-15)
+    assert {name for name, own in fixed.named_parameters() if own is not fixed.bias} == {"scale"}
+    assert fixed.grid_parameters == [fixed.scale]
+    x, upstream = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    (found,) = torch.autograd.grad((fixed(x) * upstream).sum(), fixed.scale)
+    g = (upstream.T @ x).numpy().reshape(6, 3, 8)
+    steps = layer.codes().integers.numpy().reshape(6, 3, 8) + (layer.offset / layer.scale).detach().numpy()
+    np.testing.assert_allclose(found.numpy(), (g * steps).sum(-1, keepdims=True), rtol=1e-12)
+    with torch.no_grad():
+        fixed.scale.mul_(torch.rand_like(fixed.scale) + 0.5)
+    stored = fixed.codes()
+    assert torch.equal(stored.integers, layer.codes().integers) and torch.equal(stored.decode(), fixed.dense())
+    with torch.no_grad():
+        fixed.scale[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="the training has diverged"):
+        fixed.codes()

@@ -166,7 +166,7 @@ VALUES = {
     },
     "02_distillation_loss": {
         "losses": st.lists(
-            st.sampled_from(["kl", "labels", "kl+hidden", "labels+attention+hidden", "hidden"]), unique=True
+            st.sampled_from(["kl", "labels", "kl+hidden", "labels+attention+raw-hidden", "hidden"]), unique=True
         ),
         "temperatures": st.lists(st.integers(1, 100) | st.sampled_from(["7e-1", "2.5"]), unique=True, max_size=2),
     },

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from studylib.config.budgets import Evaluation, profile
 from studylib.data import models
 from studylib.methods.arms import CHANGES, build_arm
 from studylib.study import records, schedule
-from studylib.study.records import FORMAT, RecordError, Store, arm_key, contents, read_record, read_records
+from studylib.study.records import FORMAT, RecordError, Store, arm_key, contents, numerics, read_record, read_records
 
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
 PUBLISHED = sorted((REFERENCE / "records").glob("*.json"))
@@ -29,6 +30,27 @@ def test_every_record_of_the_reference_is_found_by_its_arm():
     assert len(found) >= 228
     assert [arm_key(record.arm) for record in found] == [record.key for record in found]
     assert [record.file_name for record in found] == [path.name for path in PUBLISHED]
+
+
+def test_what_was_called_hidden_is_found_as_the_raw_error_that_it_was(tmp_path):
+    """A record from before "hidden" was relative to the teacher is none of today's "hidden"; rekey.py renames it."""
+    (path,) = (REFERENCE / "records").glob("*_loss-kl-raw-hidden_seed0_*.json")
+    kept = read_record(path)
+    arm = dataclasses.replace(kept.arm, training=dataclasses.replace(kept.arm.training, loss="kl+hidden"))
+    assert "hidden states" in numerics(arm) and "hidden states" not in kept.provenance["numerics"]
+    made, other = dataclasses.replace(kept, arm=arm, key="0" * 16), read_record(PUBLISHED[0])
+    for record in (made, other, dataclasses.replace(made, key=arm_key(arm), provenance={"numerics": numerics(arm)})):
+        (tmp_path / record.file_name).write_text(record.to_json())
+    (tmp_path / "published.json").write_text(json.dumps({"records": [other.key, made.key]}))
+    runpy.run_path(str(REFERENCE.parent / "rekey.py"))["main"]([str(tmp_path)])
+    found = {
+        record.key: record
+        for path in tmp_path.glob("*.json")
+        if path.name != "published.json"
+        for record in [read_record(path)]
+    }
+    assert found[kept.key] == kept and found[other.key] == other and len(found) == 3
+    assert json.loads((tmp_path / "published.json").read_text()) == {"records": [other.key, kept.key]}
 
 
 def test_a_key_is_the_same_in_another_process_without_any_heavy_library(tmp_path):

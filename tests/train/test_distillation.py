@@ -59,9 +59,11 @@ def loss_by_hand(student, teacher, tokens, loss):
     if "attention" in loss:
         pairs = zip(own.attentions, given.attentions, strict=True)
         total += sum(F.kl_div((q + 1e-30).log(), p, reduction="sum") / q[..., 0].numel() for q, p in pairs) / 2
-    if "hidden" in loss:
-        pairs = zip(own.hidden_states[1:], given.hidden_states[1:], strict=True)
+    pairs = list(zip(own.hidden_states[1:], given.hidden_states[1:], strict=True))
+    if "raw-hidden" in loss:
         total += sum((q - p).square().mean() for q, p in pairs) / 2
+    elif "hidden" in loss:
+        total += sum(((q - p).square().sum(-1) / p.square().sum(-1)).mean() for q, p in pairs) / 2
     return total
 
 
@@ -98,6 +100,7 @@ SETTINGS = Training(steps=6, batch=2, learning_rate=1e-3)
         ("labels", "token", None),
         ("attention", "token", False),
         ("kl+hidden", "token", False),
+        ("kl+raw-hidden", "token", False),
         ("labels+attention+hidden", "token", False),
     ],
 )
@@ -264,6 +267,7 @@ def test_losses_that_a_model_cannot_give_are_refused(tiny_model, data, tmp_path)
         ("kl", None, "loss: 'kl' needs a teacher"),
         ("kl+hidden", states, "needs the teacher itself"),
         ("attention", tiny_model, "the attention kernel 'sdpa' does not return"),
+        ("raw-hidden", narrow, "the student's hidden_size is 64, the teacher's 32"),
         ("hidden", narrow, "the student's hidden_size is 64, the teacher's 32"),
     ):
         settings = dataclasses.replace(SETTINGS, loss=loss)

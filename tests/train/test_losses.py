@@ -1,12 +1,13 @@
 """Oracles: autograd through full logits, PyTorch's own losses."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from studylib.config.budgets import split_loss
 from studylib.train import losses
-from studylib.train.losses import attention_loss, hidden_loss, label_loss, soft_logit_loss
+from studylib.train.losses import attention_loss, hidden_loss, label_loss, raw_hidden_loss, soft_logit_loss
 
 
 def full_logits_loss(kind, temperature, hidden, head, teacher_hidden, teacher_head):
@@ -59,13 +60,58 @@ def test_feature_losses_are_means_over_layers():
     causal = [m.tril() / m.tril().sum(-1, keepdim=True) for m in maps]
     assert attention_loss(causal, causal).abs() < 1e-8
     states, goal = ([torch.randn(2, 5, 7, generator=generator) for _ in range(4)] for _ in range(2))
-    torch.testing.assert_close(hidden_loss(states, goal), (torch.stack(states) - torch.stack(goal)).square().mean())
+    torch.testing.assert_close(raw_hidden_loss(states, goal), (torch.stack(states) - torch.stack(goal)).square().mean())
+
+
+def layers_of_states(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(2)]
+
+
+def test_hidden_states_are_compared_token_by_token_relative_to_the_teachers():
+    states, goal = layers_of_states()
+    own, given = np.stack(states), np.stack(goal)
+    expected = (np.square(own - given).sum(-1) / np.square(given).sum(-1)).mean()
+    student = [state.requires_grad_() for state in states]
+    loss = hidden_loss(student, goal)
+    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-12)
+    for found, mine, theirs in zip(torch.autograd.grad(loss, student), own, given, strict=True):
+        by_hand = 2 * (mine - theirs) / np.square(theirs).sum(-1, keepdims=True) / (3 * 10)
+        np.testing.assert_allclose(found.numpy(), by_hand, rtol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.37, 4096.0])
+def test_the_loss_of_hidden_states_is_the_same_at_any_scale(factor):
+    states, goal = layers_of_states()
+    scaled = hidden_loss([factor * own for own in states], [factor * given for given in goal])
+    torch.testing.assert_close(scaled, hidden_loss(states, goal), rtol=1e-12, atol=0)
+
+
+def test_massive_activations_of_one_token_leave_the_other_tokens_their_share():
+    """Under the raw loss one token's gradients are a hundred times all others'; here the others' are as before."""
+
+    def gradients(loss, size):
+        states, goal = layers_of_states()
+        for layer in (*states, *goal):
+            layer[0, 0, 3] *= size
+        states = [state.requires_grad_() for state in states]
+        return torch.stack(torch.autograd.grad(loss(states, goal), states)).flatten(1, 2)  # (layers, tokens, D)
+
+    raw, plain, massive = gradients(raw_hidden_loss, 1000), gradients(hidden_loss, 1), gradients(hidden_loss, 1000)
+    assert raw[:, 0].norm() > 100 * raw[:, 1:].norm()
+    torch.testing.assert_close(massive[:, 1:], plain[:, 1:], rtol=1e-12, atol=0)
+
+
+def test_a_student_that_is_its_teacher_has_no_error_even_where_a_state_is_zero():
+    zero = torch.zeros(1, 3, 4)
+    assert hidden_loss((zero,), (zero,)) == 0
 
 
 def test_losses_are_named_by_their_parts():
     assert split_loss("kl") == ("kl", ())
     assert split_loss("hidden+labels+attention") == ("labels", ("attention", "hidden"))
     assert split_loss("attention") == (None, ("attention",))
+    assert split_loss("raw-hidden+kl") == ("kl", ("raw-hidden",))
     for loss, named in (
         ("mse", "'mse' in 'mse' is not known; join parts of labels, kl"),
         ("kl+", "'' in 'kl"),
