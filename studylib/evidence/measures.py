@@ -22,7 +22,17 @@ from studylib.config import (
     points,
 )
 from studylib.evidence.statistics import Array, Interval, paired_bootstrap, perplexity, stratified_mean
-from studylib.methods import CHANGES, METHODS, Setting, corpus_title, order, rated, seedless, setting
+from studylib.methods import (
+    CHANGES,
+    METHODS,
+    Setting,
+    corpus_title,
+    order,
+    seedless,
+    setting,
+    usual_training,
+    usual_tuning,
+)
 from studylib.study import Record, arm_key, contents
 
 TASK_TITLES = {
@@ -169,8 +179,8 @@ def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
         return False
     training, tuning = budget.training, budget.tuning
     if arm.method in METHODS:
-        setting_of = (budget, arm.method, arm.bits, arm.format, arm.scheme)
-        training, tuning = rated(training, *setting_of), rated(tuning, *setting_of)
+        case = arm.method, arm.bits, arm.format, arm.scheme
+        training, tuning = usual_training(budget, case), usual_tuning(budget, case)
     data: Any = budget.sampling
     if isinstance(arm.data, RealText):
         data = RealText(arm.data.corpus, data.count, data.length)

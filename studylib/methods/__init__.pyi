@@ -9,10 +9,11 @@ from .arms import (
     method_title,
     order,
     rate_case,
-    rated,
     seedless,
     setting,
     title,
+    usual_training,
+    usual_tuning,
 )
 from .base import (
     FOUR_BIT,
@@ -58,10 +59,11 @@ __all__ = [
     "method_title",
     "order",
     "rate_case",
-    "rated",
     "register",
     "seedless",
     "setting",
     "title",
     "unrepacked",
+    "usual_training",
+    "usual_tuning",
 ]

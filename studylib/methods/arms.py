@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any, TypeVar
 
 from studylib.config import (
+    ALL,
     ALPACA,
     BESIDE,
     CORPORA,
@@ -24,6 +25,7 @@ from studylib.config import (
     Adapter,
     Arm,
     BitWidths,
+    Budget,
     Format,
     Profile,
     Rate,
@@ -57,6 +59,7 @@ MERGE_TITLES = {
 
 
 Part = TypeVar("Part", Sampling, Training, Tuning)
+Case = tuple[str, str, Format | None, Scheme]  # of arms that share a learning rate: see rate_case
 
 
 def build_arm(
@@ -99,11 +102,12 @@ def build_arm(
             for field in sampling or {}:
                 if not hasattr(parts["data"], field):
                     raise ValueError(f"sampling: {field!r} has no effect on the text of a corpus; leave it out")
+    case = method, bits, format, scheme
     if "training" in own.needs:
-        parts["training"] = _changed("training", rated(budget.training, budget, method, bits, format, scheme), training)
+        parts["training"] = _changed("training", usual_training(budget, case), training)
     if "tuning" in own.needs:
         parts["instructions"] = dataclasses.replace(budget.instructions, seed=seed)
-        parts["tuning"] = _changed("tuning", rated(budget.tuning, budget, method, bits, format, scheme), tuning)
+        parts["tuning"] = _changed("tuning", usual_tuning(budget, case), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
     terms = budget.terms_of(method, format)
@@ -129,18 +133,27 @@ def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> 
     return f"{method} {bits} {on}".rstrip()
 
 
-def rated(part: Part, budget: Profile, method: str, bits: str, format: Format | None, scheme: Scheme) -> Part:
-    """The budget's training or tuning with the rate that was chosen for such an arm; else, for tuning, on the terms
-    that cover it, or at the method's share of the rate. Only grids that are learned have a rate of their own."""
-    own = find(method)
-    if isinstance(part, Tuning):
-        terms = budget.terms_of(method, format)
-        share = part.learning_rate * own.relative_rate
-        part = terms.tuning if terms else dataclasses.replace(part, learning_rate=share)
-    usual = Rate(part.learning_rate, part.grid_rate)
-    rate = dict(budget.rates).get(rate_case(method, bits, format, scheme), usual)
-    learns = own.learns_grid or scheme.grid in LEARNED
-    return dataclasses.replace(part, learning_rate=rate.learning_rate, grid_rate=rate.grid_rate if learns else None)
+def usual_training(budget: Profile, case: Case) -> Training:
+    """How a budget distils such an arm: at the rate that was chosen for it, else the budget's."""
+    return dataclasses.replace(budget.training, **_rates(budget, case, budget.training))
+
+
+def usual_tuning(budget: Profile, case: Case) -> Tuning:
+    """How a budget fine-tunes such an arm: at the rate that was chosen for it, else on the terms that cover it, else at
+    its method's share of the budget's rate."""
+    method, _, format, _ = case
+    terms, tuning = budget.terms_of(method, format), budget.tuning
+    share = dataclasses.replace(tuning, learning_rate=tuning.learning_rate * find(method).relative_rate)
+    own = terms.tuning if terms else share
+    return dataclasses.replace(own, **_rates(budget, case, own))
+
+
+def _rates(budget: Profile, case: Case, usual: Budget) -> dict[str, Any]:
+    """Only grids that are learned have a rate of their own."""
+    method, _, _, scheme = case
+    rate = dict(budget.rates).get(rate_case(*case), Rate(usual.learning_rate, usual.grid_rate))
+    learns = find(method).learns_grid or scheme.grid in LEARNED
+    return {"learning_rate": rate.learning_rate, "grid_rate": rate.grid_rate if learns else None}
 
 
 def _changed(name: str, part: Part, changes: Mapping[str, Any] | None) -> Part:

@@ -93,7 +93,7 @@ def _walk(arm: Arm) -> Generator[Arm, float, Rate]:
         for factor in (FACTOR, 1 / FACTOR):
             for _ in range(MOST):
                 rate = dataclasses.replace(best, **{field: float(f"{getattr(best, field) * factor:.2g}")})
-                if field == "grid_rate" and rate.grid_rate >= 1:
+                if rate.grid_rate is not None and rate.grid_rate >= 1:
                     break
                 losses[rate] = yield with_rate(arm, rate)
                 if not losses[rate] < losses[best]:

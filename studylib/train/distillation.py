@@ -96,7 +96,7 @@ def held_out_windows(names: Sequence[str], tokenizer, length: int, count: int) -
 
 
 def validation_windows(tokenizer, length: int, count: int) -> Tensor:
-    """`count` windows of each corpus's training split, which is not generated text and not scored, to choose rates by."""
+    """`count` windows of each corpus's training split, which is neither generated nor scored, to choose rates by."""
     return torch.cat([corpora.windows(corpus, tokenizer, length, count, "training") for corpus in CORPORA])
 
 
