@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import HIDDEN, Sampling
+from studylib.config.settings import OF_WEIGHTS
 
 
 class Version(NamedTuple):
@@ -28,6 +29,8 @@ NUMERICS = {
     # perplexity, loss on responses, benchmarks, weights
     "evaluation": Version(2, "responses weigh by their tokens; no question stands in its own few-shot prompt"),
     "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
+    # grids of weights alone: StatsQ, LSQ, ParetoQ. Apart from "grids", so that arms on MinMax grids keep their keys
+    "weight grids": Version(1, "activations and cache beside them are MinMax; LSQ starts where the error is least"),
     # NormalFloat, 4-bit floats, integers in groups, double quantization
     "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
     # text that the model writes itself
@@ -38,7 +41,8 @@ NUMERICS = {
     "hidden states": Version(1, "each token's error is relative to the teacher's state; the raw one is 'raw-hidden'"),
     # adapters, instruction pairs in batches, merging
     "fine-tuning": Version(2, "pairs are cut at the model's context, too"),
-    "learned grids": Version(1, FIRST),  # L4Q, QAT-LoRA
+    # L4Q, QAT-LoRA, QAT with learned steps
+    "learned grids": Version(2, "scales and offsets start on the grid of the arm's format"),
     "ptq": Version(1, FIRST),  # SmoothQuant, GPTQ and AWQ as llm-compressor computes them
     "execution": Version(1, FIRST),  # integers multiplied as they are stored
 }
@@ -51,6 +55,7 @@ def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
     """
     names = {"models", "corpora", "evaluation", *further}
     names |= {"generation"} if isinstance(arm.data, Sampling) else set()
+    names |= {"weight grids"} if arm.scheme.grid in OF_WEIGHTS else set()
     names |= {"training", "distillation"} if arm.training else set()
     names |= {"hidden states"} if arm.training and HIDDEN in arm.training.features else set()
     names |= {"training", "fine-tuning"} if arm.tuning else set()

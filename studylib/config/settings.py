@@ -139,8 +139,8 @@ class Scheme:
     """How the numbers of a bit width are chosen and where they apply; the defaults are LLM-QAT's.
 
     grid: the kind of grid of weights, activations and cache (see Grid; OF_WEIGHTS are of weights alone, and the other
-    two are symmetric then). group: how many input columns share a scale of
-    the weights, None for one scale an output channel. cache_scale "token": one scale for a token's keys (or
+    two are symmetric then). group: how many input columns share a scale of the weights, None for one scale an output
+    channel. cache_scale "token": one scale for a token's keys (or
     values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
     embedding (values have none).
     """
@@ -178,8 +178,9 @@ class Format:
     "fp-bnb": what bitsandbytes, QLoRA's own library, calls FP4: E2M1 but for its smallest magnitude, which is
     0.0625/12 = 0.0052 of the largest in place of 0.5/6 = 0.0833.
     "fp-e3m0": sign, three exponent bits: 0 and the powers of two 0.25 to 16 and their negatives, over 16.
-    "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "int-full": all 2^b integers around 0. "affine": 2^b integers
-    from min to max with a zero point of b bits, over a range that includes 0 (see Grid for all three); 2, 3, 4 or 8 bits.
+    "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "int-full": all 2^b integers around 0. "affine": 2^b
+    integers from min to max with a zero point of b bits, over a range that includes 0. 2, 3, 4 or 8 bits; see Grid for
+    all three.
     group: neighbours in a row that share a scale (QLoRA calls them a block); None for one scale an output channel.
     double: scales are stored in 8 bits (QLoRA, section 3, "double quantization"). scale_bits: 32 or 16, the floating
     type of scales that are not.

@@ -154,12 +154,11 @@ class Setting:
     @classmethod
     def of(cls, arm: Arm) -> "Setting":
         """The setting of an arm. A format counts as changed where it is not its method's usual one at that width, an
-        adapter that is trained on a paper's terms where it is not the one of these terms."""
-        changes, terms = [], _terms(arm)
+        adapter where it is not the usual one, or the one of the paper's terms that it is trained on."""
+        changes = []
         for field, change in CHANGES.items():
-            value, (part, _, name) = change.value(arm), field.partition(".")
-            default = getattr(terms.adapter, name) if terms and part == "adapter" else change.default
-            if value is not None and value != default:
+            value = change.value(arm)
+            if value is not None and value != change.default:
                 changes.append((field, value))
         return cls(arm.method, arm.bits, tuple(changes))
 
@@ -229,6 +228,20 @@ def _format(arm: Arm) -> Format | None:
     return arm.format
 
 
+def _adapter(name: str) -> Callable[[Arm], Any]:
+    """A field of the adapter, unless it is as on the paper's terms that the arm is trained on, or else as is usual."""
+
+    def value(arm: Arm) -> Any:
+        if arm.adapter is None:
+            return None
+        terms, method = _terms(arm), METHODS.get(arm.method)
+        usual = terms.adapter if terms else method.usual_adapter() if method else None
+        own = getattr(arm.adapter, name)
+        return None if own == getattr(usual or Adapter(), name) else own
+
+    return value
+
+
 CHANGES = {
     "data.corpus": Change(_part("data", "corpus", RealText), None, lambda corpus: f"{corpus_title(corpus)} text"),
     "data.strategy": Change(_part("data", "strategy", Sampling), "hybrid", str),
@@ -245,9 +258,9 @@ CHANGES = {
     "scheme.keys": Change(_part("scheme", "keys"), "before-rotary", lambda keys: f"keys {keys.replace('-', ' ')}"),
     "format": Change(_format, None, lambda format: format.title),
     "adapter.kind": Change(_part("adapter", "kind"), PLAIN, lambda kind: KIND_TITLES[kind]),
-    "adapter.rank": Change(_part("adapter", "rank"), Adapter().rank, "rank {}".format),
-    "adapter.scaling": Change(_part("adapter", "scaling"), Adapter().scaling, "scaled by {:g}".format),
-    "adapter.dropout": Change(_part("adapter", "dropout"), 0.0, "dropout {:g}".format),
+    "adapter.rank": Change(_adapter("rank"), None, "rank {}".format),
+    "adapter.scaling": Change(_adapter("scaling"), None, "scaled by {:g}".format),
+    "adapter.dropout": Change(_adapter("dropout"), None, "dropout {:g}".format),
     "adapter.layers": Change(_part("adapter", "layers"), ALL, lambda layers: f"on {layers.replace('+', ' and ')} only"),
     "adapter.init": Change(_part("adapter", "init"), Adapter().init, "{} initialisation".format),
     "tuning.checkpointing": Change(_part("tuning", "checkpointing"), False, lambda on: "checkpointing"),

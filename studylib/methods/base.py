@@ -180,10 +180,6 @@ class Method(ABC):
             raise ValueError(f"neither compressed-tensors nor bitsandbytes has {format.title}")
         if arm.widths.weights == OFF and not format:
             raise ValueError("its weights are not quantized")
-        if arm.scheme.grid not in INTEGER_FORMATS.values() and arm.widths.activations != OFF:
-            raise ValueError(
-                f"other software scales activations by their largest magnitude, not by {arm.scheme.grid!r}"
-            )
         return INTEGERS
 
     def as_trained(self, arm: Arm) -> Arm:

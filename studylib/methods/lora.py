@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from studylib.config import Log
 
 
-FREE_OFFSETS = "no format that transformers loads has an offset a group that is not a whole number of steps"
 UNIFORM = (FULL, AFFINE)  # the formats of L4Q's comparison: its own grid, and one with a zero point
+NO_OFFSETS = "no format that transformers loads has an offset a group that is not a whole number of steps"
 
 
 class FineTuned(Method):
@@ -126,7 +126,7 @@ class FineTuned(Method):
         if arm.merge in (DEQUANTIZED, MERGED_16):
             return SIXTEEN_BITS
         if not self.keeps_adapter:
-            raise ValueError(FREE_OFFSETS)
+            raise ValueError(NO_OFFSETS)
         own = arm.format
         stock = "format" not in self.needs or (own is not None and in_bitsandbytes(own) and own.group == DEFAULT_GROUP)
         if not stock or arm.adapter.kind not in (PLAIN, DORA) or arm.model == TINY:
@@ -323,7 +323,7 @@ class QALoRA(FineTuned):
         from studylib.quant import encode_model, qa_lora_model
 
         encode_model(model, format)
-        qa_lora_model(model, adapter, format.group, names, seed)
+        qa_lora_model(model, adapter, names, seed)
 
 
 class GPTQQALoRA(QALoRA):
@@ -340,7 +340,7 @@ class GPTQQALoRA(QALoRA):
         from studylib.quant import qa_lora_model
 
         gptq(model, f"{format.bits}-16-16", tokens, format)
-        qa_lora_model(model, adapter, format.group, names, seed)
+        qa_lora_model(model, adapter, names, seed)
 
 
 class QATLoRA(FineTuned):
@@ -370,6 +370,11 @@ class L4Q(FineTuned):
     inits, keeps_adapter, chooses_layers, drops_out = (None, *INITS), False, False, False
     relative_rate = 0.3
     few_shot_at = ("4-16-16",)
+
+    def check_parts(self, format: Format | None, adapter: Adapter | None) -> None:
+        super().check_parts(format, adapter)
+        if format is not None and adapter is not None and adapter.init == first_grid(format):
+            raise ValueError(f"init: {adapter.init!r} is how scales of {format.title} start by default; leave it out")
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
@@ -412,6 +417,11 @@ class LearnedStepQAT(QAT):
     name, title, source = "lsq", "QAT with learned steps", "arXiv 1902.08153"
     look, numerics = Look("#CC79A7", "D"), ("formats", "learned grids")
 
+    def container(self, arm: Arm) -> str:
+        if arm.format is not None and arm.format.kind == AFFINE:
+            raise ValueError(NO_OFFSETS)
+        return super().container(arm)
+
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
@@ -419,8 +429,9 @@ class LearnedStepQAT(QAT):
 
         from studylib.quant import decoder_linears, learned_grid_model, train_grids
 
-        learned_grid_model(model, format.bits, format.group, torch.float32, first_grid(format))
-        train_grids(model, offsets=format.kind == AFFINE)
+        offsets = format.kind == AFFINE
+        learned_grid_model(model, format.bits, format.group, torch.float32, first_grid(format), offsets)
+        train_grids(model)
         for linear in decoder_linears(model).values():
             linear.weight.requires_grad_(True)
 
@@ -446,7 +457,7 @@ class EfficientQAT(FineTuned):
 
     def container(self, arm: Arm) -> str:
         if arm.format is not None and arm.format.kind == AFFINE:
-            raise ValueError(FREE_OFFSETS)
+            raise ValueError(NO_OFFSETS)
         return super().container(arm)
 
     def prepare(

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from studylib import data, quant  # doors: what stands behind them is loaded when it is used
-from studylib.config import OFF, Arm, BitWidths, Format, check_known, check_width
+from studylib.config import OFF, Arm, BitWidths, Format, check_width
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, PAPERS, QLORA_PAPER, Look, Method, Work
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class GPTQ(Method):
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
-        _with_weights(arm.bits, self.title)
-        _check_group_format(arm)
+        _with_weights(arm.bits, self.title, arm.format)
 
     def apply(self, work: Work) -> None:
         with work.phase("quantize"):
@@ -83,8 +82,7 @@ class AWQ(Method):
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
-        _with_weights(arm.bits, self.title)
-        _check_group_format(arm)
+        _with_weights(arm.bits, self.title, arm.format)
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
         check_smoothable(skeleton)
@@ -135,17 +133,17 @@ class FourBitKernel(Method):
 GROUP_FORMATS = {"int-full": True, "affine": False}  # whose weights llm-compressor rounds: whether they are symmetric
 
 
-def _check_group_format(arm: Arm) -> None:
-    """Raise ValueError unless an arm's format, if any, is one of GROUP_FORMATS of weights alone."""
-    if arm.format is None:
+def _check_format(bits: BitWidths, format: Format | None, method: str) -> None:
+    """Raise ValueError unless the format, if any, is one of GROUP_FORMATS, with fp32 scales, of weights alone."""
+    if format is None:
         return
-    check_known("format", arm.format.kind, GROUP_FORMATS)
-    if arm.format.double or arm.format.scale_bits != 32:
-        raise ValueError(f"format: {arm.format.title} is not allowed for {arm.method!r}; use fp32 scales")
-    if arm.bits != f"{arm.format.bits}-16-16":
-        raise ValueError(
-            f"bits: {arm.bits} does not go with the format {arm.format.title}; use {arm.format.bits}-16-16"
-        )
+    if format.kind not in GROUP_FORMATS:
+        allowed = " or ".join(map(repr, GROUP_FORMATS))
+        raise ValueError(f"format: {format.kind!r} is not allowed for {method}; use {allowed}")
+    if format.double or format.scale_bits != 32:
+        raise ValueError(f"format: {format.title} is not allowed for {method}; use fp32 scales")
+    if str(bits) != f"{format.bits}-16-16":
+        raise ValueError(f"bits: {bits} does not go with the format {format.title}; use {format.bits}-16-16")
 
 
 def check_smoothable(model: "PreTrainedModel") -> None:
@@ -188,15 +186,14 @@ def gptq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Fo
     Layer after layer, the weights' columns are rounded one by one, and those to come make up for the error on the
     layer's inputs. These inputs come from layers whose weights are rounded already, but are not rounded themselves
     (llm-compressor's default, as are columns in the order of their activations' size and a dampening of 1%).
-    format: the weights' grid, one of GROUP_FORMATS; by default full-range integers, one scale an output channel.
-    Raises ValueError for weights at 16 bits, tokens that are no windows, a group that does not divide a layer's input,
-    a model that is quantized already or has no linear layers.
+    format: the weights' grid, one of GROUP_FORMATS with fp32 scales; by default full-range integers, one scale an
+    output channel.
+    Raises ValueError for weights at 16 bits, another format, tokens that are no windows, a group that does not divide a
+    layer's input, a model that is quantized already or has no linear layers.
     """
-    bits = _with_weights(bits, "GPTQ")
+    bits = _with_weights(bits, "GPTQ", format)
     group, symmetric = _group(format)
-    _check(model, tokens)
-    for linear in quant.decoder_linears(model).values():
-        check_width(group, linear.in_features)
+    _check(model, tokens, group)
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.pipelines.sequential import SequentialPipeline
 
@@ -230,16 +227,18 @@ def awq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: For
     the mean activation (their Eq. 4-5) and fall with the mean weight. llm-compressor tries them on its own grid (see
     `gptq`); what follows is our `round_to_nearest`. The inputs of down (and of o, where values have as many heads as
     queries) are scaled, too, in the rows of up (of v). Slow on a CPU: each window passes every block 20 times.
-    Raises ValueError for weights at 16 bits, tokens that are no windows, a model that is quantized already, or one
-    whose layers are not known to be smoothable.
+    Raises ValueError for weights at 16 bits, a format that `gptq` does not take either, tokens that are no windows, a
+    group that does not divide a layer's input, a model that is quantized already, or one whose layers are not known to
+    be smoothable.
     """
-    bits = _with_weights(bits, "AWQ")
-    _check(model, tokens, smoothed=True)
+    bits = _with_weights(bits, "AWQ", format)
+    group, symmetric = _group(format)
+    _check(model, tokens, group, smoothed=True)
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform import AWQModifier
     from llmcompressor.pipelines.sequential import SequentialPipeline
 
-    grid = QuantizationModifier(config_groups=_weight_grid(model, bits, *_group(format)))
+    grid = QuantizationModifier(config_groups=_weight_grid(model, bits, group, symmetric))
     _calibrate(model, tokens, SequentialPipeline, AWQModifier(), grid)
     if format is not None:
         return quant.decode_model(quant.encode_model(model, format))
@@ -251,16 +250,21 @@ def _group(format: Format | None) -> tuple[int | None, bool]:
     return (None, True) if format is None else (format.group, GROUP_FORMATS[format.kind])
 
 
-def _with_weights(bits: str | BitWidths, method: str) -> BitWidths:
+def _with_weights(bits: str | BitWidths, method: str, format: Format | None) -> BitWidths:
+    """The bit widths, which must round the weights and go with the format."""
     bits = BitWidths.parse(bits)
     if bits.weights == OFF:
         raise ValueError(f"bits of the weights: {OFF} (off) is not allowed for {method}, which rounds them; use 2 to 8")
+    _check_format(bits, format, method)
     return bits
 
 
-def _check(model: "nn.Module", tokens: "Tensor", smoothed: bool = False) -> None:
-    if any(isinstance(module, quant.QuantizedLinear) for module in quant.decoder_linears(model).values()):
+def _check(model: "nn.Module", tokens: "Tensor", group: int | None = None, smoothed: bool = False) -> None:
+    linears = quant.decoder_linears(model).values()
+    if any(isinstance(module, quant.QuantizedLinear) for module in linears):
         raise ValueError("the model is quantized already; load it anew to quantize it in another way")
+    for linear in linears:
+        check_width(group, linear.in_features)
     import torch
 
     if tokens.ndim != 2 or not tokens.numel() or tokens.dtype != torch.int64:

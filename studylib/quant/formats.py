@@ -27,8 +27,8 @@ SCALE_CODE_BITS = 8  # double quantization: of a scale, beside one fp32 number f
 
 @cache
 def levels(format: Format) -> Tensor:
-    """The levels of numbers in -1..1, fp32, ascending: 2^b of NormalFloat and full-range integers, 2^b - 1 of floats and
-    symmetric integers (+0 and -0 are one).
+    """The levels for numbers in -1..1, fp32, ascending: 2^b of NormalFloat and full-range integers, 2^b - 1 of floats
+    and symmetric integers (+0 and -0 are one). Full-range ones begin half a step below -1 and end half a step below 1.
 
     NormalFloat, as bitsandbytes makes it (the paper's Eq. 4 diverges at i = 0): 0, the normal quantiles of 2^(b-1)
     probabilities evenly spaced from delta towards 1/2, the negatives of 2^(b-1) - 1 made alike; divided by the largest.

@@ -66,8 +66,8 @@ def initial_step(x: Tensor, grid: Grid) -> Tensor:
     """The first scale of each row of a LEARNED grid, fp32 [..., 1], for numbers x [..., D].
 
     "paretoq": max|x| / Q with Q = 2^(b-1)-1, where nothing is clipped. "lsq": of TRIED_STEPS even steps up to that, the
-    one whose squared error is least, row by row. (LSQ's own, 2 mean|x| / sqrt(Q) (Esser et al., section 2.1), clips what
-    a language model needs: docs/deviations.md.)
+    one whose squared error is least, row by row. (LSQ's own, 2 mean|x| / sqrt(Q) (Esser et al., section 2.1), clips
+    what a language model needs: docs/deviations.md.)
     """
     rows = grid.rows(x)
     largest = choose_scale(rows, Grid(grid.bits))[0]
@@ -157,8 +157,8 @@ class _LearnedStep(torch.autograd.Function):
 def fake_quantize(x: Tensor, grid: Grid, mask: float | None = None, step: Tensor | None = None) -> Tensor:
     """quantize(x, grid, step).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN.
 
-    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of a LEARNED grid, which
-    gets a gradient of its own; numbers that a grid clips get none.
+    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of a LEARNED grid, as
+    `quantize` takes it, which gets a gradient of its own; numbers that a grid clips get none.
     mask: None for the plain straight-through estimator; LLM-QAT's official code uses 2.0, which drops the gradient
     where |x| >= 2 although its forward pass never clips.
     """

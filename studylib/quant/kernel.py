@@ -84,8 +84,8 @@ def check_format(format: Format | None) -> None:
     """Raise ValueError unless the kernel multiplies what is stored in `format`."""
     if format is None or format.kind not in INTEGER_FORMATS or format.bits != BITS or format.double:
         raise ValueError(
-            f"format: {format and format.title} is not allowed; the 4-bit kernel takes {', '.join(INTEGER_FORMATS)} with "
-            "plain scales"
+            f"format: {format and format.title} is not allowed; the 4-bit kernel takes {', '.join(INTEGER_FORMATS)} of "
+            f"{BITS} bits with plain scales"
         )
 
 

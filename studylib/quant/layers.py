@@ -233,7 +233,8 @@ def round_to_nearest(model: nn.Module, bits: str | BitWidths, scheme: Scheme = S
 def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Scheme = Scheme()) -> int:
     """Bytes of keys and values that one token leaves in the cache, in all layers: KV bits, an fp32 scale for each.
 
-    A scale is shared by all heads, or each head has its own (scheme.cache_scale). Worked: 3 heads of 64 numbers at 4 bits: 96 + 4 bytes over all heads, 96 + 12 for each head.
+    A scale is shared by all heads, or each head has its own (scheme.cache_scale). Worked: 3 heads of 64 numbers at 4
+    bits: 96 + 4 bytes over all heads, 96 + 12 for each head.
     """
     width = BitWidths.parse(bits).cache
     outputs = [

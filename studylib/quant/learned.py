@@ -1,4 +1,4 @@
-"""Layers whose grid is learned or takes an adapter in: L4Q's, QAT-LoRA's and QA-LoRA's.
+"""Layers whose grid is learned or takes an adapter in: L4Q's, QAT-LoRA's, QA-LoRA's and those of learned steps.
 
 L4Q: a weight, its adapter and its grid are trained as one, so that only integers are deployed.
 
@@ -44,10 +44,12 @@ def initial_grid(weight: Tensor, bits: int, group: int | None, init: str = "l4q"
     "lsq+": s = max(|mu - 3 sd|, |mu + 3 sd|) / 2^(bits-1), b = 0.
     "symmetric": s = max|W| / 2^(bits-1), b = 0: a maximum that is positive is clipped to QP.
     "asymmetric": s = (max - min) / (QP - QN), b = max - s QP: no level at 0.
-    "affine": the grid of the format "affine", which has one: its s, and b = s (2^(bits-1) - its zero point).
+    "affine": the grid of the format "affine", which has one: its s, and b = s (2^(bits-1) - its zero point). An end of
+    the range is clipped by up to half a step, as there.
     Worked, 4 bits, group (-4, 14): l4q s = 2; symmetric s = 1.75; asymmetric s = 1.2, b = 5.6.
-    The paper's scales are four rounding errors larger than these formulas: rounding would else push the largest number of every
-    second group out of the range, where its gradients are other ones. A group of zeros gets the smallest normal scale.
+    The paper's scales are four rounding errors larger than these formulas: rounding would else push the largest number
+    of every second group out of the range, where its gradients are other ones. A group of zeros gets the smallest
+    normal scale.
     group: how many neighbours share a scale; None for a whole row.
     Raises ValueError for bits, a group or an init that is not allowed.
     """
@@ -291,14 +293,15 @@ class QALoRALinear(nn.Module):
 
     input [..., in] -> [..., out]: base(x) + scaling * B A pool(x), A [rank, in // group], B [out, rank]. pool sums the
     inputs of each group, as the paper's Algorithm 1 does (AvgPool1d times the group's size); its authors' code leaves
-    the average, which is the same at alpha / group. base: a layer in low bits, whose integers `codes()` gives.
+    the average, which is the same at alpha / group. base: a layer in low bits, whose integers and groups `codes()`
+    gives.
     """
 
-    def __init__(self, base: nn.Linear, adapter: Adapter, group: int | None):
+    def __init__(self, base: nn.Linear, adapter: Adapter):
         super().__init__()
         self.base, self.scaling, self.dropout = base, adapter.scaling, nn.Dropout(adapter.dropout)
-        self.group = group or base.in_features
-        device = base.codes().codes.device
+        stored = base.codes()
+        self.group, device = base.in_features // stored.groups, stored.codes.device
         self.lora_A = nn.Parameter(torch.empty(adapter.rank, base.in_features // self.group, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, adapter.rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -334,38 +337,53 @@ class LearnedGridLinear(nn.Linear):
     weight is frozen, and QAT with learned steps, where it trains.
 
     W_q = s round(clamp((W - b) / s, -2^(bits-1), 2^(bits-1) - 1)) + b with s, b [out, in // group, 1] that start as
-    `initial_grid` has them; gradients through the rounding as in LSQ (Esser et al. 2020). Unlike L4Q's, this backward pass is plain
-    autograd and keeps tensors of the weight's size. dtype: the type that the weight is computed with.
+    `initial_grid` has them; gradients through the rounding as in LSQ (Esser et al. 2020). Unlike L4Q's, this backward
+    pass is plain autograd and keeps tensors of the weight's size. dtype: the type that the weight is computed with.
+    offsets: whether there is a b; without, it is 0, and neither trained nor stored.
+    Raises ValueError for bits, a group or an init that is not allowed, and for an init that offsets belong to without
+    them.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group: int | None, dtype: torch.dtype, init: str = "l4q"):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        bits: int,
+        group: int | None,
+        dtype: torch.dtype,
+        init: str = "l4q",
+        offsets: bool = True,
+    ):
         nn.Module.__init__(self)
+        if init in (AFFINE, "asymmetric") and not offsets:
+            raise ValueError(f"init: {init!r} is not allowed without offsets, which are part of it")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.bits = linear.weight, linear.bias, bits
         scale, offset = initial_grid(linear.weight.detach().to(dtype), bits, group, init)
-        self.scale, self.offset = nn.Parameter(scale), nn.Parameter(offset)
+        self.scale, self.offset = nn.Parameter(scale), nn.Parameter(offset) if offsets else None
 
     @property
     def grid_parameters(self) -> list[nn.Parameter]:
         """What is trained of the grid, in units of the layer's scales."""
-        return [self.scale, self.offset]
+        return [self.scale] if self.offset is None else [self.scale, self.offset]
 
     @torch.no_grad()
     def codes(self) -> Codes:
         """The integers that the layer multiplies with. ValueError where the weight or its grid are not finite."""
-        low, high = levels_of(self.bits)
-        w = self.weight.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
-        w = ((w - self.offset) / self.scale).clamp(low, high).round()
-        if not (w.isfinite().all() and self.offset.isfinite().all()):
+        levels = self._clamped().round()
+        if not all(part.isfinite().all() for part in (levels, *self.grid_parameters)):
             raise ValueError("the weight or its grid hold NaN or infinity; the training has diverged")
-        return Codes.of_integers(w.flatten(1), self.bits, low, self.scale, offset=self.offset)
+        return Codes.of_integers(levels.flatten(1), self.bits, levels_of(self.bits)[0], self.scale, offset=self.offset)
 
     def dense(self) -> Tensor:
         """The weight that the layer multiplies with, [out, in]."""
-        low, high = levels_of(self.bits)
+        w = self._clamped()
+        values = (w + (w.round() - w).detach()) * self.scale
+        return (values if self.offset is None else values + self.offset).flatten(1)
+
+    def _clamped(self) -> Tensor:
+        """(W - b) / s inside the range of the integers, [out, in // group, group]."""
         w = self.weight.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
-        w = ((w - self.offset) / self.scale).clamp(low, high)
-        return ((w + (w.round() - w).detach()) * self.scale + self.offset).flatten(1)
+        return ((w if self.offset is None else w - self.offset) / self.scale).clamp(*levels_of(self.bits))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense(), self.bias)
@@ -374,8 +392,9 @@ class LearnedGridLinear(nn.Linear):
 class FixedIntegersLinear(nn.Linear):
     """Integers that are fixed and scales that train: EfficientQAT's second phase (Chen et al., arXiv 2407.11062, 3.3).
 
-    W_q = s q + s z with q the integers of `layer`, s its scales, the one parameter, and z its offsets in steps, which
-    stay as they are: the whole grid grows with its scale. Forward passes keep a tensor of the weight's size.
+    W_q = s q + s z with q the integers of `layer`, s its scales, the one parameter, and z its offsets in steps, if it
+    has any, which stay as they are: the whole grid grows with its scale. Forward passes keep a tensor of the
+    weight's size.
     Raises ValueError where the layer is not finite.
     """
 
@@ -385,7 +404,7 @@ class FixedIntegersLinear(nn.Linear):
         self.bias, self.bits = layer.bias, layer.bits
         self.scale = nn.Parameter(layer.scale.detach().clone())
         self.register_buffer("integers", layer.codes().integers.to(torch.int8))
-        self.register_buffer("zero", layer.offset.detach() / layer.scale.detach())
+        self.register_buffer("zero", None if layer.offset is None else layer.offset.detach() / self.scale.detach())
 
     @property
     def grid_parameters(self) -> list[nn.Parameter]:
@@ -395,41 +414,43 @@ class FixedIntegersLinear(nn.Linear):
     @torch.no_grad()
     def codes(self) -> Codes:
         """The integers that the layer multiplies with. ValueError where a scale is not finite."""
-        offset = self.scale * self.zero
-        if not offset.isfinite().all() or not self.scale.isfinite().all():
+        if not self.scale.isfinite().all():
             raise ValueError("the scales hold NaN or infinity; the training has diverged")
-        return Codes.of_integers(self.integers, self.bits, levels_of(self.bits)[0], self.scale, offset=offset)
+        return Codes.of_integers(self.integers, self.bits, levels_of(self.bits)[0], self.scale, offset=self._offset())
 
     def dense(self) -> Tensor:
         """The weight that the layer multiplies with, [out, in]."""
-        rows = self.integers.unflatten(1, (self.scale.shape[1], -1))
-        return (rows * self.scale + self.scale * self.zero).flatten(1)
+        values = self.integers.unflatten(1, (self.scale.shape[1], -1)) * self.scale
+        return (values if self.zero is None else values + self._offset()).flatten(1)
+
+    def _offset(self) -> Tensor | None:
+        return None if self.zero is None else self.scale * self.zero
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense(), self.bias)
 
 
-def qa_lora_model(model: nn.Module, adapter: Adapter, group: int | None, names: list[str], seed: int) -> nn.Module:
+def qa_lora_model(model: nn.Module, adapter: Adapter, names: list[str], seed: int) -> nn.Module:
     """Put QA-LoRA's adapters, drawn by `seed`, on the low-bit layers of `names`, in place."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name in names:
-            model.set_submodule(name, QALoRALinear(model.get_submodule(name), adapter, group))
+            model.set_submodule(name, QALoRALinear(model.get_submodule(name), adapter))
     return model
 
 
 def learned_grid_model(
-    model: nn.Module, bits: int, group: int | None, dtype: torch.dtype, init: str = "l4q"
+    model: nn.Module, bits: int, group: int | None, dtype: torch.dtype, init: str = "l4q", offsets: bool = True
 ) -> nn.Module:
     """Replace the decoder's linear layers in place by LearnedGridLinear."""
     for name, linear in decoder_linears(model).items():
-        model.set_submodule(name, LearnedGridLinear(linear, bits, group, dtype, init))
+        model.set_submodule(name, LearnedGridLinear(linear, bits, group, dtype, init, offsets))
     return model
 
 
-def train_grids(model: nn.Module, offsets: bool = True) -> None:
-    """Let the scales of LearnedGridLinear require gradients, and its offsets."""
+def train_grids(model: nn.Module) -> None:
+    """Let the scales and offsets of LearnedGridLinear require gradients."""
     for module in model.modules():
         if isinstance(module, LearnedGridLinear):
-            module.scale.requires_grad_(True)
-            module.offset.requires_grad_(offsets)
+            for parameter in module.grid_parameters:
+                parameter.requires_grad_(True)

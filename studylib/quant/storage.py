@@ -23,7 +23,6 @@ SCALES_IN_GROUP = 256  # double quantization: scales that share an fp32 number
 PEFT_ADAPTER = "default"  # peft's name for the only adapter of a model
 EXTRA_BUFFERS = ("bias", "lora_A", "lora_B")  # of a layer that multiplies integers, beside its codes
 TABLES = ("levels", "scale_levels")
-STEPS = ("activation_step", "output_step")  # learned, of activations and cache: one number each
 FLOAT_BYTES = 2  # what is not quantized is counted, and kept, in 16 bits
 
 
@@ -269,7 +268,7 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
     """Write a deployed model to the safetensors file `path`, whole: codes, adapters, and what else differs from
     `original`, the model as it is loaded, in 16 bits; about what stored_bytes counts.
 
-    How activations and the cache are rounded is not in the file, but for learned steps. Raises ValueError, and writes
+    How activations and the cache are rounded is not in the file. Raises ValueError, and writes
     nothing, where codes have diverged, and OSError where the file cannot be written.
     """
     layers: dict[str, Any] = {}
@@ -290,10 +289,8 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
         owner = name.rpartition(".")[0]
         if owner in layers and name == f"{owner}.weight":
             continue
-        if name not in before:  # what a layer learned beside its weight is in its codes, but for these
-            if name.rpartition(".")[2] in STEPS:
-                tensors[name] = parameter.detach()
-        elif not torch.equal(kept := parameter.detach().to(dtype), before[name].detach().to(dtype)):
+        # What a layer learned beside its weight is in its codes.
+        if name in before and not torch.equal(kept := parameter.detach().to(dtype), before[name].detach().to(dtype)):
             tensors[name] = kept
     tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())

@@ -234,7 +234,7 @@ def summary(record: Record, exported: Exported) -> str:
         here, there = (number(metrics[name] or math.nan) for metrics in (exported.metrics, record.metrics))
         lines.append(f"| perplexity {what} | {here} | {there} |")
     bits = record.arm.widths
-    if bits.activations != OFF and record.arm.scheme.grid == SYMMETRIC:
+    if bits.activations != OFF and record.arm.scheme.on_the_fly == SYMMETRIC:
         lines += [
             "",
             "Activations: max|x| / (2^(b-1) - 1/2) is their scale here, max|x| / (2^(b-1) - 1) in the record.",

@@ -47,6 +47,7 @@ class _InOrder(Trainer):
 
     budget: Budget
     run_dir: Path
+    first_scales: list[Tensor]  # of each learned grid, before its training began
 
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
@@ -55,13 +56,15 @@ class _InOrder(Trainer):
         """Trainer's own, with learned grids in groups that have a rate of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.budget.grid_rate
-        grids = trained_grids(self.model) if rate is not None else []
-        apart = {id(parameter) for parameters in grids for parameter in parameters}
+        if rate is None:
+            return optimizer
+        grids = trained_grids(self.model)
+        apart = {id(parameter) for own in grids for parameter in own}
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
-        for scale, *others in grids:
-            unit = scale.detach().square().mean().sqrt().item()
-            optimizer.add_param_group({"params": [scale, *others], "lr": rate * unit, "weight_decay": 0.0})
+        for own, first in zip(grids, self.first_scales, strict=True):
+            unit = first.square().mean().sqrt().item()
+            optimizer.add_param_group({"params": own, "lr": rate * unit, "weight_decay": 0.0})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -237,7 +240,7 @@ def fit(
             data_collator=collate,
             callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, keep, progress)],
         )
-        trainer.budget, trainer.run_dir = budget, Path(folder)
+        trainer.budget, trainer.run_dir, trainer.first_scales = budget, Path(folder), first
         trainer.remove_callback(PrinterCallback)
         make_folder(Path(folder))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder, budget))
@@ -258,10 +261,16 @@ def fit(
             for entry in history
             if "held_out_loss" in entry
         ],
-        torch.cat([(own / was - 1).abs().flatten() for own, was in zip(grids, first, strict=True)]).median().item()
-        if grids
-        else None,
+        _moved(grids, first),
     )
+
+
+@torch.no_grad()
+def _moved(scales: list[Tensor], first: list[Tensor]) -> float | None:
+    """The median share by which scales are others than at first; None where there are none."""
+    if not scales:
+        return None
+    return torch.cat([(own / was - 1).abs().flatten() for own, was in zip(scales, first, strict=True)]).median().item()
 
 
 def _sign(files: Path, checkpoint: Path) -> None:

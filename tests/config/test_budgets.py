@@ -40,6 +40,16 @@ def test_the_rate_rises_and_falls():
     assert [extended.rate(step) for step in (19, 20, 22)] == pytest.approx([rates[19], 1 / 3, 1.0])
 
 
+def test_a_constant_schedule_rises_as_the_other_and_stays():
+    constant = dataclasses.replace(BUDGET, steps=20, warmup=0.2, schedule="constant")
+    assert [constant.rate(step) for step in range(20)] == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 16)
+    assert (
+        dataclasses.replace(constant, warmup=0.0).rate(0) == dataclasses.replace(constant, warmup=0.0).rate(19) == 1.0
+    )
+    extended = dataclasses.replace(constant, steps=30, extended_from=(20,))
+    assert [extended.rate(step) for step in (19, 20, 21, 22)] == pytest.approx([1.0, 1 / 3, 2 / 3, 1.0])
+
+
 def test_the_held_out_loss_is_measured_at_the_quarters_of_each_part():
     assert [step for step in range(1, 9) if BUDGET.measured_at(step)] == [2, 4, 6, 8]
     extended = dataclasses.replace(BUDGET, steps=12, extended_from=(8,))
@@ -53,6 +63,10 @@ def test_the_held_out_loss_is_measured_at_the_quarters_of_each_part():
         ({"max_grad_norm": 0.0}, "max_grad_norm: 0.0"),
         ({"weight_decay": -0.1}, "weight_decay: -0.1"),
         ({"warmup": 1.0}, "warmup: 1.0"),
+        ({"grid_rate": 1.0}, "grid_rate: 1.0 is not allowed; use a share from 0 to below 1"),
+        ({"grid_rate": -0.1}, "grid_rate: -0.1 is not allowed"),
+        ({"grid_rate": "1e-3"}, "grid_rate: '1e-3' is not allowed"),
+        ({"schedule": "linear"}, "schedule: 'linear' is not known; use one of cosine, constant"),
         ({"extended_from": (4, 4)}, r"extended_from: \(4, 4\) is not allowed"),
     ],
 )

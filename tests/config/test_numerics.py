@@ -51,6 +51,10 @@ def levels_that_round_down(patch):
     patch.setattr(grids, "_levels", lambda rows, *rest: original(rows - 0.02 * rows.abs().amax(-1, True), *rest))
 
 
+def another_start_of_learned_steps(patch):
+    patch.setattr(grids, "TRIED_STEPS", 6)
+
+
 def a_loss_of_the_other_direction(patch):
     original = losses.soft_logit_loss
 
@@ -151,6 +155,7 @@ def another_middle_of_the_codes(patch):
 CHANGES = [
     ("grids", a_larger_scale),
     ("grids", levels_that_round_down),
+    ("weight grids", another_start_of_learned_steps),
     ("distillation", a_loss_of_the_other_direction),
     ("hidden states", states_that_are_not_divided),
     ("learned grids", another_first_scale),

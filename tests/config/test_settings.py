@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studylib.config.settings import FLOATS, INTEGER_FORMATS, Adapter, BitWidths, Format, Grid, Scheme
+from studylib.config.settings import FLOATS, GRIDS, INTEGER_FORMATS, Adapter, BitWidths, Format, Grid, Scheme
 
 BITS = range(2, 9)
 ALL = [
@@ -65,6 +65,7 @@ def test_titles():
     ]
     assert Format("nf", 3, 32).title == "NF3, groups of 32"
     assert Format("nf", double=True).title == "NF4 + DQ"
+    assert Format("int-full", 3, 128).title == "full-range Int3, groups of 128"
     assert Format("affine", group=None, scale_bits=16).title == "affine Int4, per channel, 16-bit scales"
     assert len({format.title for format in VARIANTS}) == len(VARIANTS)
 
@@ -72,7 +73,7 @@ def test_titles():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "nf5"}, "format: 'nf5' is not known; use one of nf, fp-e2m1, fp-bnb, fp-e3m0, int, affine"),
+        ({"kind": "nf5"}, "format: 'nf5' is not known; use one of nf, fp-e2m1, fp-bnb, fp-e3m0, int, int-full, affine"),
         ({"kind": "nf", "bits": 5}, "bits: 5 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "nf", "bits": 4.0}, "bits: 4.0 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "nf", "bits": 8}, "bits: 8 is not allowed for 'nf'; use 2 or 3 or 4"),
@@ -127,8 +128,6 @@ def test_schemes_that_make_no_sense_are_refused():
         ({"grid": "minmax"}, "'minmax' is not known; use one of symmetric, asymmetric"),
         ({"cache_scale": "layer"}, "'layer' is not known"),
         ({"keys": "rotated"}, "'rotated' is not known"),
-        ({"grid": "lsq", "keys": "after-rotary"}, "does not go with the grid 'lsq'"),
-        ({"grid": "lsq", "group": 32}, "group: 32 does not go with the grid 'lsq'"),
     ):
         with pytest.raises(ValueError, match=named):
             Scheme(**arguments)
@@ -138,6 +137,26 @@ def test_levels_of_a_grid():
     assert (Grid(4).low, Grid(4).high, Grid(4, "asymmetric").low, Grid(4, "asymmetric").high) == (-7, 7, 0, 15)
     assert (Grid(2, "lsq").low, Grid(8, "statsq").high) == (-1, 127)
     assert Format("affine", 3, 32).grid == Grid(3, "asymmetric", 32) and Format("int", 8, None).grid == Grid(8)
+
+
+def test_full_range_grids_have_a_level_more_below_zero():
+    for bits in BITS:
+        assert (Grid(bits, "full-range").low, Grid(bits, "full-range").high) == (
+            -(2 ** (bits - 1)),
+            2 ** (bits - 1) - 1,
+        )
+    assert Format("int-full", 3, 32).grid == Grid(3, "full-range", 32) and Grid(4, "full-range").symmetric
+
+
+def test_activations_and_cache_beside_a_grid_of_weights_are_symmetric():
+    assert {grid: Scheme(grid).on_the_fly for grid in GRIDS} == {
+        "symmetric": "symmetric",
+        "asymmetric": "asymmetric",
+        "full-range": "full-range",
+        "statsq": "symmetric",
+        "lsq": "symmetric",
+        "paretoq": "symmetric",
+    }
 
 
 def test_a_group_has_to_divide_a_row():

@@ -23,7 +23,7 @@ BLOCK, RANK = 16, 4
 def settings(method, rank=RANK, **adapter):
     return {
         "format": find(method).usual_format(4, BLOCK),
-        "adapter": None if method == "qat" else Adapter(rank, **adapter),
+        "adapter": Adapter(rank, **adapter) if "adapter" in find(method).needs else None,
     }
 
 
@@ -66,6 +66,8 @@ def prepared(config, monkeypatch):
         ("llama", "l4q", False, 2, 24, torch.bfloat16),
         ("llama", "qat", False, 1, 8, torch.bfloat16),
         ("llama", "qat", True, 2, 24, torch.float32),
+        ("llama", "lsq", False, 1, 8, torch.bfloat16),
+        ("qwen2", "lsq", True, 2, 24, torch.float32),
         ("mistral", "lora", True, 3, 17, torch.bfloat16),
         ("mistral", "qlora", False, 1, 24, torch.float32),
         ("mistral", "l4q", True, 2, 24, torch.bfloat16),
@@ -87,6 +89,9 @@ def test_a_plan_is_what_is_measured(config, prepared, family, method, checkpoint
     [
         ("qlora", Format("nf", 3, BLOCK, True), Adapter(RANK, dropout=0.1, layers="q_proj+v_proj")),
         ("qlora", Format("int", 4, None), Adapter(RANK, kind="loftq")),
+        ("qlora", Format("int-full", 4, BLOCK), Adapter(RANK)),
+        *((method, Format("affine", 4, BLOCK), Adapter(RANK)) for method in ("qa-lora", "qat-lora", "l4q")),
+        *((method, Format("affine", 4, BLOCK), None) for method in ("qat", "lsq")),
         ("lora", None, Adapter(RANK, kind="dora")),
         ("lora", None, Adapter(RANK, kind="pissa")),
     ],
@@ -244,6 +249,7 @@ def test_a_name_that_leads_nowhere(name, message):
         ({"length": 65}, "length: 65 tokens is longer than the model's context of 64"),
         ({"dtype": torch.float16}, "dtype: torch.float16 is not allowed; use torch.bfloat16 or torch.float32"),
         ({"method": "gptq+lora"}, "method: 'gptq\\+lora' calibrates on tokens; .* plan 'lora' for it"),
+        ({"method": "gptq+qa-lora"}, "method: 'gptq\\+qa-lora' calibrates on tokens; .* plan 'lora' for it"),
         ({"adapter": Adapter(RANK, kind="dora")}, "kind: 'dora' cannot be planned on NF4, groups of 16"),
         ({"method": "lorax"}, "method: 'lorax' is not known"),
         ({"format": Format("nf", 4, 7)}, "group: 7 does not divide the row length 32"),
@@ -268,7 +274,7 @@ def test_bad_input_of_a_measurement(config, arguments, message):
         measure(models.skeleton(config("llama")).requires_grad_(False), *arguments)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "qa-lora", "qat-lora", "l4q", "qat"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "qa-lora", "qat-lora", "l4q", "qat", "lsq"])
 def test_what_is_deployed_is_counted_without_weights(config, monkeypatch, method):
     monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
     model = models.skeleton(config("llama"))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from studylib.config.budgets import (
+    CONSTANT,
     CORPORA,
     LOGIT_LOSSES,
     Budget,
@@ -29,7 +30,19 @@ from studylib.config.budgets import (
     Tuning,
 )
 from studylib.config.numerics import NUMERICS
-from studylib.config.settings import ADAPTER_KINDS, GRIDS, INITS, MERGES, Adapter, Format, Grid, Scheme
+from studylib.config.settings import (
+    ADAPTER_KINDS,
+    AFFINE,
+    FULL,
+    INITS,
+    LEARNED,
+    MERGES,
+    OF_WEIGHTS,
+    Adapter,
+    Format,
+    Grid,
+    Scheme,
+)
 from studylib.data import corpora, generation, models, prompts
 from studylib.quant import formats, grids, kernel, layers, learned, storage
 
@@ -168,20 +181,17 @@ def of_evaluation() -> Iterator[float]:
 def of_grids() -> Iterator[float]:
     x = normal(32, 128)
     for bits in (2, 3, 4, 8):
-        for kind in GRIDS:
+        for kind in ("symmetric", "asymmetric", "full-range"):
             for group in (None, 32):
-                grid = Grid(bits, kind, group)
-                step = grids.initial_step(grids.mean_magnitude(grid.rows(x)), grid) if kind == "lsq" else None
-                found = grids.quantize(x, grid, step)
+                found = grids.quantize(x, Grid(bits, kind, group))
                 yield from (*summary(found.dequantize()), *summary(found.scale))
                 if found.zero is not None:
                     yield from summary(found.zero)
     upstream = normal(32, 128, seed=1)
-    for kind, mask in (("symmetric", None), ("symmetric", 1.0), ("statsq", None), ("lsq", None)):
+    for mask in (None, 1.0):
         own = x.clone().requires_grad_()
-        step = torch.full((32, 1), 0.3, requires_grad=True) if kind == "lsq" else None
-        grids.fake_quantize(own, Grid(4, kind), mask, step).backward(upstream)
-        yield from (*summary(own.grad), *([] if step is None else summary(step.grad)))
+        grids.fake_quantize(own, Grid(4), mask).backward(upstream)
+        yield from summary(own.grad)
     plain = logits(tiny(opinionated=True))
     for bits, scheme in (
         ("8-16-16", Scheme()),
@@ -189,12 +199,31 @@ def of_grids() -> Iterator[float]:
         ("16-8-16", Scheme()),
         ("16-16-4", Scheme()),
         ("16-16-4", Scheme(cache_scale="head", keys="after-rotary")),
-        ("8-8-8", Scheme("lsq")),
     ):
-        model = layers.quantize_model(tiny(opinionated=True), bits, scheme, tokens=tokens())
+        model = layers.quantize_model(tiny(opinionated=True), bits, scheme)
         yield from summary(logits(model) - plain)
         yield from (storage.stored_bytes(model), layers.cache_bytes_per_token(tiny(), bits, scheme))
     yield from summary(weights(layers.round_to_nearest(tiny(), "4-8-4")))
+
+
+def of_weight_grids() -> Iterator[float]:
+    x, upstream = normal(32, 128), normal(32, 128, seed=1)
+    for kind in OF_WEIGHTS:
+        for bits in (2, 3, 4, 8):
+            for group in (None, 32):
+                grid = Grid(bits, kind, group)
+                step = grids.initial_step(x, grid) if kind in LEARNED else None
+                found = grids.quantize(x, grid, step)
+                yield from (*summary(found.dequantize()), *summary(found.scale))
+        own = x.clone().requires_grad_()
+        step = torch.full((32, 1), 0.3, requires_grad=True) if kind in LEARNED else None
+        grids.fake_quantize(own, Grid(4, kind), step=step).backward(upstream)
+        yield from (*summary(own.grad), *([] if step is None else summary(step.grad)))
+    plain = logits(tiny(opinionated=True))
+    for bits, scheme in (("4-16-16", Scheme("statsq")), ("8-8-8", Scheme("lsq")), ("4-8-8", Scheme("paretoq", 32))):
+        model = layers.quantize_model(tiny(opinionated=True), bits, scheme)
+        yield from summary(logits(model) - plain)
+        yield from (storage.stored_bytes(model), layers.cache_bytes_per_token(tiny(), bits, scheme))
 
 
 def of_formats() -> Iterator[float]:
@@ -206,6 +235,7 @@ def of_formats() -> Iterator[float]:
         ("fp-e3m0", (4,)),
         ("int", (2, 3, 4, 8)),
         ("affine", (2, 3, 4, 8)),
+        ("int-full", (2, 3, 4, 8)),
     ):
         for bits in widths:
             for group, double, scale_bits in ((64, False, 32), (32, True, 32), (32, False, 16), (None, False, 32)):
@@ -273,20 +303,22 @@ def of_training() -> Iterator[float]:
         Budget(20, 2, 1.0),
         Budget(20, 2, 1.0, warmup=0.2),
         Budget(30, 2, 1.0, warmup=0.2, extended_from=(20,)),
+        Budget(20, 2, 1.0, warmup=0.2, schedule=CONSTANT),
     ):
         yield from (budget.rate(step) for step in range(0, budget.steps, 3))
         yield from (step for step in range(1, budget.steps + 1) if budget.measured_at(step))
-    model = tiny(opinionated=True)
-    examples, before = [{"tokens": row} for row in tokens(8, 12)], copied(model)
+    examples = [{"tokens": row} for row in tokens(8, 12)]
 
-    def loss(tokens: Tensor) -> dict[str, Tensor]:
+    def loss(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
         return {"loss": model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.square().sum(-1).mean()}
 
+    model = tiny(opinionated=True)
+    before = copied(model)
     with tempfile.TemporaryDirectory() as folder:
         budget = Budget(4, 2, 1e-3, max_grad_norm=0.5, weight_decay=0.1, warmup=0.25)
         log = fit(
             model,
-            lambda tokens: {"loss": loss(tokens)["loss"] + model.lm_head.weight.square().mean()},
+            lambda tokens: {"loss": loss(model, tokens)["loss"] + model.lm_head.weight.square().mean()},
             examples,
             budget,
             folder,
@@ -294,6 +326,12 @@ def of_training() -> Iterator[float]:
             held_out_loss=lambda: model.lm_head.weight.abs().mean(),
         )
     yield from trained_by(model, log, before)
+    learned.l4q_model(tuned := tiny(opinionated=True), 4, group=32)
+    before = copied(tuned)
+    with tempfile.TemporaryDirectory() as folder:
+        budget = Budget(3, 2, 1e-3, grid_rate=0.02, schedule=CONSTANT)
+        log = fit(tuned, lambda tokens: loss(tuned, tokens), examples, budget, folder, tokens_per_step=24)
+    yield from (*trained_by(tuned, log, before), log.moved)
 
 
 def of_distillation() -> Iterator[float]:
@@ -395,7 +433,7 @@ def of_fine_tuning() -> Iterator[float]:
 def of_learned_grids() -> Iterator[float]:
     weight = normal(32, 96) * 0.1 + 0.02
     for bits in learned.BITS:
-        for init in INITS:
+        for init in (*INITS, AFFINE):
             for group in (None, 32):
                 scale, offset = learned.initial_grid(weight, bits, group, init)
                 yield from (*summary(scale), *summary(offset))
@@ -407,8 +445,10 @@ def of_learned_grids() -> Iterator[float]:
         layer.lora_B.data = normal(32, 4, seed=1) * 0.05
         layer.scale.data *= 0.7
         alone = learned.LearnedGridLinear(copy.deepcopy(linear), bits, 32, torch.float32)
+        steps = learned.LearnedGridLinear(copy.deepcopy(linear), bits, 32, torch.float32, offsets=False)
         alone.scale.data *= 0.7
-        for own in (layer, alone):
+        steps.scale.data *= 0.7
+        for own in (layer, alone, steps):
             x = normal(20, 96, seed=2).requires_grad_()
             y = own(x)
             y.backward(normal(20, 32, seed=4))
@@ -435,8 +475,10 @@ def of_ptq() -> Iterator[float]:
         lambda model: ptq.smoothquant(model, text),
         lambda model: ptq.smoothquant(model, text, strength=0.8),
         lambda model: ptq.gptq(model, "4-16-16", text),
-        lambda model: ptq.gptq(model, "3-16-16", text, group=16, symmetric=False),
+        lambda model: ptq.gptq(model, "3-16-16", text, Format(AFFINE, 3, 16)),
         lambda model: ptq.awq(model, "4-16-16", text),
+        lambda model: ptq.gptq(model, "4-16-16", text, Format(FULL, 4, 16)),
+        lambda model: ptq.awq(model, "3-16-16", text, Format(FULL, 3, 16)),
     ):
         model = apply(copy.deepcopy(plain))
         yield from summary(weights(model))
@@ -465,6 +507,7 @@ VALUES: dict[str, Callable[[], Iterable[float]]] = {
     "corpora": of_corpora,
     "evaluation": of_evaluation,
     "grids": of_grids,
+    "weight grids": of_weight_grids,
     "formats": of_formats,
     "generation": of_generation,
     "training": of_training,

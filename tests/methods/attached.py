@@ -9,16 +9,18 @@ from studylib.methods.lora import FineTuned
 
 TUNED = [name for name, method in METHODS.items() if isinstance(method, FineTuned)]
 tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(1))
-NF4, AFFINE = Format("nf", 4, 32), Format("affine", 4, 32)
+NF4, FULL, AFFINE = Format("nf", 4, 32), Format("int-full", 4, 32), Format("affine", 4, 32)
 SMALL = Adapter(rank=4)
 SETTINGS = {  # one format and adapter for each method; the blocks divide the layers' 64 and 160 inputs
     "lora": {"adapter": SMALL},
     "qlora": {"format": NF4, "adapter": SMALL},
     "qa-lora": {"format": AFFINE, "adapter": SMALL},
+    "gptq+qa-lora": {"format": FULL, "adapter": SMALL, "tokens": tokens},
     "qat-lora": {"format": AFFINE, "adapter": SMALL},
-    "l4q": {"format": AFFINE, "adapter": SMALL},
+    "l4q": {"format": FULL, "adapter": SMALL},
     "gptq+lora": {"format": AFFINE, "adapter": SMALL, "tokens": tokens},
-    "qat": {"format": Format("int", 4, 32)},
+    "qat": {"format": FULL},
+    "lsq": {"format": FULL},
     "efficientqat": {"format": AFFINE, "tokens": tokens},
 }
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from attached import AFFINE, NF4, SETTINGS, SMALL, TUNED, logits, loss_of, stir, tokens, train, trained_names
+from attached import AFFINE, FULL, NF4, SETTINGS, SMALL, TUNED, logits, loss_of, stir, tokens, train, trained_names
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -41,9 +41,11 @@ def test_every_method_trains_what_it_should_and_nothing_else(tiny_model, monkeyp
     assert attach(tiny_model, method, **SETTINGS[method]) is tiny_model
     parts = {
         "qat": ("weight",),
+        "lsq": ("weight", "scale"),
         "l4q": ("lora_A", "lora_B", "scale", "offset"),
         "qa-lora": ("lora_A", "lora_B"),
         "efficientqat": ("scale",),
+        "gptq+qa-lora": ("lora_A", "lora_B"),
         "qat-lora": ("lora_A.default.weight", "lora_B.default.weight", "base_layer.scale", "base_layer.offset"),
     }.get(method, ("lora_A.default.weight", "lora_B.default.weight"))
     assert trained_names(tiny_model) == {f"{name}.{part}" for name in names for part in parts}
@@ -104,10 +106,16 @@ def test_other_methods_start_as_their_bases(tiny_model, fp32):
     exact = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(start("lora"), logits(tiny_model), **exact)
     torch.testing.assert_close(start("qa-lora"), logits(encode_model(copy.deepcopy(tiny_model), AFFINE)), **exact)
-    torch.testing.assert_close(start("qat-lora"), start("l4q"), **exact)
-    torch.testing.assert_close(
-        start("qat"), logits(encode_model(copy.deepcopy(tiny_model), Format("int", 4, 32))), **exact
-    )
+    for format in (FULL, AFFINE):
+        started = start("qat-lora", format=format, adapter=SMALL)
+        torch.testing.assert_close(started, start("l4q", format=format, adapter=SMALL), **exact)
+        torch.testing.assert_close(started, start("lsq", format=format), **exact)
+        rounded = logits(encode_model(copy.deepcopy(tiny_model), format))
+        torch.testing.assert_close(start("qat", format=format), rounded, **exact)
+        if format is AFFINE:  # else L4Q's start uses one end of the range, and GPTQ's grid neither
+            torch.testing.assert_close(started, rounded, rtol=1e-4, atol=1e-5)
+    gptq = start("gptq+lora", format=FULL, adapter=SMALL, tokens=tokens)
+    torch.testing.assert_close(start("gptq+qa-lora"), gptq, **exact)
     torch.testing.assert_close(
         start("lora", adapter=Adapter(4, kind="pissa")), logits(tiny_model), rtol=1e-4, atol=1e-5
     )
@@ -258,6 +266,39 @@ def test_qa_lora_merges_into_the_zero_points_exactly(tiny_model, fp32):
     torch.testing.assert_close(change, change[..., :1].expand_as(change), rtol=0, atol=1e-12)  # a zero point a group
 
 
+@pytest.mark.parametrize("format", [FULL, AFFINE], ids=lambda format: format.title)
+def test_qa_lora_on_a_base_of_gptq_deploys_what_it_computed(tiny_model, fp32, format):
+    attach(tiny_model, "gptq+qa-lora", format=format, adapter=SMALL, tokens=tokens)
+    stir(tiny_model)
+    x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1))
+    layer = tiny_model.model.layers[1].mlp.down_proj
+    stored, base = layer.codes(), layer.base.codes()
+    assert layer.group == 32 and stored.zeros is None and torch.equal(stored.codes, base.codes)
+    torch.testing.assert_close(F.linear(x, stored.decode()), layer(x), rtol=1e-5, atol=1e-5)
+    change = (stored.decode().double() - base.decode().double()).view(64, 5, 32)
+    torch.testing.assert_close(change, change[..., :1].expand_as(change), rtol=0, atol=1e-6)  # one number a group
+    before = logits(tiny_model)
+    torch.testing.assert_close(logits(merge(tiny_model)), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [FULL, AFFINE], ids=lambda format: format.title)
+def test_qat_with_learned_steps_has_the_gradients_of_autograd_in_float64(tiny_model, fp32, format):
+    attach(tiny_model, "lsq", format=format)
+    layer = tiny_model.model.layers[0].mlp.down_proj
+    assert (layer.offset is None) == (format is FULL)
+    layer.scale.data *= 0.6  # some weights are clipped now
+    x, dy = (torch.randn(7, width, generator=torch.Generator().manual_seed(width)) for width in (160, 64))
+    layer(x).backward(dy)
+    weight, scale = (p.detach().double().requires_grad_() for p in (layer.weight, layer.scale))
+    offset = 0 if layer.offset is None else layer.offset.detach().double()
+    w = ((weight.view(64, 5, 32) - offset) / scale).clamp(-8, 7)
+    exact = F.linear(x.double(), ((w + (w.round() - w).detach()) * scale + offset).flatten(1))
+    exact.backward(dy.double())
+    assert 0.01 < (weight.grad == 0).double().mean() < 0.5
+    torch.testing.assert_close(layer.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.scale.grad.double(), scale.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_qat_lora_learns_scale_and_offset_by_the_gradients_of_the_l4q_paper(tiny_model):
     layer = LearnedGridLinear(tiny_model.model.layers[0].mlp.down_proj, 3, 32, torch.float32).double()
     layer.scale.data *= 0.6  # some weights are clipped now
@@ -287,22 +328,29 @@ def test_qat_lora_learns_scale_and_offset_by_the_gradients_of_the_l4q_paper(tiny
         ("lora", {"format": NF4}, "format: NF4, groups of 32 is not allowed for 'lora'"),
         ("lora", {"adapter": None}, "adapter: missing for 'lora'"),
         ("qat", {"adapter": SMALL}, "adapter: not allowed for 'qat'"),
-        ("qa-lora", {"format": NF4}, "format: 'nf' is not allowed for 'qa-lora'; use 'affine'"),
-        ("qat", {"format": NF4}, "format: 'nf' is not allowed for 'qat'; use 'int' or 'affine'"),
-        ("l4q", {"format": Format("int", 4, 32)}, "format: 'int' is not allowed for 'l4q'; use 'affine'"),
+        ("qa-lora", {"format": NF4}, "format: 'nf' is not allowed for 'qa-lora'; use 'int-full' or 'affine'"),
+        ("qat", {"format": Format("int", 4, 32)}, "format: 'int' is not allowed for 'qat'; use 'int-full' or 'aff"),
+        ("lsq", {"format": NF4}, "format: 'nf' is not allowed for 'lsq'; use 'int-full' or 'affine'"),
+        ("l4q", {"format": Format("int", 4, 32)}, "format: 'int' is not allowed for 'l4q'; use 'int-full' or 'aff"),
+        (
+            "l4q",
+            {"adapter": Adapter(4, init="l4q")},
+            "init: 'l4q' is how scales of full-range Int4, groups of 32 start by default; leave it out",
+        ),
         (
             "l4q",
             {"format": Format("affine", 4, 32, double=True)},
             r"\+ DQ, groups of 32 is not allowed for 'l4q'; use fp32",
         ),
-        ("gptq+lora", {"format": NF4}, "format: 'nf' is not allowed for 'gptq\\+lora'; use 'int' or 'affine'"),
+        ("gptq+lora", {"format": NF4}, "format: 'nf' is not allowed for 'gptq\\+lora'; use 'int-full' or 'aff"),
         ("gptq+lora", {"tokens": None}, "tokens: missing; its base is calibrated on them"),
         ("qlora", {"tokens": tokens}, "tokens: 'qlora' takes none"),
         ("qlora", {"format": Format("nf")}, "group: 64 does not divide the row length 160"),
         ("l4q", {"format": Format("affine", 4, 48)}, "group: 48 does not divide the row length 64"),
         ("lora", {"adapter": Adapter(4, kind="loftq")}, "kind: 'loftq' is not allowed for 'lora', whose base"),
         ("qa-lora", {"adapter": Adapter(4, kind="dora")}, "kind: 'dora' is not allowed for 'qa-lora'; use 'lora'"),
-        ("qlora", {"adapter": Adapter(4, init="symmetric")}, "init: 'symmetric' is not allowed for 'qlora'; use 'l4q'"),
+        ("qlora", {"adapter": Adapter(4, init="symmetric")}, "init: 'symmetric' is not allowed for 'qlora'; use None"),
+        ("qat-lora", {"adapter": Adapter(4, init="lsq+")}, "init: 'lsq\\+' is not allowed for 'qat-lora'; use None"),
         ("l4q", {"adapter": Adapter(4, dropout=0.1)}, "dropout: 0.1 is not allowed for 'l4q'; use 0"),
         (
             "lora",

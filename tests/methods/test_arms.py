@@ -26,7 +26,10 @@ from studylib.methods.base import METHODS
 from studylib.study.records import arm_key
 
 SMOKE, FULL = profile("smoke"), profile("full")
-QAT, TUNED = build_arm(SMOKE, "m", "llm-qat", "4-8-4"), build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("affine"))
+QAT, TUNED = (
+    build_arm(SMOKE, "m", "llm-qat", "4-8-4"),
+    build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("int-full")),
+)
 QLORA = build_arm(SMOKE, "m", "qlora", "4-16-16", format=Format("nf", double=True))
 
 
@@ -44,7 +47,7 @@ CHANGED = {  # for each field an arm without a change, one with this change alon
     "training.scale": (QAT, part(QAT, "training", scale="batchmean"), "batchmean", "loss scale batchmean"),
     "training.mask": (QAT, part(QAT, "training", mask=2.0), 2.0, "gradient mask ±2"),
     "training.masters": (QAT, part(QAT, "training", masters="bf16"), "bf16", "bf16 masters"),
-    "scheme.grid": (QAT, dataclasses.replace(QAT, scheme=Scheme(grid="statsq")), "statsq", "StatsQ clipping"),
+    "scheme.grid": (QAT, dataclasses.replace(QAT, scheme=Scheme(grid="statsq")), "statsq", "StatsQ weights"),
     "scheme.group": (QAT, dataclasses.replace(QAT, scheme=Scheme(group=32)), 32, "weights in groups of 32"),
     "scheme.cache_scale": (
         QAT,
@@ -112,6 +115,13 @@ def test_each_change_alone_makes_another_setting_in_fields_and_in_words(field):
     hash(after)
 
 
+def test_a_rank_counts_as_changed_where_it_is_not_the_usual_one_of_its_method():
+    usual = build_arm(SMOKE, "m", "qa-lora", "4-16-16", format=Format("int-full"))
+    assert Setting.of(usual).changes == () and usual.adapter.rank == 32
+    other = part(usual, "adapter", rank=16, alpha=16.0)
+    assert Setting.of(other).changes == (("adapter.rank", 16),) and title(other) == "QA-LoRA 4-16-16 (rank 16)"
+
+
 def test_no_two_changes_are_called_the_same():
     assert len({words for *_, words in CHANGED.values()}) == len(CHANGED)
 
@@ -120,7 +130,7 @@ def test_changes_together_come_in_one_order_with_a_comma():
     both = part(dataclasses.replace(QAT, scheme=Scheme(grid="lsq")), "training", loss="labels", masters="bf16")
     own = Setting.of(both)
     assert [field for field, _ in own.changes] == ["training.loss", "training.masters", "scheme.grid"]
-    assert own.variant == "loss labels, bf16 masters, LSQ"
+    assert own.variant == "loss labels, bf16 masters, LSQ weights"
     given = {"scheme.grid": "lsq", "training.masters": "bf16", "training.loss": "labels"}
     assert own == setting("llm-qat", "4-8-4", given)
 
@@ -200,7 +210,9 @@ def test_an_arm_has_the_parts_that_its_method_needs_and_no_others(method):
             SMOKE.tuning, learning_rate=SMOKE.tuning.learning_rate * own.relative_rate
         )
     assert arm.decoding in (None, SMOKE.decoding) and isinstance(SMOKE.decoding, Decoding)
-    assert arm.adapter in (None, Adapter())
+    assert arm.adapter == own.usual_adapter() and Setting.of(arm).changes == (("format", format),) * (
+        method == "encoded"
+    )
 
 
 def test_fields_of_a_budget_can_be_changed():
@@ -327,5 +339,5 @@ def test_arms_come_in_the_order_of_tables():
 def test_seedless_arms_are_equal_where_they_differ_in_no_more():
     first, second = (build_arm(SMOKE, "m", "llm-qat", "4-8-4", seed) for seed in (0, 1))
     assert first != second and seedless(first) == seedless(second) == first
-    tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("affine"))
+    tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("int-full"))
     assert seedless(tuned) == TUNED and seedless(build_arm(SMOKE, "m", "rtn", "4-8-4")).data is None

@@ -10,7 +10,7 @@ import torch
 from studylib.config.arm import PARTS, Arm
 from studylib.config.budgets import NOTHING, Evaluation, Sampling, Training, profile
 from studylib.config.numerics import NUMERICS, versions
-from studylib.config.settings import REQUANTIZED, Adapter, Format, Grid, Scheme
+from studylib.config.settings import LEARNED, OF_WEIGHTS, REQUANTIZED, Adapter, Format, Grid, Scheme
 from studylib.data import models
 from studylib.methods import base
 from studylib.methods.arms import Setting, build_arm, order, title
@@ -73,9 +73,11 @@ def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
         "qlora",
         "gptq+lora",
         "qa-lora",
+        "gptq+qa-lora",
         "qat-lora",
         "l4q",
         "qat",
+        "lsq",
         "efficientqat",
     ]
     assert all(find(name) is method and method.name == name for name, method in METHODS.items())
@@ -103,16 +105,25 @@ def test_looks_are_told_apart_within_a_paper():
 def test_usual_formats():
     assert find("qlora").usual_format() == Format("nf", 4, 64, True)
     assert find("qlora").usual_format(3, 32, double=False) == Format("nf", 3, 32, False)
-    for name in ("l4q", "qa-lora", "qat-lora", "gptq+lora", "qat", "4-bit kernel"):
-        assert find(name).usual_format(3, 32) == Format("affine", 3, 32)
+    for name in ("l4q", "qa-lora", "gptq+qa-lora", "qat-lora", "gptq+lora", "qat", "lsq"):
+        assert find(name).usual_format(3, 32) == Format("int-full", 3, 32)
+    assert find("4-bit kernel").usual_format(4, 32) == Format("affine", 4, 32)
     for name in ("lora", "rtn", "llm-qat", "encoded"):
         assert find(name).usual_format(4, 32) is None
     with pytest.raises(ValueError, match="bits: 5 is not allowed"):
         find("l4q").usual_format(5)
 
 
+def test_usual_adapters():
+    assert find("l4q").usual_adapter() == find("qlora").usual_adapter() == Adapter()
+    for name in ("qa-lora", "gptq+qa-lora"):  # the same scaling, twice the rank
+        assert find(name).usual_adapter() == Adapter(2 * Adapter().rank, 2 * Adapter().alpha)
+
+
 def test_an_unknown_method_is_one_line_with_the_names_there_are():
-    with pytest.raises(ValueError, match=r"^method: 'gpt' is not known; use one of full-precision, rtn, .*l4q, qat$"):
+    with pytest.raises(
+        ValueError, match=r"^method: 'gpt' is not known; use one of full-precision, rtn, .*l4q, qat, lsq, efficientqat$"
+    ):
         find("gpt")
     arm = Arm("m", "gpt", "4-8-4", NOTHING)
     with pytest.raises(ValueError, match=r"^method: 'gpt' is not known"):
@@ -171,11 +182,17 @@ def test_each_part_is_there_where_it_is_needed_and_nowhere_else(method, part):
         with pytest.raises(ValueError, match=rf"^{part}: is missing, but '.*' needs it$") as caught:
             method.check(dataclasses.replace(arm, **{part: None}))
     else:
+        given = dataclasses.replace(arm, **{part: GIVEN[part]})
+        if part in method.takes and method.name != "lora":  # GPTQ and AWQ, of weights alone
+            method.check(dataclasses.replace(given, bits="4-16-16"))
+            with pytest.raises(ValueError, match=r"^bits: 4-8-4 does not go with the format affine Int4; use 4-16-16$"):
+                method.check(given)
+            return
         message = (
             "format: .* is not allowed for 'lora'" if part in method.takes else f"{part}: is given, but '.*' takes"
         )
         with pytest.raises(ValueError, match=rf"^{message}") as caught:
-            method.check(dataclasses.replace(arm, **{part: GIVEN[part]}))
+            method.check(given)
     assert method.name in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -185,15 +202,21 @@ def test_schemes_merges_and_bits_are_checked(method):
     other = dataclasses.replace(arm, scheme=Scheme("statsq"))
     if "scheme" in method.takes:
         method.check(other)
+        for grid in OF_WEIGHTS if "training" in method.needs else ("statsq",):
+            with pytest.raises(
+                ValueError, match=f"^grid: '{grid}' is one of weights, which 16-8-4 leaves as they are$"
+            ):
+                method.check(dataclasses.replace(arm, scheme=Scheme(grid), bits="16-8-4"))
     else:
         with pytest.raises(ValueError, match=r"^scheme: '.*' takes none; its grids are its own$"):
             method.check(other)
-    learned = dataclasses.replace(arm, scheme=Scheme("lsq"))
-    if "training" in method.needs:
-        method.check(learned)
-    elif "scheme" in method.takes:
-        with pytest.raises(ValueError, match=r"^grid: 'lsq' is learned in training, which '.*' has none of"):
+    for grid in LEARNED:
+        learned = dataclasses.replace(arm, scheme=Scheme(grid, 32, "head", "after-rotary"))
+        if "training" in method.needs:
             method.check(learned)
+        elif "scheme" in method.takes:
+            with pytest.raises(ValueError, match=f"^grid: '{grid}' is learned in training, which '.*' has none of"):
+                method.check(learned)
     merged = dataclasses.replace(arm, merge=REQUANTIZED)
     if isinstance(method, FineTuned) and method.keeps_adapter and method.name != "lora":
         method.check(merged)
@@ -235,11 +258,15 @@ def test_versions_are_those_of_the_components_that_an_arm_passes_through():
     assert parts("full-precision") == always
     assert parts("rtn") == always | {"grids"}
     assert parts("gptq") == always | {"grids", "ptq", "generation"}
-    assert parts("llm-qat") == always | {"grids", "generation", "training", "distillation"}
+    trained = always | {"grids", "generation", "training", "distillation"}
+    assert parts("llm-qat") == parts("llm-qat", scheme=Scheme("asymmetric", 32)) == trained
+    for grid in OF_WEIGHTS:  # arms on other grids keep their keys when these change
+        assert parts("llm-qat", scheme=Scheme(grid)) == trained | {"weight grids"}
     assert parts("encoded") == always | {"formats"}
     assert parts("4-bit kernel") == always | {"formats", "execution"}
     assert parts("lora") == always | {"training", "fine-tuning"}
-    assert parts("l4q") == always | {"training", "fine-tuning", "formats", "learned grids"}
+    for name in ("l4q", "qat-lora", "lsq"):
+        assert parts(name) == always | {"training", "fine-tuning", "formats", "learned grids"}
     assert isinstance(usual(find("gptq")).data, Sampling) and isinstance(usual(find("llm-qat")).training, Training)
     with pytest.raises(ValueError, match=r"^numerics: 'astrology' is not known; use some of models, corpora"):
         versions(usual(find("rtn")), ("astrology",))

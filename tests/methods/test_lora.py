@@ -33,14 +33,16 @@ ADAPTER, NF4 = Adapter(4, 4), Format("nf", 4, 32, double=True)
 
 
 def arm(method, bits="4-16-16", seed=0, **fields):
-    fields = {"adapter": None if method == "qat" else ADAPTER} | fields
+    fields = {"adapter": ADAPTER if "adapter" in find(method).needs else None} | fields
     if method not in ("lora", *fields):
         fields.setdefault("format", NF4 if method == "qlora" else find(method).usual_format(4, 32))
     rate = {"tuning": {"learning_rate": TUNING.learning_rate}}  # the same for all: each has to count here
     return build_arm(BUDGET, "tiny-random", method, bits, seed, **rate | fields)
 
 
-ARMS = {method: arm(method) for method in ("qlora", "qa-lora", "qat-lora", "l4q", "gptq+lora", "qat")}
+ARMS = {
+    method: arm(method) for method in ("qlora", "qa-lora", "gptq+qa-lora", "qat-lora", "l4q", "gptq+lora", "qat", "lsq")
+}
 ARMS |= {"lora": arm("lora", "16-16-16", format=None), "merged": arm("qlora", merge=REQUANTIZED)}
 ARMS["efficientqat"] = arm("efficientqat", adapter=None, tuning={"learning_rate": 5e-3, "grid_rate": 0.01})
 ARMS["dora"] = arm("qlora", adapter=dataclasses.replace(ADAPTER, kind="dora", layers="q_proj+v_proj"))
@@ -329,6 +331,8 @@ def test_an_instruction_file_without_enough_pairs_is_refused_first(tmp_path, row
         ("qlora", {"merge": "glued"}, "merge: 'glued' is not known"),
         ("l4q", {"merge": "requantized"}, "'requantized' is not allowed for 'l4q'"),
         ("l4q", {"format": NF4}, "format: 'nf' is not allowed for 'l4q'"),
+        ("l4q", {"adapter": Adapter(4, init="l4q")}, "init: 'l4q' is how scales of full-range Int4, .* leave it out"),
+        ("qa-lora", {"adapter": Adapter(4, init="l4q")}, "init: 'l4q' is not allowed for 'qa-lora'; use None"),
         ("lora", {"bits": "4-16-16"}, "bits: 4-16-16 does not go with 'lora'"),
         ("lora", {"format": NF4}, "format: NF4 .* DQ, groups of 32 is not allowed for 'lora'"),
         ("lora", {"merge": "requantized"}, "format: missing; 'requantized' rounds to one"),

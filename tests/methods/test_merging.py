@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from attached import AFFINE, NF4, SETTINGS, SMALL, TUNED, logits, stir, tokens, train
+from attached import AFFINE, FULL, NF4, SETTINGS, SMALL, TUNED, logits, stir, tokens, train
 
 from studylib.config.budgets import Log
 from studylib.config.settings import MERGES, Adapter, Format, Scheme
@@ -96,9 +96,9 @@ def test_peft_merges_a_16_bit_base_alike(tiny_model, fp32):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("method", ["qlora", "qa-lora", "qat-lora", "l4q", "gptq+lora", "qat"])
+@pytest.mark.parametrize("method", [method for method in TUNED if method != "lora"])
 def test_a_fully_quantized_model_has_few_values_in_each_group(tiny_model, fp32, method, bits):
-    settings = SETTINGS[method] | {"format": Format("int" if method == "qat" else "affine", bits, 32)}
+    settings = SETTINGS[method] | {"format": Format("affine" if method == "qlora" else "int-full", bits, 32)}
     attach(tiny_model, method, **settings)
     train(tiny_model, 3)
     merge(tiny_model, "adapter" if method in QUANTIZED else "requantized")
@@ -131,12 +131,12 @@ def test_trained_parameters_come_back_as_they_were(fp32, tmp_path, tiny_model):
 def deployed_bytes(model, method, format, adapter, how="adapter"):
     """Of what `method` deploys of a copy of the model."""
     settings = {"format": None if method == "lora" else format, "adapter": adapter}
-    settings["tokens"] = tokens if method == "gptq+lora" else None
+    settings["tokens"] = tokens if "data" in find(method).needs else None
     return stored_bytes(merge(attach(copy.deepcopy(model), method, **settings), how, format=format, original=model))
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("kind", ["nf", "fp-bnb", "int", "affine"])
+@pytest.mark.parametrize("kind", ["nf", "fp-bnb", "int", "int-full", "affine"])
 def test_bytes_are_those_of_the_stored_tensors(tiny_model, kind, double):
     for format in (Format(kind, 4, 32, double), Format(kind, 4, 32 if double else None, double)):
         base = stored_bytes(encode_model(copy.deepcopy(tiny_model), format))
@@ -152,7 +152,7 @@ def test_bytes_agree_with_those_of_quantized_layers(tiny_model):
     full = 2 * sum(parameter.numel() for parameter in tiny_model.parameters())
     assert stored_bytes(tiny_model) == full
     for format, scheme in (
-        (Format("int", 4, 32), Scheme(group=32)),
+        (FULL, Scheme("full-range", 32)),
         (Format("affine", 3, None), Scheme("asymmetric")),
     ):
         rounded = stored_bytes(quantize_model(copy.deepcopy(tiny_model), f"{format.bits}-16-16", scheme))
@@ -162,6 +162,8 @@ def test_bytes_agree_with_those_of_quantized_layers(tiny_model):
             zeros = groups if format.kind == "affine" else 0
             by_hand += (layer.weight.numel() + zeros) * format.bits // 8 + 4 * groups
         assert deployed_bytes(tiny_model, "qat", format, None) == rounded
+        if format is FULL:
+            assert deployed_bytes(tiny_model, "lsq", format, None) == rounded
         assert rounded == pytest.approx(by_hand, abs=14)  # rounded up a layer
     adapter = 2 * 4 * sum(layer.in_features + layer.out_features for layer in decoder_linears(tiny_model).values())
     assert deployed_bytes(tiny_model, "lora", None, SMALL) == full + adapter
@@ -177,6 +179,8 @@ def test_learned_grids_have_a_scale_and_an_offset_a_group(tiny_model):
     packed = rest + weights // 2 + weights // 32 * 8
     assert deployed_bytes(tiny_model, "l4q", AFFINE, SMALL) == packed
     assert deployed_bytes(tiny_model, "qa-lora", AFFINE, SMALL) == packed
+    assert deployed_bytes(tiny_model, "gptq+qa-lora", FULL, SMALL) == packed
+    assert deployed_bytes(tiny_model, "lsq", AFFINE, None) == packed
     adapter = 2 * 4 * sum(layer.in_features + layer.out_features for layer in linears)
     assert deployed_bytes(tiny_model, "qat-lora", AFFINE, SMALL) == packed + adapter
     some = deployed_bytes(tiny_model, "qa-lora", AFFINE, Adapter(4, layers="q_proj"))

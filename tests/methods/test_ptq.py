@@ -16,10 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from studylib.config.settings import Grid
+from studylib.config.settings import Format, Grid
 from studylib.data import corpora
 from studylib.methods import ptq
 from studylib.quant import round_to_nearest
+from studylib.quant.formats import encode_model
 from studylib.quant.layers import QuantizedLinear, decoder_linears, quantize_model
 
 METHODS = {
@@ -176,11 +177,11 @@ def test_gptq_beats_rounding_on_its_own_grid(model, bits):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["int-full", "affine"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_gptq_in_groups_keeps_to_the_levels_of_each(model, bits, symmetric):
-    original, inputs = copy.deepcopy(model), inputs_of(model, tokens)
-    ptq.gptq(model, f"{bits}-16-16", tokens, group=16, symmetric=symmetric)
+def test_gptq_in_groups_keeps_to_the_levels_of_each(model, bits, kind):
+    original, inputs, symmetric = copy.deepcopy(model), inputs_of(model, tokens), kind == "int-full"
+    ptq.gptq(model, f"{bits}-16-16", tokens, Format(kind, bits, 16))
     for name in decoder_linears(model):
         before, after = (m.get_submodule(name).weight.unflatten(1, (-1, 16)) for m in (original, model))
         low, high = before.amin(2, keepdim=True).clamp(max=0), before.amax(2, keepdim=True).clamp(min=0)
@@ -194,8 +195,53 @@ def test_gptq_in_groups_keeps_to_the_levels_of_each(model, bits, symmetric):
             x = inputs[name]
             error, of_nearest = (output_error(x, w.flatten(1), before.flatten(1)) for w in (after, nearest))
             assert error < 0.8 * of_nearest
-    with pytest.raises(ValueError, match="group: 48 does not divide"):
-        ptq.gptq(original, "4-16-16", tokens, group=48)
+
+
+def test_gptq_without_a_format_has_full_range_integers_one_scale_a_channel(llama):
+    plain, told = (copy.deepcopy(llama) for _ in range(2))
+    ptq.gptq(plain, "4-16-16", tokens)
+    ptq.gptq(told, "4-16-16", tokens, Format("int-full", 4, None))
+    for name, layer in decoder_linears(plain).items():
+        own = told.get_submodule(name)
+        assert torch.equal(own.weight, layer.weight) and torch.equal(own.codes().codes, layer.codes().codes)
+
+
+@pytest.mark.parametrize("kind", ["int-full", "affine"])
+def test_awq_rounds_to_its_format_and_beats_rounding_alone(llama, kind):
+    format = Format(kind, 3, 16)
+    exact, nearest = logits(llama), logits(encode_model(copy.deepcopy(llama), format))
+    ptq.awq(llama, "3-16-16", tokens, format)
+    assert (logits(llama) - exact).square().mean() < 0.9 * (nearest - exact).square().mean()
+    for layer in decoder_linears(llama).values():
+        stored = layer.codes()
+        assert torch.equal(stored.decode(), layer.weight) and stored.groups == layer.in_features // 16
+        assert (stored.zeros is None) == (kind == "int-full") and stored.integers.unique().numel() == 8
+
+
+@pytest.mark.parametrize(("method", "name"), [(ptq.gptq, "GPTQ"), (ptq.awq, "AWQ")])
+def test_formats_that_gptq_and_awq_do_not_take_are_refused_and_nothing_changes(llama, method, name):
+    before = copy.deepcopy(llama.state_dict())
+    for bits, format, message in (
+        ("4-16-16", Format("nf", 4, 16), f"format: 'nf' is not allowed for {name}; use 'int-full' or 'affine'"),
+        ("4-16-16", Format("int", 4, 16), f"format: 'int' is not allowed for {name}; use 'int-full' or 'affine'"),
+        (
+            "4-16-16",
+            Format("affine", 4, 16, double=True),
+            rf"format: affine Int4 \+ DQ, .* for {name}; use fp32 scales",
+        ),
+        (
+            "4-16-16",
+            Format("int-full", 4, 16, scale_bits=16),
+            f"format: .*16-bit scales .* for {name}; use fp32 scales",
+        ),
+        ("3-16-16", Format("affine", 4), "bits: 3-16-16 does not go with the format affine Int4; use 4-16-16"),
+        ("4-8-8", Format("affine", 4), "bits: 4-8-8 does not go with the format affine Int4; use 4-16-16"),
+        ("4-16-16", Format("affine", 4, 48), "group: 48 does not divide the row length 32"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            method(llama, bits, tokens, format)
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
 
 
 @pytest.mark.parametrize("bits", ["4-8-4", "4-16-16"])

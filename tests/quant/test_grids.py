@@ -1,15 +1,18 @@
-"""Oracles: a NumPy version in float64, torchao's public primitives, autograd."""
+"""Oracles: a NumPy version in float64, torchao's public primitives, compressed-tensors' quantizer, autograd."""
 
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import quantize as theirs_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torchao.quantization import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
 
 from studylib.config.settings import Grid
-from studylib.quant.grids import fake_quantize, quantize
+from studylib.quant.grids import TRIED_STEPS, fake_quantize, initial_step, quantize
 
 BITS = range(2, 9)
 rows = hnp.arrays(
@@ -20,7 +23,7 @@ rows = hnp.arrays(
 grids = st.builds(
     Grid,
     bits=st.integers(2, 8),
-    kind=st.sampled_from(["symmetric", "asymmetric"]),
+    kind=st.sampled_from(["symmetric", "asymmetric", "full-range"]),
     group=st.sampled_from([None, 2, 4]),
 )
 
@@ -86,6 +89,26 @@ def test_agrees_with_torchao(bits, kind, group):
     torch.testing.assert_close(ours.dequantize()[same], values[same], rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    bits=st.sampled_from(BITS),
+    group=st.sampled_from([None, 8, 32]),
+    scale=st.floats(1e-6, 1e6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_full_range_grids_are_compressed_tensors_to_the_bit(seed, bits, group, scale, dtype):
+    x = (torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    blocks = {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+    args = QuantizationArgs(num_bits=bits, symmetric=True, **blocks)
+    rows = x.float().unflatten(1, (-1, group or 64))
+    step, zero = calculate_qparams(rows.amin(-1), rows.amax(-1), args)
+    codes = theirs_quantize(x.float(), step, zero, args, dtype=torch.int8)
+    ours = quantize(x, Grid(bits, "full-range", group))
+    assert torch.equal(ours.scale.reshape(step.shape), step) and (zero == 0).all() and ours.zero is None
+    assert torch.equal(ours.codes, codes)
+
+
 @settings(max_examples=300, deadline=None)
 @given(rows, grids)
 def test_fake_quantization_is_quantize_then_dequantize(x, grid):
@@ -106,7 +129,7 @@ def test_error_is_at_most_half_a_step_and_the_extremes_are_kept(x, grid):
     error = grid.rows((stored.dequantize().double() - x.double()).abs())
     slack = 1 if not grid.symmetric else 0.5  # an integer zero point shifts the range by up to half a step
     assert (error <= (slack + 1e-3) * stored.scale.double()).all()
-    if grid.symmetric:
+    if grid.kind == "symmetric":
         magnitude = grid.rows(x).abs().amax(-1)
         kept = grid.rows(stored.codes.int()).abs().amax(-1)
         assert (kept[magnitude > 1e-30] == grid.high).all()
@@ -125,13 +148,15 @@ def test_symmetric_grid_is_odd_and_scales_with_its_input(x, bits):
 def test_worked_examples_of_the_docstring():
     symmetric = quantize(torch.tensor([-3.5, 1.2]), Grid(4))
     assert symmetric.codes.tolist() == [-7, 2] and symmetric.scale.item() == 0.5
+    full = quantize(torch.tensor([-3.75, 3.75]), Grid(4, "full-range"))
+    assert full.codes.tolist() == [-8, 7] and full.scale.item() == 0.5 and full.zero is None
     asymmetric = quantize(torch.tensor([-1.0, 14.0]), Grid(4, "asymmetric"))
     assert asymmetric.codes.tolist() == [0, 15] and asymmetric.zero.item() == 1 and asymmetric.scale.item() == 1
 
 
 def test_zero_rows_and_subnormal_rows_stay_finite():
     for x in (torch.zeros(2, 8), torch.full((2, 8), 1e-42)):
-        for grid in (Grid(4), Grid(4, "asymmetric")):
+        for grid in (Grid(4), Grid(4, "asymmetric"), Grid(4, "full-range")):
             assert torch.equal(fake_quantize(x, grid), torch.zeros_like(x))
 
 
@@ -159,33 +184,70 @@ def test_statsq_clips_at_twice_the_mean_magnitude(bits):
     assert torch.equal(x.grad == 0, x.detach().abs() > torch.from_numpy(clip).float())
 
 
-@pytest.mark.parametrize("shape", [(16, 1), (1,)])
-def test_learned_steps_have_the_gradients_of_autograd(shape):
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("kind", ["lsq", "paretoq"])
+def test_learned_steps_have_the_gradients_of_autograd(kind, group):
     """LSQ written with detached roundings, as its authors' pseudo-code does, in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 96, generator=generator).requires_grad_()
+    grid, shape = Grid(4, kind, group), (16, 1) if group is None else (16, 3, 1)
     step = (0.1 + 0.2 * torch.rand(shape, generator=generator)).requires_grad_()
     upstream = torch.randn(16, 96, generator=generator)
-    ours = fake_quantize(x, Grid(4, "lsq"), step=step)
+    ours = fake_quantize(x, grid, step=step)
     ours.backward(upstream)
 
     exact_x, exact_step = (t.detach().double().requires_grad_() for t in (x, step))
-    share = 1 / (96 * 7) ** 0.5
+    share = 1 / ((group or 96) * 7) ** 0.5
     slowed = exact_step * share + (exact_step * (1 - share)).detach()
-    clipped = (exact_x / slowed).clamp(-7, 7)
-    exact = (clipped + (clipped.round() - clipped).detach()) * slowed
+    clipped = (grid.rows(exact_x) / slowed).clamp(-7, 7)
+    exact = ((clipped + (clipped.round() - clipped).detach()) * slowed).view_as(x)
     exact.backward(upstream.double())
-    assert ((exact_x / exact_step).abs() > 7).float().mean() > 0.01  # some are clipped
+    assert ((grid.rows(exact_x) / exact_step).abs() > 7).float().mean() > 0.01  # some are clipped
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(step.grad.double(), exact_step.grad, rtol=1e-4, atol=1e-5)
-    stored = quantize(x.detach(), Grid(4, "lsq"), step.detach())
+    stored = quantize(x.detach(), grid, step.detach())
     assert torch.equal(stored.dequantize(), ours) and stored.codes.abs().max() == 7
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    bits=st.sampled_from(BITS),
+    group=st.sampled_from([None, 16]),
+    tail=st.sampled_from([0.0, 3.0, 20.0]),
+)
+def test_learned_steps_begin_where_the_squared_error_is_least(seed, bits, group, tail):
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+    x[:, ::7] *= 1 + tail
+    high, found = 2 ** (bits - 1) - 1, initial_step(x, Grid(bits, "lsq", group)).double().numpy()[..., 0]
+    numbers = x.double().numpy().reshape(4, -1, group or 32)
+    largest = np.abs(numbers).max(-1) / high
+    np.testing.assert_allclose(
+        initial_step(x, Grid(bits, "paretoq", group)).double().numpy().reshape(largest.shape), largest, rtol=1e-6
+    )
+
+    def error(step):
+        step = step.reshape(largest.shape)[..., None]
+        return np.square(np.clip(np.rint(numbers / step), -high, high) * step - numbers).sum(-1)
+
+    tried = np.stack([error(largest * i / TRIED_STEPS) for i in range(1, TRIED_STEPS + 1)])
+    np.testing.assert_allclose(error(found), tried.min(0), rtol=1e-4)
+    assert (error(found) <= error(largest) * (1 + 1e-4)).all()  # it was computed in fp32
+    if tail == 20.0 and 2 < bits < 5 and group is None:
+        assert (found.reshape(largest.shape) < largest).any()  # what is large is clipped, for the others' sake
+
+
+def test_a_row_of_zeros_has_a_first_step():
+    for kind in ("lsq", "paretoq"):
+        step = initial_step(torch.zeros(2, 8), Grid(4, kind))
+        assert (step > 0).all() and (fake_quantize(torch.zeros(2, 8), Grid(4, kind), step=step) == 0).all()
+
+
 def test_a_learned_scale_must_be_given():
-    with pytest.raises(ValueError, match="'lsq' is learned"):
-        fake_quantize(torch.randn(2, 8), Grid(4, "lsq"))
+    for kind in ("lsq", "paretoq"):
+        with pytest.raises(ValueError, match=f"'{kind}' is learned"):
+            fake_quantize(torch.randn(2, 8), Grid(4, kind))
 
 
 def test_not_finite_input_propagates_and_has_no_codes():

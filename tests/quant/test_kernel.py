@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from studylib.config.budgets import EXECUTIONS, OWN, profile
-from studylib.config.settings import Adapter, Format
+from studylib.config.settings import INTEGER_FORMATS, Adapter, Format
 from studylib.data.models import compute_dtype, load_model
 from studylib.methods import attach, merge
 from studylib.methods.arms import build_arm
@@ -35,7 +35,7 @@ def tuned():
     return make
 
 
-@pytest.mark.parametrize("kind", ["affine", "int"])
+@pytest.mark.parametrize("kind", INTEGER_FORMATS)
 @pytest.mark.parametrize(("out", "width", "group"), [(16, 32, 32), (48, 192, 64), (16, 512, 256)])
 def test_the_kernel_multiplies_what_the_codes_stand_for(kind, out, width, group):
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_bf16_costs_the_rounding_of_scales_only(tuned):
         (
             "qlora",
             Format("nf", 3, 32),
-            "q_proj: format: NF3, groups of 32 is not allowed; the 4-bit kernel takes 'int' and",
+            "q_proj: format: NF3, groups of 32 is not allowed; the 4-bit kernel takes int, int-full, affine of 4 bits",
         ),
         ("qlora", Format("affine", 4, 32, double=True), "format: affine Int4 .* DQ, groups of 32 is not allowed"),
         ("l4q", Format("affine", 3, 32), "bits: 3 is not allowed; the 4-bit kernel takes 4"),

@@ -19,13 +19,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from studylib.config.settings import Grid, Scheme
 from studylib.quant import layers
-from studylib.quant.grids import fake_quantize, quantize
+from studylib.quant.grids import fake_quantize, initial_step, quantize
 from studylib.quant.layers import (
     QuantizedLinear,
     cache_bytes_per_token,
     decoder_linears,
     freeze_weights,
     quantize_model,
+    trained_grids,
 )
 from studylib.quant.storage import stored_bytes
 
@@ -180,32 +181,41 @@ def test_rotated_keys_give_the_same_logits_step_by_step_as_in_one_pass(model):
     torch.testing.assert_close(model(other).logits[:, :12], whole[:, :12])
 
 
-def test_learned_scales_begin_where_lsq_says_and_learn(model):
-    plain = copy.deepcopy(model)
-    quantize_model(model, "4-8-4", Scheme(grid="lsq"), tokens=tokens)
-    layer, before = model.model.layers[0].self_attn.k_proj, plain.model.layers[0].self_attn.k_proj
-    with torch.no_grad():
-        x = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(tokens))
-    for step, values, high in (
-        (layer.weight_step, before.weight, 7),
-        (layer.activation_step, x, 127),
-        (layer.output_step, before(x), 7),
-    ):
-        mean = values.abs().mean(1) if values is before.weight else values.abs().mean()
-        torch.testing.assert_close(step.flatten(), (2 * mean / high**0.5).reshape(-1).detach())
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("grid", ["lsq", "paretoq"])
+def test_learned_scales_are_those_of_the_weights_and_learn(model, grid, group):
+    quantize_model(model, "4-8-4", Scheme(grid, group))
+    layer = model.model.layers[0].self_attn.k_proj
+    assert torch.equal(layer.weight_step, initial_step(layer.weight.detach(), Grid(4, grid, group)))
     model(tokens, labels=tokens).loss.backward()
-    learned = [p for name, p in model.named_parameters() if name.endswith("_step")]
-    assert len(learned) == 2 * (7 + 7 + 2) and all((p.grad != 0).all() for p in learned)
+    learned = {name: p for name, p in model.named_parameters() if name.endswith("_step")}
+    assert len(learned) == 2 * 7 and all((p.grad != 0).any() for p in learned.values())
+    assert [own for (own,) in trained_grids(model)] == list(learned.values())
     with torch.no_grad():
         whole = model(tokens).logits
         torch.testing.assert_close(freeze_weights(model)(tokens).logits, whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grid", ["statsq", "lsq", "paretoq"])
+def test_beside_a_grid_of_weights_activations_and_cache_are_those_of_the_default(model, grid):
+    scheme = Scheme(grid, cache_scale="head", keys="after-rotary")
+    plain = quantize_model(copy.deepcopy(model), "4-8-4", Scheme(cache_scale="head", keys="after-rotary"))
+    quantize_model(model, "4-8-4", scheme)
+    for name, layer in plain.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            own = model.get_submodule(name)
+            assert own.weight_grid == Grid(4, grid)
+            assert (own.activation_grid, own.output_grid) == (layer.activation_grid, layer.output_grid)
+    assert model.model.layers[0].self_attn.key_grid == Grid(4, group=16)
+    assert cache_bytes_per_token(model, "4-8-4", scheme) == cache_bytes_per_token(
+        model, "4-8-4", Scheme(cache_scale="head")
+    )
+
+
 def test_schemes_that_make_no_sense_are_refused(model):
-    with pytest.raises(ValueError, match="'lsq' takes its first scales from them"):
-        quantize_model(model, "4-8-4", Scheme(grid="lsq"))
-    with pytest.raises(ValueError, match=r"mask: 2\.0 does not go with the grid 'lsq'"):
-        quantize_model(model, "4-8-4", Scheme(grid="lsq"), mask=2.0, tokens=torch.zeros(1, 4, dtype=torch.long))
+    for grid in ("lsq", "paretoq"):
+        with pytest.raises(ValueError, match=rf"mask: 2\.0 does not go with the grid '{grid}'"):
+            quantize_model(model, "4-8-4", Scheme(grid), mask=2.0)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="needs scaled dot-product attention"):
         quantize_model(model, "4-8-4", Scheme(keys="after-rotary"))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from studylib.config.settings import INITS, Adapter, Format
 from studylib.data import models
 from studylib.methods import attach, merge
+from studylib.quant.formats import encode
 from studylib.quant.kernel import int4_model
 from studylib.quant.layers import decoder_linears
 from studylib.quant.learned import (
@@ -168,6 +170,60 @@ def test_first_scales_are_those_of_the_paper(bits, group):
         ours, offset = initial_grid(weight, bits, group, init)
         np.testing.assert_allclose(ours.numpy(), scale, rtol=2e-6)
         np.testing.assert_allclose(offset.numpy(), most - scale * high if init == "asymmetric" else 0, atol=1e-5)
+
+
+weights = hnp.arrays(np.float32, (3, 24), elements=st.floats(-100, 100, width=32))
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights, st.sampled_from(BITS), st.sampled_from([None, 8]), st.sampled_from(["l4q layer", "learned grid"]))
+def test_the_affine_start_is_the_format_affine(numbers, bits, group, kind):
+    """Scales to the bit, codes but for ties, a level at 0, values but for the rounding of an offset."""
+    weight, wanted = torch.from_numpy(numbers), Format("affine", bits, group)
+    linear = nn.Linear(24, 3, bias=False)
+    linear.weight.data = weight.clone()
+    if kind == "l4q layer":
+        layer = L4QLinear(linear, bits, group=group, rank=1, init="affine")
+    else:
+        layer = LearnedGridLinear(linear, bits, group, torch.float32, "affine")
+    ours, theirs = layer.codes(), encode(weight, wanted)
+    assert torch.equal(ours.scale, theirs.scale)
+    middle = 2 ** (bits - 1)
+    apart = (ours.integers + middle - theirs.integers).abs()
+    exact = weight.double().view(3, -1, group or 24) / theirs.scale.double()[..., None]
+    tie = ((exact % 1 - 0.5).abs() < 2**-22 * 2**bits).view(3, 24)
+    assert (apart[~tie] == 0).all() and apart.max() <= 1
+    level = (theirs.zero - middle)[..., None]
+    assert ((level * layer.scale + layer.offset) == 0).all()  # exactly
+    assert (ours.decode()[weight == 0] == 0).all()
+    largest = theirs.scale.repeat_interleave(group or 24, 1) * 2**bits
+    assert ((ours.decode() - theirs.decode()).abs()[apart == 0] <= 2**-22 * largest[apart == 0]).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**20), st.sampled_from(BITS), st.integers(-3, 3))
+def test_the_affine_start_is_exact_where_scales_are_powers_of_two(seed, bits, power):
+    generator = torch.Generator().manual_seed(seed)
+    below = torch.randint(0, 2**bits, (4, 1), generator=generator)
+    weight = torch.randint(0, 2**bits, (4, 32), generator=generator).float()
+    weight += torch.randint(-1, 2, (4, 32), generator=generator) / 4  # no ties
+    weight[:, 0], weight[:, 1] = 0, 2**bits - 1
+    weight = (weight.clamp(0, 2**bits - 1) - below) * 2.0**power
+    linear = nn.Linear(32, 4, bias=False)
+    linear.weight.data = weight
+    layer, wanted = (
+        LearnedGridLinear(linear, bits, None, torch.float32, "affine"),
+        encode(weight, Format("affine", bits, None)),
+    )
+    assert torch.equal(layer.codes().integers + 2 ** (bits - 1), wanted.integers)
+    assert torch.equal(layer.codes().decode(), wanted.decode()) and torch.equal(layer.scale.flatten(), wanted.scales)
+
+
+def test_the_first_scales_of_a_64_bit_weight_are_those_of_the_format():
+    weight = torch.randn(4, 16).double()
+    scale, offset = initial_grid(weight, 4, 8, "affine")
+    assert scale.dtype == offset.dtype == torch.float64
+    assert torch.equal(scale.flatten().float(), encode(weight, Format("affine", 4, 8)).scales)
 
 
 def test_worked_numbers_of_the_first_scales():
@@ -486,7 +542,7 @@ def test_bad_arguments_are_refused_and_the_model_is_left_as_it_was(tiny_model):
         ({"rank": 2.0}, r"rank: 2\.0 is not allowed"),
         ({"alpha": 0}, "alpha: 0 is not allowed; use a number above 0"),
         ({"alpha": float("nan")}, "alpha: nan is not allowed"),
-        ({"init": "lsq"}, r"init: 'lsq' is not known; use one of l4q, lsq\+, symmetric, asymmetric"),
+        ({"init": "lsq"}, r"init: 'lsq' is not known; use one of l4q, lsq\+, symmetric, asymmetric, affine"),
         ({"targets": ["q_proj", "c_attn"]}, "targets: the model has no 'c_attn'; use ends of names such as down_proj"),
         ({"targets": ["proj"]}, "targets: the model has no 'proj'"),
     ):
@@ -530,10 +586,12 @@ def test_what_cannot_be_kept_or_restored_is_refused(tmp_path):
     assert layout == {"bits": 4, "shape": [160, 64], "low": -8}
 
 
-@pytest.mark.parametrize(("bits", "init"), [(2, "l4q"), (3, "affine"), (4, "asymmetric"), (8, "l4q")])
-def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_they_multiply(bits, init):
+@pytest.mark.parametrize(
+    ("bits", "init", "offsets"), [(2, "l4q", False), (3, "affine", True), (4, "asymmetric", True), (8, "l4q", True)]
+)
+def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_they_multiply(bits, init, offsets):
     torch.manual_seed(bits)
-    layer = LearnedGridLinear(nn.Linear(24, 6).double(), bits, 8, torch.float64, init)
+    layer = LearnedGridLinear(nn.Linear(24, 6).double(), bits, 8, torch.float64, init, offsets)
     fixed = FixedIntegersLinear(layer)
     torch.testing.assert_close(fixed.dense(), layer.dense(), rtol=1e-13, atol=1e-15)
     assert {name for name, own in fixed.named_parameters() if own is not fixed.bias} == {"scale"}
@@ -541,11 +599,13 @@ def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_t
     x, upstream = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     (found,) = torch.autograd.grad((fixed(x) * upstream).sum(), fixed.scale)
     g = (upstream.T @ x).numpy().reshape(6, 3, 8)
-    steps = layer.codes().integers.numpy().reshape(6, 3, 8) + (layer.offset / layer.scale).detach().numpy()
+    steps = layer.codes().integers.numpy().reshape(6, 3, 8)
+    steps = steps + (layer.offset / layer.scale).detach().numpy() if offsets else steps
     np.testing.assert_allclose(found.numpy(), (g * steps).sum(-1, keepdims=True), rtol=1e-12)
     with torch.no_grad():
         fixed.scale.mul_(torch.rand_like(fixed.scale) + 0.5)
     stored = fixed.codes()
+    assert (stored.offset is not None) == offsets
     assert torch.equal(stored.integers, layer.codes().integers) and torch.equal(stored.decode(), fixed.dense())
     with torch.no_grad():
         fixed.scale[2, 1] = torch.nan

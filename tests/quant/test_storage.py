@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from studylib.config.files import usable
-from studylib.config.settings import GRIDS, MERGES, Adapter, Format, Grid, Scheme
+from studylib.config.settings import GRIDS, LEARNED, MERGES, Adapter, Format, Grid, Scheme
 from studylib.data import models
+from studylib.evaluate.memory import _Yes
 from studylib.methods import attach
 from studylib.methods.adapters import bitsandbytes_codes, bitsandbytes_weight, four_bit, merge
 from studylib.methods.base import find
@@ -119,6 +120,7 @@ FORMATS = [
         ("fp-bnb", (4,)),
         ("fp-e3m0", (4,)),
         ("int", (2, 3, 4, 8)),
+        ("int-full", (2, 3, 4, 8)),
         ("affine", (2, 3, 4, 8)),
     )
     for bits in widths
@@ -139,14 +141,11 @@ def test_every_format(format):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(
-    "kind, group",
-    [(kind, group) for kind in GRIDS for group in (None, 32) if kind != "lsq" or not group],  # it has one scale a row
-)
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("group", [None, 32])
 def test_every_grid(kind, group, bits):
     layer = QuantizedLinear(linear(), Grid(bits, kind, group), None, None)
-    if kind == "lsq":
-        layer.learn_steps(torch.tensor(1.0), torch.tensor(1.0))
+    if kind in LEARNED:
         layer.weight_step.data *= 0.7  # some weights are clipped
     zeros = bits if kind == "asymmetric" else 0
     stored = assert_codes_are_the_weight(layer, counted(IN // (group or IN), bits, zeros=zeros))
@@ -165,11 +164,12 @@ def small(shape):
         return AutoModelForCausalLM.from_config(LlamaConfig(**shape, tie_word_embeddings=True)).eval()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["int-full", "affine"])
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptqs_own_grid(small, bits, group, symmetric):
-    gptq(small, f"{bits}-16-16", tokens, group, symmetric)
+def test_gptqs_own_grid(small, bits, group, kind):
+    gptq(small, f"{bits}-16-16", tokens, Format(kind, bits, group))
+    symmetric = kind == "int-full"
     for layer in decoder_linears(small).values():
         out, width = layer.weight.shape
         groups = out * (width // (group or width))
@@ -198,10 +198,11 @@ def test_l4q_beside_fp64():
     assert_codes_are_the_weight(layer, counted(4, 4, scale=8, offset=8))
 
 
+@pytest.mark.parametrize("kind", ["int-full", "affine"])
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_qa_lora_folds_its_adapter_into_the_offsets(bits, group):
-    layer = QALoRALinear(EncodedLinear(linear(), Format("affine", bits, group)), Adapter(4, 8.0))
+def test_qa_lora_folds_its_adapter_into_the_offsets(bits, group, kind):
+    layer = QALoRALinear(EncodedLinear(linear(), Format(kind, bits, group)), Adapter(4, 8.0))
     layer.lora_B.data.normal_(std=0.1, generator=generator(2))
     stored = assert_codes_are_the_weight(layer, counted(IN // (group or IN), bits, offset=4), exactly=False)
     assert stored.zeros is None and torch.equal(stored.codes, layer.base.codes().codes)
@@ -217,6 +218,25 @@ def test_qat_loras_base(bits, group):
     assert stored.nbytes == counted(IN // (group or IN), bits, offset=4)
     # dense() is w + (round(w) - w), so that gradients pass: an error in the last digit
     torch.testing.assert_close(stored.decode(), layer.dense(), rtol=2**-20, atol=2**-20 * stored.scale.max().item())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_offsets_that_there_are_none_of_are_not_stored(bits, device):
+    layer = LearnedGridLinear(linear(), bits, 32, torch.float32, offsets=False)
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "scale"]
+    with_zeros = LearnedGridLinear(linear(), bits, 32, torch.float32)
+    assert torch.equal(layer.dense(), with_zeros.dense())
+    assert torch.equal(layer.codes().decode(), with_zeros.codes().decode())
+    with _Yes():  # as a plan has it, where no number can be looked at
+        assert layer.to(device).codes().nbytes == counted(4, bits)
+        assert with_zeros.to(device).codes().nbytes == counted(4, bits, offset=4)
+
+
+@pytest.mark.parametrize("init", ["affine", "asymmetric"])
+def test_a_start_that_has_offsets_is_refused_without_them(init):
+    with pytest.raises(ValueError, match=f"init: '{init}' is not allowed without offsets, which are part of it"):
+        LearnedGridLinear(linear(), 4, 32, torch.float32, init, offsets=False)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -236,7 +256,7 @@ def test_what_bitsandbytes_stores(kind, double):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int", "affine"])
+@pytest.mark.parametrize("kind", ["int", "int-full", "affine"])
 def test_the_kernels_layers(kind, dtype):
     encoded = EncodedLinear(linear(), Format(kind, 4, 32))
     layer = Int4Linear(encoded.codes(), None, dtype)
@@ -294,9 +314,7 @@ def test_the_worked_examples():
 def test_a_model_is_its_codes_and_the_rest_in_16_bits(shape, tied):
     model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=tied))  # with biases
     linears = decoder_linears(model)
-    numbers, rows = (
-        sum(map(count, linears.values())) for count in (lambda l: l.weight.numel(), lambda l: len(l.weight))
-    )
+    numbers = sum(layer.weight.numel() for layer in linears.values())
     everything = sum(parameter.numel() for parameter in model.parameters())
     head = 320 * 32
     biases = 2 * (32 + 16 + 16)
@@ -305,23 +323,23 @@ def test_a_model_is_its_codes_and_the_rest_in_16_bits(shape, tied):
     rest = 2 * (everything - numbers)
     groups = sum(layer.weight.numel() // 16 for layer in linears.values())
     for bits in (2, 3, 4, 8):
-        for kind, zeros in (("symmetric", 0), ("asymmetric", bits), ("statsq", 0)):
+        for kind in GRIDS:
+            zeros = bits if kind == "asymmetric" else 0
             made = quantize_model(copy.deepcopy(model), f"{bits}-8-4", Scheme(kind, 16))
             assert stored_bytes(made) == rest + numbers * bits // 8 + 4 * groups + groups * zeros // 8
             assert stored_bytes(freeze_weights(made)) == rest + numbers * bits // 8 + 4 * groups + groups * zeros // 8
-    learned = quantize_model(copy.deepcopy(model), "4-8-4", Scheme("lsq"), tokens=tokens)
-    assert stored_bytes(learned) == stored_bytes(freeze_weights(learned)) == rest + numbers // 2 + 4 * rows
     assert stored_bytes(quantize_model(copy.deepcopy(model), "16-8-4")) == 2 * everything
 
 
 SMALL = Adapter(4)
-NF4, AFFINE = Format("nf", 4, 32), Format("affine", 4, 32)
+NF4, FULL, AFFINE = Format("nf", 4, 32), Format("int-full", 4, 32), Format("affine", 4, 32)
 
 
-@pytest.mark.parametrize("method", ["l4q", "qa-lora", "qat", "qlora", "qat-lora", "lora"])
-def test_a_trained_model_is_counted_the_same_before_it_is_merged(fp32, tiny_model, method):
+@pytest.mark.parametrize("kind", ["int-full", "affine"])
+@pytest.mark.parametrize("method", ["l4q", "qa-lora", "qat", "lsq", "qlora", "qat-lora", "lora"])
+def test_a_trained_model_is_counted_the_same_before_it_is_merged(fp32, tiny_model, method, kind):
     own = find(method)
-    format = None if method == "lora" else Format("int", 4, 32) if method == "qat" else AFFINE
+    format = None if method == "lora" else Format(kind, 4, 32)
     attach(tiny_model, own, format=format, adapter=SMALL if "adapter" in own.needs else None)
     assert stored_bytes(copy.deepcopy(tiny_model)) == stored_bytes(merge(tiny_model))
 
@@ -374,19 +392,23 @@ DEPLOYED = [
     ("qlora", "loftq", Format("affine", 3, 32), "adapter"),
     *(("qlora", "loftq", NF4, how) for how in MERGES[1:]),
     ("gptq+lora", "lora", AFFINE, "adapter"),
-    ("gptq+lora", "lora", Format("int", 4, 32), "adapter"),
+    ("gptq+lora", "lora", FULL, "adapter"),
+    ("gptq+qa-lora", "lora", FULL, "adapter"),
+    ("gptq+qa-lora", "lora", AFFINE, "adapter"),
     ("qat-lora", "lora", AFFINE, "adapter"),
+    ("qat-lora", "lora", FULL, "adapter"),
     ("qa-lora", "lora", Format("affine", 3, 32), "adapter"),
+    ("qa-lora", "lora", FULL, "adapter"),
+    ("l4q", "lora", FULL, "adapter"),
     ("l4q", "lora", Format("affine", 2, 32), "adapter"),
-    ("qat", None, Format("int", 4, 32), "adapter"),
-    ("qat", None, AFFINE, "adapter"),
+    *((method, None, format, "adapter") for method in ("qat", "lsq") for format in (FULL, AFFINE)),
 ]
 
 
 @pytest.mark.parametrize(("method", "kind", "format", "how"), DEPLOYED)
 def test_what_was_tuned_is_kept_and_restored(fp32, tiny_model, tmp_path, method, kind, format, how):
     original = models.load_model("tiny-random")
-    calibrated = {"tokens": tokens} if method == "gptq+lora" else {}
+    calibrated = {"tokens": tokens} if method.startswith("gptq") else {}
     adapter = None if kind is None else Adapter(4, kind=kind)
     stir(attach(tiny_model, method, format=format, adapter=adapter, **calibrated))
     merge(tiny_model, how, original=original)
@@ -396,7 +418,7 @@ def test_what_was_tuned_is_kept_and_restored(fp32, tiny_model, tmp_path, method,
     for name, layer in decoder_linears(tiny_model).items():
         again = restored.get_submodule(name)
         stored, found = layer.codes(), again.codes() if isinstance(again, DeployedLinear) else None
-        exactly = not sixteen and method != "qa-lora"  # whose offsets hold scale * zero in one number
+        exactly = not sixteen and not method.endswith("qa-lora")  # whose offsets hold scale * zero in one number
         assert (stored is None) == (found is None) and (not exactly or torch.equal(again.weight, layer.weight)), name
         if stored is not None:
             assert stored.tensors.keys() == found.tensors.keys()
@@ -404,7 +426,9 @@ def test_what_was_tuned_is_kept_and_restored(fp32, tiny_model, tmp_path, method,
         torch.testing.assert_close(again.weight, layer.weight, rtol=2**-8, atol=2**-8 * layer.weight.abs().max().item())
         if layer.beside is not None:
             assert torch.equal(again.beside.a, layer.beside.a) and again.beside.scaling == layer.beside.scaling
-    exact = {"rtol": 2**-6, "atol": 2**-6} if sixteen else {"rtol": 0, "atol": 1e-5 if method == "qa-lora" else 0}
+    exact = (
+        {"rtol": 2**-6, "atol": 2**-6} if sixteen else {"rtol": 0, "atol": 1e-5 if method.endswith("qa-lora") else 0}
+    )
     torch.testing.assert_close(logits(restored), logits(tiny_model), **exact)
     assert stored_bytes(restored) == stored_bytes(tiny_model)
     assert not restored.training and not any(parameter.requires_grad for parameter in restored.parameters())
@@ -412,25 +436,29 @@ def test_what_was_tuned_is_kept_and_restored(fp32, tiny_model, tmp_path, method,
 
 @pytest.mark.parametrize(
     ("bits", "scheme"),
-    [("4-16-16", Scheme()), ("4-8-4", Scheme("asymmetric", 32)), ("3-8-4", Scheme("statsq")), ("4-8-4", Scheme("lsq"))],
+    [
+        ("4-16-16", Scheme()),
+        ("4-8-4", Scheme("asymmetric", 32)),
+        ("4-8-4", Scheme("full-range", 32)),
+        ("3-8-4", Scheme("statsq")),
+        ("4-8-4", Scheme("lsq", 32)),
+        ("4-8-4", Scheme("paretoq", keys="after-rotary")),
+    ],
 )
 def test_what_was_distilled_is_kept_and_restored(fp32, tiny_model, tmp_path, bits, scheme):
     original = copy.deepcopy(tiny_model)
-    quantize_model(tiny_model, bits, scheme, tokens=tokens)
+    quantize_model(tiny_model, bits, scheme)
     freeze_weights(stir(tiny_model))  # embeddings and norms have moved as well
     keep_model(tiny_model, original, tmp_path / "kept")
-    # What rounds activations and cache is made by its scheme; learned steps are in the file.
+    # What rounds activations and cache is made by its scheme.
     restored = models.load_model("tiny-random")
     if bits != "4-16-16":
-        quantize_model(restored, f"16{bits[1:]}", scheme, tokens=tokens[:1, :2])
+        quantize_model(restored, f"16{bits[1:]}", scheme)
     restore_model(restored, tmp_path / "kept")
     assert {name for name, _, _ in coded_layers(restored)} == set(decoder_linears(tiny_model))
     for name, layer in decoder_linears(tiny_model).items():
         again = restored.get_submodule(name)
         assert torch.equal(again.weight, layer.weight) and torch.equal(again.codes().codes, layer.codes().codes)
-        for step in ("activation_step", "output_step"):
-            found, wanted = getattr(again, step, None), getattr(layer, step)
-            assert (found is None) == (wanted is None) and (wanted is None or torch.equal(found, wanted))
     assert stored_bytes(restored) == stored_bytes(tiny_model)
     assert restored.lm_head.weight is restored.model.embed_tokens.weight
     names = set(decoder_linears(tiny_model))
@@ -439,9 +467,6 @@ def test_what_was_distilled_is_kept_and_restored(fp32, tiny_model, tmp_path, bit
             parameter.data = parameter.data.bfloat16().float()  # as they are kept
             assert torch.equal(restored.get_parameter(name), parameter)
     torch.testing.assert_close(logits(restored), logits(tiny_model), rtol=0, atol=0)
-    if scheme.grid == "lsq":
-        with pytest.raises(ValueError, match=r"which has 'model\..*_step' of shape \[1\]"):
-            restore_model(models.load_model("tiny-random"), tmp_path / "kept")
 
 
 def test_only_what_differs_is_kept(tiny_model, tmp_path):

@@ -59,10 +59,18 @@ WEIGHTS = {
     "awq": arm("awq"),
     "smoothquant": arm("smoothquant", "8-16-16"),
     "llm-qat": arm("llm-qat"),
-    "lsq": arm("llm-qat", scheme=Scheme("lsq")),
+    "lsq": arm("llm-qat", scheme=Scheme("lsq", 32)),
+    "paretoq": arm("llm-qat", scheme=Scheme("paretoq")),
+    "full range": arm("rtn", "3-16-16", scheme=Scheme("full-range", 32)),
+    "gptq in groups": arm("gptq", format=Format("int-full", 4, 32)),
+    "gptq, affine": arm("gptq", "3-16-16", format=Format("affine", 3, 32)),
+    "awq in groups": arm("awq", format=Format("int-full", 4, 32)),
+    "encoded": arm("encoded", "2-16-16", format=Format("int-full", 2, 32)),
     "affine": arm("encoded", "2-16-16", format=Format("affine", 2, 32)),
     "double": arm("encoded", format=Format("int", 4, 32, double=True)),
     "qat": arm("qat", format=Format("affine", 4, 32)),
+    "qat, full range": arm("qat", format=Format("int-full", 4, 32)),
+    "learned steps": arm("lsq", format=Format("int-full", 4, 32)),
     "merged": arm("lora", "16-16-16", merge=MERGED_QUANTIZED, format=Format("affine", 4, 32)),
 }
 
@@ -202,6 +210,9 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
     [
         (arm("full-precision", "16-16-16"), "it is the model as it was loaded"),
         (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("l4q", format=Format("int-full", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("gptq+qa-lora", format=Format("int-full", 4, 32)), "an offset a group that is not a whole number"),
+        (arm("lsq", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
         (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
         (arm("gptq+lora", format=Format("affine", 4, 32)), "take an arm that is merged"),
         (arm("qlora", "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
@@ -209,7 +220,6 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
         (arm("qlora", format=Format("nf")), "take an arm that is merged"),  # tiny-random is in no file
         (arm("encoded", "3-16-16", format=Format("nf", 3, 64)), "neither compressed-tensors nor bitsandbytes has NF3"),
         (arm("rtn", "16-8-16"), "its weights are not quantized"),
-        (arm("llm-qat", "4-8-16", scheme=Scheme("lsq")), "by their largest magnitude, not by 'lsq'"),
     ],
     ids=lambda value: title(value) if isinstance(value, Arm) else None,
 )
@@ -265,7 +275,7 @@ def test_replaced_weights_are_not_exported_as_the_record_s(store, tmp_path, fold
 
 @given(
     bits=st.integers(2, 8),
-    kind=st.sampled_from(["symmetric", "asymmetric", "statsq"]),
+    kind=st.sampled_from(["symmetric", "asymmetric", "full-range", "statsq"]),
     group=st.sampled_from([None, 8, 32]),
     seed=st.integers(0, 2**16),
     scale=st.floats(1e-6, 1e4),

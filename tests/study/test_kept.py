@@ -18,10 +18,10 @@ from studylib.train import distillation, finetuning
 
 EVALUATION = Evaluation(("wikipedia",), windows=4, length=32, pairs=2)
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=EVALUATION)
-INT4, NF4 = Format("affine", 4, 32), Format("nf", 4, 32, double=True)
+INT4, FULL, NF4 = Format("affine", 4, 32), Format("int-full", 4, 32), Format("nf", 4, 32, double=True)
 TRAINED = {
     "llm-qat": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4"),
-    "lsq": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", scheme=Scheme("lsq")),
+    "lsq": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", scheme=Scheme("lsq", 32)),
     "rotated keys": build_arm(BUDGET, "tiny-random", "llm-qat", "8-8-4", scheme=Scheme(keys="after-rotary")),
     "lora": build_arm(BUDGET, "tiny-random", "lora"),
     "qlora": build_arm(BUDGET, "tiny-random", "qlora", "4-16-16", format=NF4),
@@ -30,7 +30,10 @@ TRAINED = {
     "qa-lora": build_arm(BUDGET, "tiny-random", "qa-lora", "4-16-16", format=INT4),
     "qat-lora": build_arm(BUDGET, "tiny-random", "qat-lora", "4-16-16", format=INT4),
     "l4q": build_arm(BUDGET, "tiny-random", "l4q", "3-16-16", format=Format("affine", 3, 32)),
-    "qat": build_arm(BUDGET, "tiny-random", "qat", "4-16-16", format=INT4),
+    "qat": build_arm(BUDGET, "tiny-random", "qat", "4-16-16", format=FULL),
+    "learned steps": build_arm(BUDGET, "tiny-random", "lsq", "4-16-16", format=FULL),
+    "learned steps and offsets": build_arm(BUDGET, "tiny-random", "lsq", "4-16-16", format=INT4),
+    "gptq+qa-lora": build_arm(BUDGET, "tiny-random", "gptq+qa-lora", "4-16-16", format=FULL),
     "merged": build_arm(BUDGET, "tiny-random", "qlora", "4-16-16", format=INT4, merge="requantized"),
     "16 bits": build_arm(BUDGET, "tiny-random", "qlora", "4-16-16", format=NF4, merge="merged-16"),
 }

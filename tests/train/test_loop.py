@@ -13,7 +13,10 @@ import torch
 
 from studylib.config.budgets import Budget
 from studylib.config.files import SUMS
+from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
+from studylib.methods import attach
+from studylib.quant import quantize_model, trained_grids
 from studylib.train import loop as training_loop
 from studylib.train.loop import fit, last_checkpoint, take_over
 
@@ -21,10 +24,14 @@ BUDGET = Budget(steps=8, batch=2, learning_rate=1e-2)
 EXAMPLES = [{"tokens": torch.arange(8) + i} for i in range(16)]
 
 
-def train(model, folder, budget=BUDGET, **settings):
+def train(model, folder, budget=BUDGET, pulled=False, **settings):
+    """pulled: by gradients beside which Adam's epsilon is nothing."""
+
     def loss(tokens):
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return {"loss": hidden.float().square().mean()}
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.float()
+        if pulled:
+            return {"loss": 1e3 * (hidden * torch.linspace(-1, 1, hidden.shape[-1])).sum()}
+        return {"loss": hidden.square().mean()}
 
     return fit(model, loss, EXAMPLES, budget, folder, tokens_per_step=16, **settings)
 
@@ -163,6 +170,77 @@ def test_a_disk_too_full_for_a_checkpoint_costs_the_checkpoint_only(cut, tiny_mo
     assert not list((tmp_path / "full").iterdir())
     reason = "File too large" if writer == "safetensors" else "torch could not write it; is the disk full?"
     assert f"study: {tmp_path / 'full' / 'checkpoint-8'} is not kept ({reason})" in capsys.readouterr().err
+
+
+def with_learned_grids(kind, model):
+    """Learned scales alone, with offsets, and of LLM-QAT's learned steps."""
+    if kind == "lsq grid":
+        return quantize_model(model, "4-8-8", Scheme("lsq", 32))
+    format = Format("affine" if kind == "qat-lora" else "int-full", 4, 32)
+    return attach(model, kind, format=format, adapter=None if kind == "lsq" else Adapter(4))
+
+
+KINDS = ("l4q", "qat-lora", "lsq", "lsq grid")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_a_rate_of_their_own_scales_move_by_a_share_of_their_root_mean_square(fp32, tiny_model, tmp_path, kind):
+    model = with_learned_grids(kind, tiny_model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    grids = [[parameter.detach().clone() for parameter in own] for own in trained_grids(model)]
+    budget = Budget(1, 2, 1e-3, max_grad_norm=1e9, grid_rate=0.01, weight_decay=0.5, schedule="constant")
+    log = train(model, tmp_path / "c", budget, pulled=True)
+    assert len(grids) == 14 and log.moved == pytest.approx(0.01, rel=0.6)
+    for first, own in zip(grids, trained_grids(model), strict=True):
+        unit = first[0].square().mean().sqrt()
+        for was, now in zip(first, own, strict=True):
+            step = (now - was).abs() / unit
+            moved = (
+                step > 1e-6
+            )  # Adam's first step is the rate, whatever the gradient; a gradient of zero moves nothing
+            assert moved.float().mean() > (0.5 if now is own[0] else -1)
+            torch.testing.assert_close(step[moved], torch.full_like(step[moved], 0.01), rtol=2e-3, atol=0)
+    rates = [entry["learning_rate"] for entry in log.steps]
+    assert rates == [1e-3]  # the log has that of the others
+    others = {id(parameter) for own in trained_grids(model) for parameter in own}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in others:
+            decayed = 0.5 if parameter.ndim > 1 else 0.0  # Trainer spares norms
+            assert (parameter - before[name] * (1 - 1e-3 * decayed)).abs().max() < 1.01e-3, name
+
+
+def test_without_one_there_is_one_rate_for_all(fp32, tiny_model, tmp_path):
+    model = with_learned_grids("l4q", tiny_model)
+    first = [own[0].detach().clone() for own in trained_grids(model)]
+    log = train(model, tmp_path / "c", Budget(1, 2, 1e-4, max_grad_norm=1e9), pulled=True)
+    steps = torch.cat([(own[0] - was).abs().flatten() for own, was in zip(trained_grids(model), first, strict=True)])
+    moved = steps[steps > 1e-7]
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-4), rtol=2e-3, atol=0)
+    shares = torch.cat(
+        [(own[0] / was - 1).abs().flatten() for own, was in zip(trained_grids(model), first, strict=True)]
+    )
+    assert log.moved == shares.median().item() > 0
+
+
+def test_without_learned_grids_nothing_is_said_of_them_and_their_rate_changes_nothing(fp32, tiny_model, tmp_path):
+    plain, told = (copy.deepcopy(tiny_model) for _ in range(2))
+    log = train(plain, tmp_path / "plain", dataclasses.replace(BUDGET, steps=2))
+    assert train(told, tmp_path / "told", dataclasses.replace(BUDGET, steps=2, grid_rate=0.1)) == log
+    assert log.moved is None
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), told.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_training_with_a_rate_for_grids_ends_as_an_undisturbed_one(fp32, tmp_path, monkeypatch, kind):
+    budget = dataclasses.replace(BUDGET, steps=4, learning_rate=1e-3, grid_rate=0.05)
+    whole, cut, again = (with_learned_grids(kind, models.load_model("tiny-random")) for _ in range(3))
+    log = train(whole, tmp_path / "whole", budget)
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", -1)
+    train(cut, tmp_path / "cut", budget)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-3"]
+    told = []
+    assert train(again, tmp_path / "cut", budget, progress=told.append) == log and told[0] == 3 * 16
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_only_what_requires_gradients_is_trained_and_kept(fp32, tiny_model, tmp_path):
