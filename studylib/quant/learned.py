@@ -392,8 +392,9 @@ class LearnedGridLinear(nn.Linear):
 class FixedIntegersLinear(nn.Linear):
     """Integers that are fixed and scales that train: EfficientQAT's second phase (Chen et al., arXiv 2407.11062, 3.3).
 
-    W_q = s q + s z with q the integers of `layer`, s its scales, the one parameter, and z its offsets in steps, which
-    stay as they are: the whole grid grows with its scale. Forward passes keep a tensor of the weight's size.
+    W_q = s q + s z with q the integers of `layer`, s its scales, the one parameter, and z its offsets in steps, if it
+    has any, which stay as they are: the whole grid grows with its scale. Forward passes keep a tensor of the
+    weight's size.
     Raises ValueError where the layer is not finite.
     """
 
@@ -403,7 +404,7 @@ class FixedIntegersLinear(nn.Linear):
         self.bias, self.bits = layer.bias, layer.bits
         self.scale = nn.Parameter(layer.scale.detach().clone())
         self.register_buffer("integers", layer.codes().integers.to(torch.int8))
-        self.register_buffer("zero", layer.offset.detach() / layer.scale.detach())
+        self.register_buffer("zero", None if layer.offset is None else layer.offset.detach() / self.scale.detach())
 
     @property
     def grid_parameters(self) -> list[nn.Parameter]:
@@ -413,15 +414,17 @@ class FixedIntegersLinear(nn.Linear):
     @torch.no_grad()
     def codes(self) -> Codes:
         """The integers that the layer multiplies with. ValueError where a scale is not finite."""
-        offset = self.scale * self.zero
-        if not offset.isfinite().all() or not self.scale.isfinite().all():
+        if not self.scale.isfinite().all():
             raise ValueError("the scales hold NaN or infinity; the training has diverged")
-        return Codes.of_integers(self.integers, self.bits, levels_of(self.bits)[0], self.scale, offset=offset)
+        return Codes.of_integers(self.integers, self.bits, levels_of(self.bits)[0], self.scale, offset=self._offset())
 
     def dense(self) -> Tensor:
         """The weight that the layer multiplies with, [out, in]."""
-        rows = self.integers.unflatten(1, (self.scale.shape[1], -1))
-        return (rows * self.scale + self.scale * self.zero).flatten(1)
+        values = self.integers.unflatten(1, (self.scale.shape[1], -1)) * self.scale
+        return (values if self.zero is None else values + self._offset()).flatten(1)
+
+    def _offset(self) -> Tensor | None:
+        return None if self.zero is None else self.scale * self.zero
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense(), self.bias)

@@ -60,12 +60,11 @@ def train_blocks(model: PreTrainedModel, tokens: Tensor, format: Format, init: s
             own = {name: linear for name, linear in linears.items() if linear in inside}
             wanted = _outputs(block, call, wanted)
             layers = {
-                name: LearnedGridLinear(linear, format.bits, format.group, torch.float32, init)
+                name: LearnedGridLinear(linear, format.bits, format.group, torch.float32, init, format.kind == AFFINE)
                 for name, linear in own.items()
             }
             for name, layer in layers.items():
                 layer.weight.requires_grad_(True)
-                layer.offset.requires_grad_(format.kind == AFFINE)
                 model.set_submodule(name, layer)
             _train(block, list(layers.values()), call, given, wanted)
             for name, layer in layers.items():

@@ -53,8 +53,9 @@ def test_an_adapter_on_a_papers_terms_is_as_usual_and_another_is_a_change():
     paper = profile("paper")
     for budget in (paper, paper.extended(100)):
         assert Setting.of(build_arm(budget, "m", "lora")).changes == ()
-        few = build_arm(budget, "m", "lora", adapter=Adapter(16, 4.0, dropout=0.1), tuning={"checkpointing": True})
-        assert Setting.of(few).changes == (("adapter.rank", 16), ("tuning.checkpointing", True))
+        few = build_arm(budget, "m", "lora", adapter=Adapter(16, 16.0), tuning={"checkpointing": True})
+        changed = {"adapter.rank": 16, "adapter.scaling": 1, "adapter.dropout": 0, "tuning.checkpointing": True}
+        assert dict(Setting.of(few).changes) == changed  # though this is the adapter of other profiles
         assert build_arm(budget, "m", "lora").tuning.steps == 10_000 + 100 * (budget is not paper)
     ours = build_arm(profile("full"), "m", "lora", adapter=Adapter(64, 16.0, dropout=0.1))
     assert {field for field, _ in Setting.of(ours).changes} == {"adapter.rank", "adapter.scaling", "adapter.dropout"}

@@ -122,7 +122,7 @@ def test_usual_adapters():
 
 def test_an_unknown_method_is_one_line_with_the_names_there_are():
     with pytest.raises(
-        ValueError, match=r"^method: 'gpt' is not known; use one of full-precision, rtn, .*l4q, qat, lsq$"
+        ValueError, match=r"^method: 'gpt' is not known; use one of full-precision, rtn, .*l4q, qat, lsq, efficientqat$"
     ):
         find("gpt")
     arm = Arm("m", "gpt", "4-8-4", NOTHING)

@@ -586,10 +586,12 @@ def test_what_cannot_be_kept_or_restored_is_refused(tmp_path):
     assert layout == {"bits": 4, "shape": [160, 64], "low": -8}
 
 
-@pytest.mark.parametrize(("bits", "init"), [(2, "l4q"), (3, "affine"), (4, "asymmetric"), (8, "l4q")])
-def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_they_multiply(bits, init):
+@pytest.mark.parametrize(
+    ("bits", "init", "offsets"), [(2, "l4q", False), (3, "affine", True), (4, "asymmetric", True), (8, "l4q", True)]
+)
+def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_they_multiply(bits, init, offsets):
     torch.manual_seed(bits)
-    layer = LearnedGridLinear(nn.Linear(24, 6).double(), bits, 8, torch.float64, init)
+    layer = LearnedGridLinear(nn.Linear(24, 6).double(), bits, 8, torch.float64, init, offsets)
     fixed = FixedIntegersLinear(layer)
     torch.testing.assert_close(fixed.dense(), layer.dense(), rtol=1e-13, atol=1e-15)
     assert {name for name, own in fixed.named_parameters() if own is not fixed.bias} == {"scale"}
@@ -597,11 +599,13 @@ def test_fixed_integers_take_gradients_to_their_scales_alone_and_are_stored_as_t
     x, upstream = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     (found,) = torch.autograd.grad((fixed(x) * upstream).sum(), fixed.scale)
     g = (upstream.T @ x).numpy().reshape(6, 3, 8)
-    steps = layer.codes().integers.numpy().reshape(6, 3, 8) + (layer.offset / layer.scale).detach().numpy()
+    steps = layer.codes().integers.numpy().reshape(6, 3, 8)
+    steps = steps + (layer.offset / layer.scale).detach().numpy() if offsets else steps
     np.testing.assert_allclose(found.numpy(), (g * steps).sum(-1, keepdims=True), rtol=1e-12)
     with torch.no_grad():
         fixed.scale.mul_(torch.rand_like(fixed.scale) + 0.5)
     stored = fixed.codes()
+    assert (stored.offset is not None) == offsets
     assert torch.equal(stored.integers, layer.codes().integers) and torch.equal(stored.decode(), fixed.dense())
     with torch.no_grad():
         fixed.scale[2, 1] = torch.nan
