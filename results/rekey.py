@@ -3,9 +3,10 @@
 FOLDER: a results folder, or one that holds record files. Notes of what notebooks showed (published.json) follow.
 A record of format 2 gets the lengths of its responses, by which their perplexity weighs them now, its digest, and a key
 by the present numerics versions. Scores stay as they are. Records whose scores would be others now are left as they
-are, and named: of models whose tokenizer puts a BOS, of TriviaQA, and of weights of which double quantization turned a
-sign. A record whose loss was called "hidden" when that was the raw error of hidden states gets its present name,
-"raw-hidden", in either format.
+are, and named: of models whose tokenizer puts a BOS, of TriviaQA, of weights of which double quantization turned a
+sign, and of StatsQ and LSQ, which rounded activations and the cache as well. In either format, arms get their present
+names: "raw-hidden" is what the loss "hidden" was, and L4Q's start is named where L4Q or QAT-LoRA began with it on affine
+integers, and nowhere else.
 """
 
 import functools
@@ -17,16 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from studylib.config import HIDDEN, RAW_HIDDEN, Arm, Format, in_bitsandbytes, split_loss, write_whole
+from studylib.config import HIDDEN, INITS, OF_WEIGHTS, RAW_HIDDEN, Arm, Format, in_bitsandbytes, split_loss, write_whole
 from studylib.data import conversation, instruction_pairs, load_model, load_tokenizer
 from studylib.evaluate.scores import PAIR_TOKENS
 from studylib.quant import decoder_linears, encode
 from studylib.quant.formats import _encode_scales
-from studylib.study.records import FORMAT, Record, arm_key, contents, numerics, read_record
+from studylib.study.records import FORMAT, Record, arm_key, contents, numerics
 
 
-def changed(arm: Arm) -> str | None:
-    """Why the arm's scores are others now; None where they are not."""
+def changed(arm: Arm, was: dict[str, int], of_format: int) -> str | None:
+    """Why the scores of an arm, run at these numerics versions, are others now; None where they are not."""
+    if "weight grids" not in was and arm.scheme.grid in OF_WEIGHTS:
+        return "its grid is one of weights alone now"
+    if of_format == FORMAT:
+        return None
     tokenizer = load_tokenizer(arm.model)
     if tokenizer.bos_token_id in tokenizer("text").input_ids:
         return "its tokenizer puts a BOS"
@@ -49,19 +54,18 @@ def turns_signs(model: str, format: Format) -> bool:
     )
 
 
-def is_raw(fields: dict) -> bool:
-    """Whether a record's loss has the raw error of hidden states under the name that another one has now, which came
-    with a numerics version of its own."""
-    loss = (fields["arm"].get("training") or {}).get("loss", "")
-    return HIDDEN in loss.split("+") and "hidden states" not in fields["provenance"].get("numerics", {})
+def renamed(arm: Arm, numerics: dict[str, int]) -> Arm:
+    """The arm as it is called now, of a record that was made at these numerics versions."""
+    if arm.training and HIDDEN in arm.training.features and "hidden states" not in numerics:
+        logits, features = split_loss(arm.training.loss)
+        parts = [RAW_HIDDEN if part == HIDDEN else part for part in features]
+        arm = replace(arm, training=replace(arm.training, loss="+".join([*([logits] if logits else []), *parts])))
+    if arm.adapter and arm.adapter.init == INITS[0] and arm.method not in BEGUN_SO:
+        arm = replace(arm, adapter=replace(arm.adapter, init=None))
+    return arm
 
 
-def renamed(arm: Arm) -> Arm:
-    """The arm with "raw-hidden" for "hidden" in its loss."""
-    assert arm.training is not None
-    logits, features = split_loss(arm.training.loss)
-    parts = [RAW_HIDDEN if part == HIDDEN else part for part in features]
-    return replace(arm, training=replace(arm.training, loss="+".join([*([logits] if logits else []), *parts])))
+BEGUN_SO = ("l4q", "qat-lora")
 
 
 def keyed_anew(fields: dict, arm: Arm) -> Record:
@@ -84,18 +88,17 @@ def main(folders: list[str]) -> None:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(fields, dict) or not {"key", "arm"} <= fields.keys():
                 continue
-            found_format, old = fields.pop("format", 1), fields["key"]
-            if found_format not in (2, FORMAT) or (found_format == FORMAT and not is_raw(fields)):
+            old, of_format = fields["key"], fields.pop("format", 1)
+            if of_format not in (2, FORMAT):
                 continue
-            arm = Arm.from_dict(fields["arm"])
-            arm = renamed(arm) if is_raw(fields) else arm
-            if found_format == FORMAT:
-                record = replace(read_record(path), key=arm_key(arm), arm=arm)
-            elif why := changed(arm):
+            before, was = Arm.from_dict(fields["arm"]), fields["provenance"].get("numerics", {})
+            arm = renamed(before, was)
+            if of_format == FORMAT and (arm, numerics(arm)) == (before, was):
+                continue
+            if why := changed(arm, was, of_format):
                 print(f"{path.name}: left, {why}; run it again")
                 continue
-            else:
-                record = keyed_anew(fields, arm)
+            record = keyed_anew({name: value for name, value in fields.items() if name != "sha256"}, arm)
             write_whole(path.with_name(record.file_name), record.to_json())
             path.unlink()
             found[old] = record.key
