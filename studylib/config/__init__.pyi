@@ -64,7 +64,7 @@ from .files import (
     write_whole,
     written_whole,
 )
-from .learning_rates import Rate, find_rates, parse_rates, rates_text
+from .learning_rates import Rate, find_rates, rates_text
 from .numerics import NUMERICS, versions
 from .settings import (
     ADAPTER_KINDS,
@@ -236,7 +236,6 @@ __all__ = [
     "markdown",
     "nats",
     "number",
-    "parse_rates",
     "percent",
     "points",
     "profile",

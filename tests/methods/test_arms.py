@@ -28,7 +28,7 @@ from studylib.study.records import arm_key
 SMOKE, FULL = profile("smoke"), profile("full")
 QAT, TUNED = (
     build_arm(SMOKE, "m", "llm-qat", "4-8-4"),
-    build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("int-full")),
+    build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("affine")),
 )
 QLORA = build_arm(SMOKE, "m", "qlora", "4-16-16", format=Format("nf", double=True))
 
@@ -116,7 +116,7 @@ def test_each_change_alone_makes_another_setting_in_fields_and_in_words(field):
 
 
 def test_a_rank_counts_as_changed_where_it_is_not_the_usual_one_of_its_method():
-    usual = build_arm(SMOKE, "m", "qa-lora", "4-16-16", format=Format("int-full"))
+    usual = build_arm(SMOKE, "m", "qa-lora", "4-16-16", format=Format("affine"))
     assert Setting.of(usual).changes == () and usual.adapter.rank == 32
     other = part(usual, "adapter", rank=16, alpha=16.0)
     assert Setting.of(other).changes == (("adapter.rank", 16),) and title(other) == "QA-LoRA 4-16-16 (rank 16)"
@@ -220,7 +220,7 @@ def test_fields_of_a_budget_can_be_changed():
         SMOKE, "m", "llm-qat", "4-8-4", 3, sampling={"top_k": 7, "seed": 9}, training={"steps": 2, "loss": "labels"}
     )
     assert arm.data == dataclasses.replace(SMOKE.sampling, top_k=7, seed=9)
-    assert arm.training == dataclasses.replace(SMOKE.training, steps=2, loss="labels")
+    assert arm.training == dataclasses.replace(SMOKE.training, steps=2, loss="labels", grid_rate=None)
     tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("affine"), tuning={"learning_rate": 0.5, "steps": 9})
     assert (tuned.tuning.learning_rate, tuned.tuning.steps) == (0.5, 9)
     real = build_arm(SMOKE, "m", "gptq", "4-8-4", 4, corpus="c4", sampling={"count": 3})
@@ -339,5 +339,5 @@ def test_arms_come_in_the_order_of_tables():
 def test_seedless_arms_are_equal_where_they_differ_in_no_more():
     first, second = (build_arm(SMOKE, "m", "llm-qat", "4-8-4", seed) for seed in (0, 1))
     assert first != second and seedless(first) == seedless(second) == first
-    tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("int-full"))
+    tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("affine"))
     assert seedless(tuned) == TUNED and seedless(build_arm(SMOKE, "m", "rtn", "4-8-4")).data is None

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from studylib.cli import main
-from studylib.config import NOTHING, Rate, find_rates, parse_rates, rates_text
+from studylib.config import NOTHING, Rate, find_rates, rates_text
 from studylib.config.budgets import profile
+from studylib.config.learning_rates import parse_rates
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data.corpora import windows
 from studylib.methods.arms import build_arm, rate_case
@@ -163,7 +164,7 @@ def test_the_command_searches_and_writes(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr()
     assert told.out.startswith("llm-qat 4-8-4 symmetric: ") and "searching takes about " in told.err
     found = find_rates("tiny-random", "smoke", str(file))
-    assert sorted(found) == ["llm-qat 4-8-4 symmetric", "smoothquant+llm-qat 4-8-4"]
+    assert sorted(found) == ["llm-qat 4-8-4 symmetric", "smoothquant+llm-qat 4-8-4 symmetric"]
     rate = found["llm-qat 4-8-4 symmetric"]
     assert main([*command, "--cases", "llm-qat 8-8-8", "--output", str(file)]) == 0  # the others stay
     assert find_rates("tiny-random", "smoke", str(file))["llm-qat 4-8-4 symmetric"] == rate
