@@ -217,7 +217,8 @@ def test_every_method_runs_and_comes_back_from_its_file(fp32, tmp_path):
         assert len(record.training) == 4 and record.curve[-1]["loss"] < record.curve[0]["loss"], name
         assert Arm.from_dict(json.loads(record.arm.canonical())) == record.arm
         assert "bitsandbytes" in record.provenance["libraries"]
-        assert ("learned grids" in record.provenance["numerics"]) == (name in ("l4q", "qat-lora", "efficientqat"))
+        learns = name in ("l4q", "qat-lora", "lsq", "efficientqat")
+        assert ("learned grids" in record.provenance["numerics"]) == ("moved/scales" in record.metrics) == learns
         assert {"training", "fine-tuning"} <= set(record.provenance["numerics"])
     # The merged arm was not trained again; what is deployed is smaller by the adapter.
     assert made["merged"].training == made["qlora"].training
