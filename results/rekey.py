@@ -5,7 +5,7 @@ A record of format 2 gets the lengths of its responses, by which their perplexit
 by the present numerics versions. Scores stay as they are. Records whose scores would be others now are left as they
 are, and named: of models whose tokenizer puts a BOS, of TriviaQA, of weights of which double quantization turned a
 sign, and of StatsQ and LSQ, which rounded activations and the cache as well. In either format, arms get their present
-names: "raw-hidden" is what the loss "hidden" was, and L4Q's start is named where L4Q or QAT-LoRA began with it on affine
+names: "raw-hidden" is what the loss "hidden" was; L4Q's start is named where L4Q or QAT-LoRA began with it on affine
 integers, and nowhere else.
 """
 

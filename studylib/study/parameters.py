@@ -171,6 +171,7 @@ PARAMETERS = {
     | {
         "bits": SETTING,
         "losses": _list(LOSS, "losses, parts joined by '+'", ["labels", "kl+attention"]),
+        "alone": _list(LOSS, "losses, parts joined by '+'", ["attention"]),
         "temperatures": NUMBERS,
     },
     "03_bit_allocation": TRAINED
