@@ -31,8 +31,8 @@ class Rate:
 
 @functools.cache
 def _committed() -> dict[tuple[str, str], dict[str, Rate]]:
-    found = {}
-    for file in resources.files(__package__).joinpath("rates").iterdir():
+    found, folder = {}, resources.files(__package__).joinpath("rates")
+    for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".json"):
             model, profile, rates = parse_rates(file.read_text(encoding="utf-8"), file.name)
             found[model, profile] = rates
