@@ -99,8 +99,10 @@ def main(folders: list[str]) -> None:
                 print(f"{path.name}: left, {why}; run it again")
                 continue
             record = keyed_anew({name: value for name, value in fields.items() if name != "sha256"}, arm)
-            write_whole(path.with_name(record.file_name), record.to_json())
-            path.unlink()
+            named = path.with_name(record.file_name)
+            write_whole(named, record.to_json())
+            if named != path:
+                path.unlink()
             found[old] = record.key
         for path in sorted(folder.rglob("published.json")):
             published = json.loads(path.read_text(encoding="utf-8"))

@@ -279,7 +279,7 @@ def ablations(picture, make_record):
     changes = [
         *({"sampling": {"strategy": name}} for name in ("sampled", "greedy")),
         *({"corpus": name} for name in ("wikipedia", "c4")),
-        *({"training": {"loss": loss}} for loss in ("labels", "kl+attention", "kl+hidden")),
+        *({"training": {"loss": loss}} for loss in ("labels", "kl+attention", "kl+raw-hidden")),
         *({"scheme": Scheme(grid=grid)} for grid in ("statsq", "lsq")),
     ]
     worse = [

@@ -53,7 +53,7 @@ def test_a_figure_that_is_drawn_again_has_the_same_bytes(ablations, tmp_path, ki
 
 def test_a_curve_of_several_methods_names_them(tuned):
     names = [ax.get_title(loc="left") for ax in figures.learning_curve(tuned).axes]
-    assert {"L4Q 4-16-16", "QLoRA, rank 4"} <= set(names)
+    assert {"L4Q, l4q initialisation", "QLoRA, rank 4"} <= set(names)
 
 
 def test_titles_say_the_finding(picture):
@@ -96,7 +96,7 @@ def test_every_setting_and_value_is_shown(picture):
 
 def test_differences_name_only_what_differs(ablations):
     shown = texts(differences([r for r in ablations if r.arm.method == "llm-qat" and r.arm.bits == "4-8-4"]))
-    assert {"sampled", "greedy", "C4 text", "loss labels", "LSQ"} <= set(shown)
+    assert {"sampled", "greedy", "C4 text", "loss labels", "LSQ weights"} <= set(shown)
     assert "LLM-QAT" not in " ".join(shown)
 
 
