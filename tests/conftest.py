@@ -26,16 +26,13 @@ from studylib.study.records import FINISHED, Record, arm_key, digest
 torch.set_num_threads(1)
 
 
-def pytest_runtest_setup(item):
-    """Every arm asks for garbage collections, which walk through all libraries for a quarter of a second each."""
-    gc.freeze()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def collected():
+def libraries_frozen():
+    """Every arm asks for garbage collections, which else walk through all libraries for a quarter of a second each."""
+    gc.collect()
+    gc.freeze()
     yield
     gc.unfreeze()
-    gc.collect()
 
 
 BUDGET = dataclasses.replace(

@@ -1,0 +1,72 @@
+"""Records of older versions keep their numbers and get the names and keys of today."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from studylib.study.records import _digest_of, arm_key, read_record
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "results" / "reference" / "records"
+
+
+@pytest.fixture(scope="module")
+def rekey():
+    spec = importlib.util.spec_from_file_location("rekey", ROOT / "results" / "rekey.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def older(folder, method, change):
+    """A record of the reference with `change` undone in its fields, as it was written before."""
+    path = next(path for path in sorted(RECORDS.glob(f"{method}_*.json")))
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    change(fields)
+    (folder / path.name).write_text(json.dumps(fields | {"sha256": _digest_of(fields)}))
+    return read_record(path)
+
+
+def test_the_old_default_of_starts_is_left_out_and_the_file_stays(tmp_path, rekey):
+    def undo(fields):
+        fields["arm"]["adapter"]["init"] = "l4q"
+
+    known = older(tmp_path, "qlora", undo)
+    rekey([str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    found = read_record(file)
+    assert found.arm == known.arm and found.key == known.key == arm_key(found.arm) and found.scores == known.scores
+    assert found.arm.adapter.init is None
+
+
+def test_what_began_with_l4qs_scales_says_so(tmp_path, rekey):
+    def undo(fields):
+        fields["provenance"]["numerics"]["learned grids"] = 1
+        fields["key"] = "0" * 16
+
+    known = older(tmp_path, "l4q", undo)
+    rekey([str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    found = read_record(file)
+    assert found.arm == known.arm and found.key == known.key == arm_key(found.arm) and file.name == found.file_name
+    assert found.arm.adapter.init == "l4q" and found.scores == known.scores
+
+
+def test_the_raw_loss_gets_its_name_and_other_grids_are_left(tmp_path, rekey, capsys):
+    def raw(fields):
+        fields["arm"]["training"]["loss"] = fields["arm"]["training"]["loss"].replace("raw-hidden", "hidden")
+        fields["key"] = "0" * 16
+
+    def of_everything(fields):
+        fields["arm"]["scheme"]["grid"] = "statsq"
+
+    known = older(tmp_path, "llm-qat_4-8-4_loss-kl-raw-hidden", raw)
+    older(tmp_path, "rtn_4-8-4", of_everything)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("rtn*")}
+    rekey([str(tmp_path)])
+    assert read_record(tmp_path / known.file_name) == known
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("rtn*")}
+    assert "left, its grid is one of weights alone now; run it again" in capsys.readouterr().out
