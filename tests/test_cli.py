@@ -404,7 +404,7 @@ def test_a_plan_that_makes_no_sense_is_one_clear_line(capsys, arguments, message
 
 
 def test_two_runs_at_once(tmp_path):
-    small = ("settings=[4-8-4]", "methods=[rtn]", "searched=[]", "smoothed=[]")
+    small = ("settings=[4-8-4]", "methods=[rtn]", "searched=[]", "grouped=[]", "smoothed=[]")
     command = [STUDY, "run", *SMOKE, "--notebooks", "04", "--set", *small, "--results"]
     running = [
         subprocess.Popen([*command, tmp_path / name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -42,7 +42,7 @@ def test_committed_without_outputs_and_short(notebook):
 
 def test_parameters_are_plain_values(notebook):
     defaults = default_parameters(notebook)
-    trained = ["seeds", "results", "output", "jobs", "extend", "keep_checkpoints"]
+    trained = ["seeds", "results", "output", "jobs", "rates", "extend", "keep_checkpoints"]
     common = ["model", "profile", *(trained if "extend" in defaults else ["results", "output"])]
     assert list(defaults)[: len(common)] == common
     assert assign_parameters([notebook], defaults) == {notebook: defaults}

@@ -103,10 +103,13 @@ CLAIMS = (
         "A9",
         "Soft logits alone are the best target",
         "LLaMA-7B, zero-shot: logits 63.1, with attention maps 61.1, with hidden states 34.9",
-        "LLM-QAT with KL on logits is better than with labels, and than with attention maps or (raw) hidden states added",
+        "LLM-QAT with KL on logits is better than with labels, and than with attention maps or raw hidden states added",
         (
             DEFAULT,
-            *(setting("llm-qat", "4-8-4", {"training.loss": loss}) for loss in ("labels", "kl+attention", "kl+raw-hidden")),
+            *(
+                setting("llm-qat", "4-8-4", {"training.loss": loss})
+                for loss in ("labels", "kl+attention", "kl+raw-hidden")
+            ),
         ),
         is_best,
         effect=PaperNumber(

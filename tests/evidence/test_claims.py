@@ -144,7 +144,7 @@ def test_the_opposite_is_not_reproduced(ablations, make_record, claim, method, b
     [
         ("A8", {"sampling": {"strategy": "greedy"}}),
         ("A9", {"training": {"loss": "labels"}}),
-        ("A9", {"training": {"loss": "kl+hidden"}}),
+        ("A9", {"training": {"loss": "kl+raw-hidden"}}),
         ("A10", {"scheme": Scheme(grid="lsq")}),
     ],
 )

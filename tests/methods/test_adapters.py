@@ -350,7 +350,6 @@ def test_qat_lora_learns_scale_and_offset_by_the_gradients_of_the_l4q_paper(tiny
         ("lora", {"adapter": Adapter(4, kind="loftq")}, "kind: 'loftq' is not allowed for 'lora', whose base"),
         ("qa-lora", {"adapter": Adapter(4, kind="dora")}, "kind: 'dora' is not allowed for 'qa-lora'; use 'lora'"),
         ("qlora", {"adapter": Adapter(4, init="symmetric")}, "init: 'symmetric' is not allowed for 'qlora'; use None"),
-        ("qat-lora", {"adapter": Adapter(4, init="lsq+")}, "init: 'lsq\\+' is not allowed for 'qat-lora'; use None"),
         ("l4q", {"adapter": Adapter(4, dropout=0.1)}, "dropout: 0.1 is not allowed for 'l4q'; use 0"),
         (
             "lora",

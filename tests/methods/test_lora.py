@@ -332,7 +332,11 @@ def test_an_instruction_file_without_enough_pairs_is_refused_first(tmp_path, row
         ("qlora", {"merge": "glued"}, "merge: 'glued' is not known"),
         ("l4q", {"merge": "requantized"}, "'requantized' is not allowed for 'l4q'"),
         ("l4q", {"format": NF4}, "format: 'nf' is not allowed for 'l4q'"),
-        ("l4q", {"adapter": Adapter(4, init="l4q")}, "init: 'l4q' is how scales of full-range Int4, .* leave it out"),
+        (
+            "l4q",
+            {"format": Format("int-full", 4, 32), "adapter": Adapter(4, init="l4q")},
+            "init: 'l4q' is how scales of full-range Int4, .* leave it out",
+        ),
         ("qa-lora", {"adapter": Adapter(4, init="l4q")}, "init: 'l4q' is not allowed for 'qa-lora'; use None"),
         ("lora", {"bits": "4-16-16"}, "bits: 4-16-16 does not go with 'lora'"),
         ("lora", {"format": NF4}, "format: NF4 .* DQ, groups of 32 is not allowed for 'lora'"),

@@ -187,9 +187,7 @@ def test_training_resumed_from_a_checkpoint_ends_with_the_same_weights(
     monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", 0)
     windows, states = data
     head = tiny_model.lm_head.weight.detach().clone()
-    whole, cut, resumed = (
-        quantize_model(copy.deepcopy(tiny_model), "4-8-4", Scheme(grid=grid), tokens=windows[:2]) for _ in range(3)
-    )
+    whole, cut, resumed = (quantize_model(copy.deepcopy(tiny_model), "4-8-4", Scheme(grid=grid)) for _ in range(3))
     fixed = (states, head, windows, SETTINGS)
     held_out = text(14)[12:]
     log = train_llm_qat(whole, *fixed, tmp_path / "whole", held_out=held_out)
