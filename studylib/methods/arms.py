@@ -15,7 +15,6 @@ from studylib.config import (
     CORPORA,
     DEQUANTIZED,
     KL,
-    LEARNED,
     MERGED_16,
     MERGED_QUANTIZED,
     PARTS,
@@ -152,8 +151,8 @@ def _rates(budget: Profile, case: Case, usual: Budget) -> dict[str, Any]:
     """Only grids that are learned have a rate of their own."""
     method, _, _, scheme = case
     rate = dict(budget.rates).get(rate_case(*case), Rate(usual.learning_rate, usual.grid_rate))
-    learns = find(method).learns_grid or scheme.grid in LEARNED
-    return {"learning_rate": rate.learning_rate, "grid_rate": rate.grid_rate if learns else None}
+    trained = find(method).trains_grid(scheme)
+    return {"learning_rate": rate.learning_rate, "grid_rate": rate.grid_rate if trained else None}
 
 
 def _changed(name: str, part: Part, changes: Mapping[str, Any] | None) -> Part:

@@ -145,7 +145,7 @@ class Method(ABC):
             raise ValueError(f"grid: {arm.scheme.grid!r} is learned in training, which {self.name!r} has none of")
         if arm.scheme.grid in OF_WEIGHTS and arm.widths.weights == OFF:
             raise ValueError(f"grid: {arm.scheme.grid!r} is one of weights, which {arm.bits} leaves as they are")
-        if arm.budget and arm.budget.grid_rate is not None and not (self.learns_grid or arm.scheme.grid in LEARNED):
+        if arm.budget and arm.budget.grid_rate is not None and not self.trains_grid(arm.scheme):
             raise ValueError(
                 f"grid_rate: {arm.budget.grid_rate:g} has no effect on {self.name!r}, which learns no grid"
             )
@@ -155,6 +155,10 @@ class Method(ABC):
             raise ValueError(
                 f"bits: {arm.bits} does not go with the format {arm.format.title}; use {arm.format.bits}-16-16"
             )
+
+    def trains_grid(self, scheme: Scheme) -> bool:
+        """Whether an arm of it with this scheme trains scales."""
+        return self.learns_grid or scheme.grid in LEARNED
 
     def check_merge(self, how: str, format: Format | None) -> None:
         """Raise ValueError unless what it trained can be deployed in this way (see methods.merge)."""

@@ -117,6 +117,8 @@ class FineTuned(Method):
             check_rank(arm.adapter, {name: linears[name] for name in adapted_layers(skeleton, arm.adapter.layers)})
 
     def container(self, arm: Arm) -> str:
+        if arm.adapter is None and self.learns_grid and arm.format is not None and arm.format.kind == AFFINE:
+            raise ValueError(FREE_OFFSETS)
         if arm.adapter is None or arm.merge in PACKED:
             return super().container(arm)
         if arm.merge in (DEQUANTIZED, MERGED_16):
@@ -417,11 +419,6 @@ class LearnedStepQAT(QAT):
     learns_grid = True
     look, numerics = Look("#CC79A7", "D"), ("formats", "learned grids")
 
-    def container(self, arm: Arm) -> str:
-        if arm.format is not None and arm.format.kind == AFFINE:
-            raise ValueError(FREE_OFFSETS)
-        return super().container(arm)
-
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
@@ -455,11 +452,6 @@ class EfficientQAT(FineTuned):
 
         super().check_model(arm, skeleton)
         decoder_blocks(skeleton)
-
-    def container(self, arm: Arm) -> str:
-        if arm.format is not None and arm.format.kind == AFFINE:
-            raise ValueError(FREE_OFFSETS)
-        return super().container(arm)
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from studylib.config import BESIDE, LEARNED, NOTHING, Arm, Rate
+from studylib.config import BESIDE, NOTHING, Arm, Rate
 from studylib.methods import Setting, find, rate_case
 from studylib.study import schedule
 from studylib.study.records import Record, Store, arm_key
@@ -20,24 +20,17 @@ def cases(arms: Sequence[Arm]) -> dict[str, Arm]:
     """For each setting whose rate is to be chosen, the arm that is trained for it: the plainest of the least seed,
     scored on nothing."""
     found: dict[str, Arm] = {}
-    for arm in sorted(filter(_trains, arms), key=lambda arm: (len(Setting.of(arm).changes), arm.seed)):
+    for arm in sorted((arm for arm in arms if arm.budget), key=lambda arm: (len(Setting.of(arm).changes), arm.seed)):
         found.setdefault(rate_case(arm.method, arm.bits, arm.format, arm.scheme), arm)
     return {case: _begun(dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE)) for case, arm in found.items()}
 
 
 def _begun(arm: Arm) -> Arm:
     """With a rate for the grid, where one is learned."""
+    if not find(arm.method).trains_grid(arm.scheme):
+        return arm
     rate = rate_of(arm)
-    return with_rate(arm, dataclasses.replace(rate, grid_rate=rate.grid_rate or GRID_RATE)) if _learns(arm) else arm
-
-
-def _trains(arm: Arm) -> bool:
-    return arm.budget is not None
-
-
-def is_search(record: Record) -> bool:
-    """Whether a record is a step of a search: trained, and scored on nothing."""
-    return _trains(record.arm) and record.arm.evaluation == NOTHING
+    return with_rate(arm, dataclasses.replace(rate, grid_rate=rate.grid_rate or GRID_RATE))
 
 
 def rate_of(arm: Arm) -> Rate:
@@ -111,9 +104,5 @@ def cost(searched: Sequence[Arm], arms: Sequence[Arm], results: str | Path) -> f
     work = 0
     for arm in searched:
         if store.find(arm_key(arm)) is None:
-            work += (3 + 2 * _learns(arm)) * planned_work(arm)
+            work += (3 + 2 * find(arm.method).trains_grid(arm.scheme)) * planned_work(arm)
     return work / max(1, sum(map(planned_work, dict.fromkeys(arms))))
-
-
-def _learns(arm: Arm) -> bool:
-    return find(arm.method).learns_grid or arm.scheme.grid in LEARNED
