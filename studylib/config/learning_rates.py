@@ -41,14 +41,20 @@ def _committed() -> dict[tuple[str, str], dict[str, Rate]]:
 
 def find_rates(model: str, profile: str, file: str = "") -> dict[str, Rate]:
     """The rates of a file that `study rates` wrote, or those that come with studylib for this model and profile; {}
-    where there are none, and each method's usual one is taken. Raises ValueError for a file that is none."""
+    where there are none, and each method's usual one is taken. Raises ValueError for a file that is none, or that was
+    written for another model or profile."""
     if not file:
         return dict(_committed().get((model, profile), {}))
     try:
         with open(os.path.expanduser(file), encoding="utf-8") as opened:
-            return parse_rates(opened.read(), file)[2]
+            own_model, own_profile, rates = parse_rates(opened.read(), file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"rates: {file!r} cannot be read ({error})") from error
+    if own_model not in (model, os.path.realpath(model)) or own_profile != profile:
+        raise ValueError(
+            f"rates: {file!r} was written for {shown(own_model)} at {shown(own_profile)}, not for {model} at {profile}"
+        )
+    return rates
 
 
 def parse_rates(text: str, name: str) -> tuple[str, str, dict[str, Rate]]:

@@ -1,7 +1,7 @@
 """Golden values: for each component of config.numerics a few statistics that move when its numbers do.
 
 They are computed in fp32 on one thread of the CPU, on tiny models and on fixed tensors, and are sums over many numbers:
-other processors, BLAS libraries and builds of torch move them by less than TOLERANCE, a changed formula by more. What
+other processors, BLAS libraries and builds of torch move them by less than its tolerance, a changed formula by more. What
 draws at random is avoided where torch draws differently on other platforms.
 """
 
@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -47,7 +48,8 @@ from studylib.data import corpora, generation, models, prompts
 from studylib.quant import formats, grids, kernel, layers, learned, storage
 
 FILE = Path(__file__).with_name("numerics.json")
-TOLERANCE = 2e-3
+TOLERANCE = 5e-3
+TOLERANCES = {"ptq": 0.06}  # AWQ takes the best of many ratios; of two that are nearly alike, each processor its own
 COMPUTE_DTYPE = models.compute_dtype  # as it decides, before it is told to be fp32
 
 
@@ -310,7 +312,9 @@ def of_training() -> Iterator[float]:
     examples = [{"tokens": row} for row in tokens(8, 12)]
 
     def loss(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-        return {"loss": model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.square().sum(-1).mean()}
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        # Not all numbers count alike: the final norm makes their sum of squares a constant, without a gradient.
+        return {"loss": (hidden.square() * torch.linspace(0, 1, hidden.shape[-1])).sum(-1).mean()}
 
     model = tiny(opinionated=True)
     before = copied(model)
@@ -551,7 +555,8 @@ def problem(component: str) -> str | None:
         return f"{component}: its version is {version}, its golden values are of version {kept['version']}; {anew}"
     values = compute(component)
     if len(values) == len(kept["values"]):
-        apart = [i for i, pair in enumerate(zip(values, kept["values"], strict=True)) if not _close(*pair)]
+        near = partial(math.isclose, rel_tol=TOLERANCES.get(component, TOLERANCE), abs_tol=1e-12)
+        apart = [i for i, pair in enumerate(zip(values, kept["values"], strict=True)) if not near(*pair)]
         if not apart:
             return None
         first = apart[0]
@@ -564,7 +569,3 @@ def problem(component: str) -> str | None:
         f"{component}: its numbers changed ({moved}). If that is meant, raise its version in config/numerics.py, with "
         f"one line why, and {anew}"
     )
-
-
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-12)

@@ -143,7 +143,32 @@ def test_a_file_of_rates_is_read_back(tmp_path):
     assert parse_rates(text, "file") == ("own", "quick", given)
     file = tmp_path / "rates.json"
     file.write_text(text)
-    assert find_rates("whatever", "quick", str(file)) == given and find_rates("whatever", "quick") == {}
+    assert find_rates("own", "quick", str(file)) == given and find_rates("own", "quick") == {}
+
+
+@pytest.mark.parametrize(("model", "profile"), [("other", "quick"), ("own", "full")])
+def test_rates_of_another_model_or_profile_are_refused(tmp_path, model, profile):
+    file = tmp_path / "rates.json"
+    file.write_text(rates_text("own", "quick", {}))
+    with pytest.raises(ValueError, match=f"was written for 'own' at 'quick', not for {model} at {profile}"):
+        find_rates(model, profile, str(file))
+
+
+def test_rates_of_a_folder_are_found_by_its_relative_name(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    file = tmp_path / "rates.json"
+    file.write_text(rates_text(str((tmp_path / "own").resolve()), "quick", {}))
+    monkeypatch.chdir(tmp_path)
+    assert find_rates("own", "quick", str(file)) == {}
+
+
+def test_a_search_does_not_write_over_the_rates_of_another_model(tmp_path, capsys):
+    file = tmp_path / "rates.json"
+    file.write_text(text := rates_text("own", "smoke", {"lora 16-16-16": Rate(1e-3)}))
+    command = ["rates", "--profile", "smoke", "--model", "tiny-random", "--notebooks", "05", "--results", str(tmp_path)]
+    assert main([*command, "--output", str(file)]) == 2
+    assert "was written for 'own' at 'smoke', not for tiny-random at smoke" in capsys.readouterr().err
+    assert file.read_text() == text
 
 
 @pytest.mark.parametrize(
