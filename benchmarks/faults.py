@@ -350,7 +350,8 @@ def kills(place: Path, sample: int | None, seed: int) -> dict[str, Any]:
         process = start(killed, log)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(drawn.uniform(0.2, 1) * seconds)
-        ended, family = process.poll() is not None, processes_of(process)
+        ended = process.poll() is not None or "\nReport: " in log.read_text(errors="replace")  # the last line there is
+        family = processes_of(process)
         if how == "INT":
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT)
@@ -378,11 +379,14 @@ def kills(place: Path, sample: int | None, seed: int) -> dict[str, Any]:
     def records(folder: Path) -> dict[str, Any]:
         listed = {path.name: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
         for fields in listed.values():
-            del fields["cost"], fields["provenance"]
+            del fields["cost"], fields["provenance"], fields["sha256"]
         return listed
 
-    if (complete, last) != (0, 0) or leftovers(killed) or records(killed) != records(whole):
-        found["otherwise"].append({"what": "the records afterwards", "status": (complete, last)})
+    if (complete, last) != (0, 0) or leftovers(killed):
+        found["otherwise"].append({"what": f"left {leftovers(killed)}", "status": (complete, last)})
+    again, undisturbed = records(killed), records(whole)
+    if different := [name for name in again.keys() | undisturbed if again.get(name) != undisturbed.get(name)]:
+        found["otherwise"].append({"what": "other records afterwards", "files": sorted(different)})
     show("kills", found)
     return found
 

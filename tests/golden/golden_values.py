@@ -1,8 +1,8 @@
 """Golden values: for each component of config.numerics a few statistics that move when its numbers do.
 
 They are computed in fp32 on one thread of the CPU, on tiny models and on fixed tensors, and are sums over many numbers:
-other processors, BLAS libraries and builds of torch move them by less than its tolerance, a changed formula by more. What
-draws at random is avoided where torch draws differently on other platforms.
+other processors, BLAS libraries and builds of torch move them by less than its tolerance, a changed formula by more.
+What draws at random is avoided where torch draws differently on other platforms.
 """
 
 import contextlib
