@@ -1,6 +1,8 @@
 """The command `study`: run notebooks in batch, list, show, export, verify and clear results, report, plan memory."""
 
 import argparse
+import atexit
+import gc
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from studylib.study import Record
 
+atexit.register(gc.freeze)  # else the collector walks through all libraries at the exit, for two seconds
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 

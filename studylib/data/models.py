@@ -311,13 +311,16 @@ def _load_tokenizer(name: str, version: str | None) -> PreTrainedTokenizerBase:
 
 def identity(name: str) -> dict[str, str]:
     """Which weights these are: name, note, and the SHA-256 of the weight files (of the tensors of tiny-random)."""
+    sha256 = _tiny_sha256() if name == TINY else _files_sha256(_folder(name))
+    return {"name": name, "note": NOTES.get(name, ""), "sha256": sha256}
+
+
+@functools.cache
+def _tiny_sha256() -> str:
     digest = hashlib.sha256()
-    if name == TINY:
-        for tensor in load_model(name).cpu().state_dict().values():
-            digest.update(tensor.numpy().tobytes())
-    else:
-        return {"name": name, "note": NOTES.get(name, ""), "sha256": _files_sha256(_folder(name))}
-    return {"name": name, "note": NOTES[name], "sha256": digest.hexdigest()}
+    for tensor in load_model(TINY).cpu().state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def contents(name: str) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import lm_eval.api.task
 import lm_eval.tasks
 import numpy as np
 import torch
@@ -345,30 +346,37 @@ def _evaluated(
     if source not in TASK_SOURCES:
         raise ValueError(f"source: {source!r} is not known; use {' or '.join(map(repr, TASK_SOURCES))}")
     scores = {}
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        sizes = {task: _archive_tasks(task, Path(folder)) for task in tasks if source == ARCHIVE}
-        stack.enter_context(_quiet())
+    with _quiet():
         evaluated = load()
-        manager = TaskManager(include_path=folder, include_defaults=source == HUB)
         for task in tasks:
-            if source == ARCHIVE:
-                chosen = _choose(sizes[task], items)
-                parts = manager.load(list(chosen))["tasks"]
-            else:
-                parts = manager.load(TASKS[task].name)["tasks"]
-                chosen = _choose({name: len(part.eval_docs) for name, part in parts.items()}, items)
-                parts = {name: parts[name] for name in chosen}
+            chosen, parts = _parts(task, items, source)
             for part in parts.values():
                 part.set_config(key="num_fewshot", value=TASKS[task].shots)
                 part.set_fewshot_seed(seed=EXAMPLES_SEED)
             try:
-                samples = evaluate(evaluated, {"tasks": parts}, samples=chosen, bootstrap_iters=0)["samples"]
+                samples = evaluate(evaluated, {"tasks": parts}, samples=dict(chosen), bootstrap_iters=0)["samples"]
             except ValueError as error:
                 raise ValueError(f"task {task}: {error}") from error
+            finally:
+                for part in parts.values():
+                    part._instances = None  # all requests with their answers
             rows = [row for name in chosen for row in sorted(samples[name], key=lambda row: row["doc_id"])]
             scores[task] = {metric: np.array([float(row[metric]) for row in rows]) for metric in rows[0]["metrics"]}
     return scores
+
+
+@functools.lru_cache(maxsize=2 * len(TASKS))
+def _parts(task: str, items: int | None, source: str) -> tuple[dict[str, list[int]], dict[str, lm_eval.api.task.Task]]:
+    """Which items are scored of each part of a benchmark, and lm-eval's objects for the parts, by their names."""
+    with tempfile.TemporaryDirectory() as folder:  # where what is read from the archive stays open
+        sizes = _archive_tasks(task, Path(folder)) if source == ARCHIVE else {}
+        manager = TaskManager(include_path=folder, include_defaults=source == HUB)
+        if source == ARCHIVE:
+            chosen = _choose(sizes, items)
+            return chosen, manager.load(list(chosen))["tasks"]
+        parts = manager.load(TASKS[task].name)["tasks"]
+        chosen = _choose({name: len(part.eval_docs) for name, part in parts.items()}, items)
+        return chosen, {name: parts[name] for name in chosen}
 
 
 def score(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> tuple[dict[str, float], dict[str, np.ndarray]]:

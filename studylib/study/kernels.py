@@ -1,6 +1,8 @@
 """The kernel that a notebook is executed in: of this interpreter, with its files in a private folder, on no port."""
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -97,6 +99,7 @@ def main() -> None:
         def __init__(self, socket: Any, pipe: bool, session: Any):
             super().__init__(socket, session=session)
 
+    atexit.register(gc.freeze)  # as in cli
     kernelapp.IOPubThread = WithoutPipe  # type: ignore[misc, assignment]
     kernelapp.launch_new_instance()
 

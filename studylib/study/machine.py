@@ -115,6 +115,11 @@ def _source() -> str:
 SOURCE = _source()  # taken when the process starts, so that editing a module meanwhile cannot mislabel its records
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
 def environment() -> dict[str, Any]:
     """Where and with what a record was made: versions, commit, dirty flag, hardware, the type it multiplies in."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -123,7 +128,7 @@ def environment() -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "source": SOURCE,
         "python": platform.python_version(),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": dict(_versions()),
         "hardware": {
             "processor": torch.backends.cpu.get_cpu_capability(),
             "cores": torch.get_num_threads(),

@@ -147,11 +147,18 @@ def _locked(arms: Sequence[Arm], store: Store) -> Iterator[Arm]:
     Arms whose data another process is making just now come last.
     """
 
-    def awaits_data(arm: Arm) -> bool:
-        return arm.data is not None and store.is_held(data_lock(data_folder(arm, store)))
+    def in_turn() -> Iterator[tuple[Arm, bool]]:  # no further than is needed: arms are many
+        late = []
+        for arm in arms:
+            if arm.data is not None and store.is_held(data_lock(data_folder(arm, store))):
+                late.append(arm)
+            else:
+                yield arm, False
+        yield from ((arm, False) for arm in late)
+        yield arms[0], True
 
     with contextlib.ExitStack() as held:
-        for arm, wait in [*((arm, False) for arm in sorted(arms, key=awaits_data)), (arms[0], True)]:
+        for arm, wait in in_turn():
             try:
                 held.enter_context(store.lock(arm_key(arm)).acquire(blocking=wait))
             except Timeout:
