@@ -321,6 +321,11 @@ def processes_of(process: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
+def heed() -> None:
+    """Ctrl-C, also where this benchmark was itself started in the background, as which it is deaf to it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 KILLS = 12
 GONE = 10  # seconds in which helpers and kernels must be gone
 STUDY = ("-m", "studylib", "run", "--profile", "smoke", "--notebooks", "04", "--model", "tiny-random", "--jobs", "2")
@@ -339,7 +344,9 @@ def kills(place: Path, sample: int | None, seed: int) -> dict[str, Any]:
     def start(folder: Path, log: Path) -> subprocess.Popen:
         command = [sys.executable, "-u", *STUDY, "--results", str(folder), *SETS]
         with log.open("w") as out:
-            return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed
+            )
 
     begun = time.monotonic()
     complete = start(whole, place / "whole.log").wait()

@@ -6,7 +6,7 @@ by the present numerics versions. Scores stay as they are. Records whose scores 
 are, and named: of models whose tokenizer puts a BOS, of TriviaQA, of weights of which double quantization turned a
 sign, and of StatsQ and LSQ, which rounded activations and the cache as well. In either format, arms get their present
 names: "raw-hidden" is what the loss "hidden" was; L4Q's start is named where L4Q or QAT-LoRA began with it on affine
-integers, and nowhere else.
+integers, and nowhere else. Files are named by what their arms are called now.
 """
 
 import functools
@@ -23,7 +23,7 @@ from studylib.data import conversation, instruction_pairs, load_model, load_toke
 from studylib.evaluate.scores import PAIR_TOKENS
 from studylib.quant import decoder_linears, encode
 from studylib.quant.formats import _encode_scales
-from studylib.study.records import FORMAT, Record, arm_key, contents, numerics
+from studylib.study.records import FORMAT, Record, arm_key, contents, numerics, read_record
 
 
 def changed(arm: Arm, was: dict[str, int], of_format: int) -> str | None:
@@ -94,6 +94,7 @@ def main(folders: list[str]) -> None:
             before, was = Arm.from_dict(fields["arm"]), fields["provenance"].get("numerics", {})
             arm = renamed(before, was)
             if of_format == FORMAT and (arm, numerics(arm)) == (before, was):
+                path.rename(path.with_name(read_record(path).file_name))
                 continue
             if why := changed(arm, was, of_format):
                 print(f"{path.name}: left, {why}; run it again")

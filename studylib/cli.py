@@ -236,6 +236,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import Rate, find_rates, listed, profile, rates_text, write_whole
     from studylib.data import models
+    from studylib.report import figures
     from studylib.study import notebooks as batch
     from studylib.study import rates, schedule
 
@@ -260,7 +261,9 @@ def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
         write_whole(options.output, rates_text(model, options.profile, known))
         print(f"{case}: {rate.text}")
 
-    rates.search(list(chosen.values()), options.results, options.jobs, told)
+    _, tried = rates.search(list(chosen.values()), options.results, options.jobs, told)
+    figures.searched_rates(tried).savefig(picture := options.output.with_suffix(".svg"))
+    print(f"Figure: {picture}")
     return 0
 
 

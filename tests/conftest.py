@@ -244,23 +244,23 @@ def tuned(make_record):
         ("qlora", "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
         ("qlora", "4-16-16", 2.80, {"format": nf, "adapter": Adapter(64, 64)}),
         ("qlora", "3-16-16", 2.805, {"format": nf3}),
-        ("l4q", "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(4, 4, init="l4q")}),
-        ("l4q", "4-16-16", 2.75, {"format": Format("affine", 4), "adapter": Adapter(64, 64, init="l4q")}),
-        ("l4q", "4-16-16", 2.73, {"format": Format("affine", 4, 32), "adapter": Adapter(init="l4q")}),
+        ("l4q", "4-16-16", 2.75, {"format": Format("int-full", 4), "adapter": Adapter(4, 4)}),
+        ("l4q", "4-16-16", 2.75, {"format": Format("int-full", 4), "adapter": Adapter(64, 64)}),
+        ("l4q", "4-16-16", 2.73, {"format": Format("int-full", 4, 32)}),
         *(
-            ("l4q", "4-16-16", 2.85, {"format": Format("affine", 4), "adapter": Adapter(init=init)})
+            ("l4q", "4-16-16", 2.85, {"format": Format("int-full", 4), "adapter": Adapter(init=init)})
             for init in ("lsq+", "symmetric", "asymmetric")
         ),
     ]
     for bits, worse in ((4, 0.0), (3, 0.2)):
         variants += [
-            (method, f"{bits}-16-16", loss + worse, {"format": Format("affine", bits), "adapter": adapter})
-            for method, loss, adapter in (
-                ("l4q", 2.75, Adapter(init="l4q")),
-                ("qlora", 2.85, None),
-                ("qa-lora", 2.9, Adapter()),
-                ("qat-lora", 2.87, Adapter(init="l4q")),
-                ("gptq+lora", 2.95, None),
+            (method, f"{bits}-16-16", loss + worse, {"format": Format("int-full", bits)})
+            for method, loss in (
+                ("l4q", 2.75),
+                ("qlora", 2.85),
+                ("qa-lora", 2.9),
+                ("qat-lora", 2.87),
+                ("gptq+lora", 2.95),
             )
         ]
     return records + [

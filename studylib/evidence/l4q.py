@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from studylib.config import Format
+from studylib.config import FULL, Format
 from studylib.evidence.gigabytes import near_lora, planned_memory
 from studylib.evidence.measures import decoding_measures, learned, response_measures, training_times
 from studylib.evidence.rules import (
@@ -16,10 +16,8 @@ from studylib.evidence.rules import (
 from studylib.evidence.verdicts import ACCURACY, TIMES, Claim, PaperNumber
 from studylib.methods import setting
 
-UNIFORM = {bits: {"format": Format("affine", bits, 64)} for bits in (4, 3)}  # what the paper marks with a star
-# The paper has full-range integers and QA-LoRA at twice the rank. Those arms are judged once their learning rates have
-# been searched; until then, what was run is: affine grids, on which L4Q and QAT-LoRA began with L4Q's own scales.
-BEGUN, RANK = {"adapter.init": "l4q"}, {"adapter.rank": 16}
+# The paper's grid, the same for all of its methods. Ours take it by default, but for QLoRA: the paper's star.
+UNIFORM = {bits: {"format": Format(FULL, bits, 64)} for bits in (4, 3)}
 CLAIMS = (
     *(
         Claim(
@@ -29,11 +27,11 @@ CLAIMS = (
             f"At {bits} bits L4Q beats LoRA on GPTQ (the paper's GPTQ may be without), QLoRA*, QA-LoRA and "
             "QAT-LoRA; LoftQ* is not run",
             (
-                setting("l4q", f"{bits}-16-16", BEGUN),
+                setting("l4q", f"{bits}-16-16"),
                 setting("gptq+lora", f"{bits}-16-16"),
                 setting("qlora", f"{bits}-16-16", UNIFORM[bits]),
-                setting("qa-lora", f"{bits}-16-16", RANK),
-                setting("qat-lora", f"{bits}-16-16", BEGUN),
+                setting("qa-lora", f"{bits}-16-16"),
+                setting("qat-lora", f"{bits}-16-16"),
             ),
             is_best,
             measures=learned,
@@ -44,7 +42,7 @@ CLAIMS = (
                 "C1",
                 4,
                 "LLaMA-2-7B, 7 tasks: GPTQ 60.7, LoftQ* 61.7, QLoRA* 61.3, QA-LoRA 61.0, QAT-LoRA 61.9, L4Q 63.6",
-                PaperNumber(63.6 - 61.9, ACCURACY, "{} (QAT-LoRA)", of=(setting("qat-lora", "4-16-16", BEGUN),)),
+                PaperNumber(63.6 - 61.9, ACCURACY, "{} (QAT-LoRA)", of=(setting("qat-lora", "4-16-16"),)),
             ),
             (
                 "C2",
@@ -74,7 +72,7 @@ CLAIMS = (
         "L4Q trains in about the time of QLoRA in total",
         "7B: QLoRA* 9.9 hours, L4Q 10.1 at half the iterations: about 1.9 to 2.0 times as long for each",
         "A step of L4Q takes at most twice one of QLoRA*",
-        (setting("qlora", "4-16-16", UNIFORM[4]), setting("l4q", "4-16-16", BEGUN)),
+        (setting("qlora", "4-16-16", UNIFORM[4]), setting("l4q", "4-16-16")),
         partial(takes_at_most, 2.0),
         measures=training_times,
         untested="times on shared processors say nothing; records of an accelerator do, and benchmarks/l4q_step.py "
@@ -99,7 +97,7 @@ CLAIMS = (
         "MMLU, 5-shot, LLaMA-2-7B: LSQ+ 25.7, symmetric 43.5, asymmetric 44.2, L4Q 45.3",
         "L4Q started from its own scales is better than from those of LSQ+, symmetric and asymmetric MinMax",
         (
-            setting("l4q", "4-16-16", BEGUN),
+            setting("l4q", "4-16-16"),
             *(setting("l4q", "4-16-16", {"adapter.init": name}) for name in ("lsq+", "symmetric", "asymmetric")),
         ),
         is_best,
@@ -117,20 +115,20 @@ CLAIMS = (
         "Mean of 7 tasks at rank 1 to 128: 62.6 62.6 63.0 63.1 62.8 63.2 63.1 63.0",
         "L4Q at rank 16 and 64 stays within 5% of perplexity or 2 points of rank 4",
         (
-            setting("l4q", "4-16-16", BEGUN | {"adapter.rank": 4}),
-            setting("l4q", "4-16-16", BEGUN),
-            setting("l4q", "4-16-16", BEGUN | {"adapter.rank": 64}),
+            setting("l4q", "4-16-16", {"adapter.rank": 4}),
+            setting("l4q", "4-16-16"),
+            setting("l4q", "4-16-16", {"adapter.rank": 64}),
         ),
         alike,
         measures=learned,
-        effect=PaperNumber(63.0 - 62.8, ACCURACY, "{} (rank 16)", of=(setting("l4q", "4-16-16", BEGUN),)),
+        effect=PaperNumber(63.0 - 62.8, ACCURACY, "{} (rank 16)", of=(setting("l4q", "4-16-16"),)),
     ),
     Claim(
         "C8",
         "Smaller groups help a little",
         "Mean of 7 tasks in groups of 128, 64 and 32: 63.6, 63.7, 63.9",
         "L4Q in groups of 32 is better than in groups of 64, by less than 5% of perplexity or 2 points",
-        (setting("l4q", "4-16-16", BEGUN), setting("l4q", "4-16-16", BEGUN | {"format": Format("affine", 4, 32)})),
+        (setting("l4q", "4-16-16"), setting("l4q", "4-16-16", {"format": Format(FULL, 4, 32)})),
         small_groups_help,
         measures=learned,
         effect=PaperNumber(63.9 - 63.7, ACCURACY),
@@ -140,7 +138,7 @@ CLAIMS = (
         "L4Q converges faster than QLoRA",
         "Figure only",
         "Half-way through training, the validation loss of L4Q is below that of QLoRA*, wherever both began",
-        (setting("l4q", "4-16-16", BEGUN), setting("qlora", "4-16-16", UNIFORM[4])),
+        (setting("l4q", "4-16-16"), setting("qlora", "4-16-16", UNIFORM[4])),
         converges_faster,
         measures=response_measures,
     ),

@@ -63,6 +63,10 @@ class FineTuned(Method):
     inits: tuple[str | None, ...] = (None,)
     chooses_layers = drops_out = keeps_adapter = True
 
+    def usual_format(self, bits: int = 4, group: int | None = 64, double: bool = True) -> Format | None:
+        """The integers of L4Q's comparison, with a level at 0 and no zero points, for a method that takes them."""
+        return Format(self.formats[0], bits, group) if self.formats else super().usual_format(bits, group, double)
+
     @abstractmethod
     def prepare(
         self,

@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 
 from studylib.config import (
     ADAPTER_KINDS,
+    AFFINE,
     CORPORA,
+    FULL,
     GRIDS,
     INITS,
     MAX_BATCH,
@@ -189,6 +191,7 @@ PARAMETERS = {
     | {
         "methods": _some_of(ON_A_BASE),
         "bits": _some_of(ALL_WIDTHS, least=1),
+        "integers": _some_of((FULL, AFFINE), least=1),
         "group": GROUP,
         "ranks": _wholes(1, MAX_RANK, [4, 64]),
         "groups": GROUPS,

@@ -44,7 +44,7 @@ def test_a_claim_that_nothing_here_can_test_says_what_it_would_take(ablations, t
     ("claim", "method", "changes", "slower"),
     [
         ("B8", "qlora", {"format": Format("nf", 4, 64, double=True), "tuning": {"paged": True}}, 1.05),
-        ("C4", "l4q", {"format": Format("affine", 4)}, 1.9),
+        ("C4", "l4q", {"format": Format("int-full", 4)}, 1.9),
     ],
 )
 def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, claim, method, changes, slower):
@@ -53,8 +53,7 @@ def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, cla
     def timed(accelerator, slower, seeds=(0, 1)):
         made = []
         for seed in seeds:
-            own = changes | ({"adapter": Adapter(init="l4q")} if method == "l4q" else {})
-            for name, changed, seconds in (("qlora", usual, 60 + seed), (method, own, (60 + seed) * slower)):
+            for name, changed, seconds in (("qlora", usual, 60 + seed), (method, changes, (60 + seed) * slower)):
                 record = make_record(name, "4-16-16", seed=seed, changes=changed)
                 hardware = record.provenance["hardware"] | {"accelerator": accelerator}
                 record.cost["seconds"]["train"] = seconds
@@ -67,8 +66,8 @@ def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, cla
     assert verdicts(claim, timed(None, slower)) == [NOT_TESTED]
 
 
-SMALL_GROUPS = {"format": Format("affine", 4, 32), "adapter": Adapter(init="l4q")}
-NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("affine", 4), Format("affine", 3)
+SMALL_GROUPS = {"format": Format("int-full", 4, 32)}
+NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("int-full", 4), Format("int-full", 3)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +80,9 @@ NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("affine", 4), Format(
         ("B5", "qlora", "4-16-16", 3.4, {"format": NF4, "adapter": Adapter(4, 4)}),
         ("B10", "qlora", "3-16-16", 3.4, {"format": Format("nf", 3, 64, double=True)}),
         ("C1", "qlora", "4-16-16", 2.5, {"format": INT4}),
-        ("C2", "qa-lora", "3-16-16", 2.5, {"format": INT3, "adapter": Adapter()}),
+        ("C2", "qa-lora", "3-16-16", 2.5, {"format": INT3}),
         ("C6", "l4q", "4-16-16", 2.5, {"format": INT4, "adapter": Adapter(init="symmetric")}),
-        ("C7", "l4q", "4-16-16", 2.5, {"format": INT4, "adapter": Adapter(64, 64, init="l4q")}),
+        ("C7", "l4q", "4-16-16", 2.5, {"format": INT4, "adapter": Adapter(64, 64)}),
         ("C8", "l4q", "4-16-16", 2.5, SMALL_GROUPS),  # they help a lot
         ("C8", "l4q", "4-16-16", 2.9, SMALL_GROUPS),  # they hurt
     ],
@@ -103,7 +102,7 @@ def test_bits_and_normality_are_counted_from_the_scores(tuned, make_record):
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.5, REPRODUCED), (1.05, NOT_REPRODUCED), (1.2, INCONCLUSIVE)])
 def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, verdict):
-    record = make_record("4-bit kernel", "4-16-16", changes={"format": INT4})
+    record = make_record("4-bit kernel", "4-16-16", changes={"format": Format("affine", 4)})
     noise = 1 + 0.02 * np.random.default_rng(0).normal(size=(len(EXECUTIONS), 16))
     noise[:, 3] = 9  # something else ran meanwhile
     times = noise * np.array([[0.06], [0.03], [0.03 * slower]])

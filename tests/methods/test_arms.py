@@ -28,7 +28,7 @@ from studylib.study.records import arm_key
 SMOKE, FULL = profile("smoke"), profile("full")
 QAT, TUNED = (
     build_arm(SMOKE, "m", "llm-qat", "4-8-4"),
-    build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("affine")),
+    build_arm(SMOKE, "m", "l4q", "4-16-16", format=Format("int-full")),
 )
 QLORA = build_arm(SMOKE, "m", "qlora", "4-16-16", format=Format("nf", double=True))
 
@@ -116,7 +116,7 @@ def test_each_change_alone_makes_another_setting_in_fields_and_in_words(field):
 
 
 def test_a_rank_counts_as_changed_where_it_is_not_the_usual_one_of_its_method():
-    usual = build_arm(SMOKE, "m", "qa-lora", "4-16-16", format=Format("affine"))
+    usual = build_arm(SMOKE, "m", "qa-lora", "4-16-16", format=Format("int-full"))
     assert Setting.of(usual).changes == () and usual.adapter.rank == 32
     other = part(usual, "adapter", rank=16, alpha=16.0)
     assert Setting.of(other).changes == (("adapter.rank", 16),) and title(other) == "QA-LoRA 4-16-16 (rank 16)"
@@ -339,5 +339,5 @@ def test_arms_come_in_the_order_of_tables():
 def test_seedless_arms_are_equal_where_they_differ_in_no_more():
     first, second = (build_arm(SMOKE, "m", "llm-qat", "4-8-4", seed) for seed in (0, 1))
     assert first != second and seedless(first) == seedless(second) == first
-    tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("affine"))
+    tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("int-full"))
     assert seedless(tuned) == TUNED and seedless(build_arm(SMOKE, "m", "rtn", "4-8-4")).data is None

@@ -106,7 +106,7 @@ def test_usual_formats():
     assert find("qlora").usual_format() == Format("nf", 4, 64, True)
     assert find("qlora").usual_format(3, 32, double=False) == Format("nf", 3, 32, False)
     for name in ("l4q", "qa-lora", "gptq+qa-lora", "qat-lora", "gptq+lora", "qat", "lsq"):
-        assert find(name).usual_format(3, 32) == Format("affine", 3, 32)
+        assert find(name).usual_format(3, 32) == Format("int-full", 3, 32)
     assert find("4-bit kernel").usual_format(4, 32) == Format("affine", 4, 32)
     for name in ("lora", "rtn", "llm-qat", "encoded"):
         assert find(name).usual_format(4, 32) is None

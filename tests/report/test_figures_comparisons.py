@@ -53,7 +53,7 @@ def test_a_figure_that_is_drawn_again_has_the_same_bytes(ablations, tmp_path, ki
 
 def test_a_curve_of_several_methods_names_them(tuned):
     names = [ax.get_title(loc="left") for ax in figures.learning_curve(tuned).axes]
-    assert {"L4Q, l4q initialisation", "QLoRA, rank 4"} <= set(names)
+    assert {"L4Q 4-16-16", "QLoRA, rank 4"} <= set(names)
 
 
 def test_titles_say_the_finding(picture):

@@ -26,8 +26,8 @@ def test_rows_name_every_arm_and_the_best_of_each_width(records):
     assert [panel.name for panel in panels] == ["perplexity/responses", "perplexity/wikipedia", "accuracy/mean"]
     figure = weight_figures.rows(records, panels)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert "QA-LoRA at 3-16-16 (rank 16)" in labels and "QLoRA at 4-16-16 (affine Int4)" in labels
-    assert "and QLoRA at 3-16-16 (L4Q at 3-16-16 (l4q initialisation) is 16% [16%, 16%] worse)" in flat(figure)
+    assert "QA-LoRA at 3-16-16" in labels and "QLoRA at 4-16-16 (full-range Int4)" in labels
+    assert "and QLoRA at 3-16-16 (L4Q at 3-16-16 is 16% [16%, 16%] worse)" in flat(figure)
 
 
 def test_the_table_of_formats_counts_and_compares(records):

@@ -167,7 +167,7 @@ def test_what_saves_nothing_is_no_smaller_model(make_record):
         return dataclasses.replace(record, metrics=record.metrics | {"bytes/weights": 1e6 * megabytes})
 
     adapter, merged = sized("lora", "16-16-16", 2.0, 16.2), sized("qlora", "4-16-16", 2.01, 16.0, NF4)
-    found = recommended([adapter, merged, sized("l4q", "4-16-16", 2.3, 5, Format("affine", 4, 64))])
+    found = recommended([adapter, merged, sized("l4q", "4-16-16", 2.3, 5, Format("int-full", 4, 64))])
     start = "Nothing that saves 10% of the size is within 5.0% of LoRA at 16-16-16: QLoRA at 4-16-16, perplexity of "
     assert found.headline.startswith(start) and "; the next, L4Q at 4-16-16, is 34%" in found.headline
     assert found.best.title == "QLoRA at 4-16-16"

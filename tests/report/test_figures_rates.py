@@ -1,0 +1,47 @@
+"""The figure of a search for learning rates."""
+
+import dataclasses
+
+import pytest
+
+from studylib.config.learning_rates import Rate
+from studylib.config.settings import Format
+from studylib.report import figures
+from studylib.study.rates import with_rate
+
+
+@pytest.fixture
+def tried(make_record):
+    def make(method, losses):
+        record = make_record(method, "3-16-16", changes={"format": Format("int-full", 3)})
+        return [
+            dataclasses.replace(
+                record,
+                arm=with_rate(record.arm, Rate(*rate)),
+                curve=[{"step": 4, "tokens": 9, "loss": loss}],
+                status="finished" if loss is not None else "diverged",
+            )
+            for rate, loss in losses.items()
+        ]
+
+    l4q = {(1e-3, 0.01): 2.3, (3e-3, 0.01): 2.1, (1e-2, 0.01): 2.4, (3e-3, 0.03): 2.0}
+    return make("l4q", l4q) + make("qlora", {(3e-4, None): 2.15, (1e-3, None): 2.2, (1e-1, None): None})
+
+
+def test_the_title_says_how_far_the_chosen_rates_lie_apart(tried):
+    figure = figures.searched_rates(tried)
+    assert figure.get_suptitle().replace("\n", " ") == (
+        "The best learning rates lie 10 times apart: 0.0003 for QLoRA at 3-16-16 int-full, 0.003 for L4Q at 3-16-16 "
+        "int-full"
+    )
+    (ax,) = figure.axes
+    rings = [tuple(line.get_xydata()[0]) for line in ax.lines if line.get_markersize() == 11]
+    assert rings == [(0.003, 2.0), (0.0003, 2.15)]
+    assert ax.get_xlabel() == "Learning rate (log scale)" and "nats a token" in ax.get_ylabel()
+    (joined,) = (line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3 and
+                 line.get_ydata()[0] == 2.3)  # fmt: skip
+    assert list(joined.get_xdata()) == [1e-3, 3e-3, 1e-2]  # of one rate for the grid
+
+
+def test_where_all_diverged_the_figure_says_so(tried):
+    assert figures.searched_rates(tried[-1:]).get_suptitle() == "No rate was tried"
