@@ -207,7 +207,9 @@ def test_an_arm_has_the_parts_that_its_method_needs_and_no_others(method):
         assert arm.seed == 5
     if arm.tuning:
         assert arm.tuning == dataclasses.replace(
-            SMOKE.tuning, learning_rate=SMOKE.tuning.learning_rate * own.relative_rate
+            SMOKE.tuning,
+            learning_rate=SMOKE.tuning.learning_rate * own.relative_rate,
+            grid_rate=SMOKE.tuning.grid_rate if own.trains_grid(arm.scheme) else None,
         )
     assert arm.decoding in (None, SMOKE.decoding) and isinstance(SMOKE.decoding, Decoding)
     assert arm.adapter == own.usual_adapter() and Setting.of(arm).changes == (("format", format),) * (
