@@ -69,8 +69,9 @@ EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
 class TaskSpec:
     """A benchmark: lm-eval's file and name for it, where its items lie in the archive, how it is scored.
 
-    metric is the one reported: acc_norm (choices compared per character) where lm-eval has it, else acc, else exact_match.
-    items: how many the archive holds, over all subjects. changes: what differs in lm-eval's file beside the source.
+    metric is the one reported: acc_norm (choices compared per character) where lm-eval has it, else acc, else
+    exact_match. items: how many the archive holds, over all subjects. changes: what differs in lm-eval's file beside
+    the source.
     """
 
     file: str

@@ -101,7 +101,8 @@ def build_arm(
             for field in sampling or {}:
                 if not hasattr(parts["data"], field):
                     raise ValueError(f"sampling: {field!r} has no effect on the text of a corpus; leave it out")
-    case = method, bits, format, scheme
+    base = _base(method, format)
+    case = method, bits, base, scheme
     if "training" in own.needs:
         parts["training"] = _changed("training", usual_training(budget, case), training)
     if "tuning" in own.needs:
@@ -109,7 +110,7 @@ def build_arm(
         parts["tuning"] = _changed("tuning", usual_tuning(budget, case), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
-    terms = budget.terms_of(method, format)
+    terms = budget.terms_of(method, base)
     usual = terms.adapter if terms else own.usual_adapter()
     parts["format"], parts["adapter"] = format, usual if adapter is None else adapter
     arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
@@ -127,9 +128,14 @@ def build_arm(
 def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> str:
     """What arms share a learning rate: method, bits, and the kind of format or grid that is trained on. Their other
     fields, what is compared above all, do not change it."""
-    own = find(method)
-    on = format.kind if format and "format" in own.needs else scheme.grid if "scheme" in own.takes else ""
+    own, base = find(method), _base(method, format)
+    on = base.kind if base else scheme.grid if "scheme" in own.takes else ""
     return f"{method} {bits} {on}".rstrip()
+
+
+def _base(method: str, format: Format | None) -> Format | None:
+    """The format that is trained on; LoRA's says only what it is rounded to afterwards."""
+    return format if method in METHODS and "format" in METHODS[method].needs else None
 
 
 def usual_training(budget: Profile, case: Case) -> Training:
@@ -214,7 +220,7 @@ class Setting:
 
 def _terms(arm: Arm) -> Terms | None:
     """A paper's terms that the arm is fine-tuned on, if it is."""
-    known = (budget.terms_of(arm.method, arm.format) for budget in PROFILES.values())
+    known = (budget.terms_of(arm.method, _base(arm.method, arm.format)) for budget in PROFILES.values())
     return next((terms for terms in known if terms and terms.has_made(arm.tuning)), None)
 
 

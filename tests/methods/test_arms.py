@@ -343,3 +343,11 @@ def test_seedless_arms_are_equal_where_they_differ_in_no_more():
     assert first != second and seedless(first) == seedless(second) == first
     tuned = build_arm(SMOKE, "m", "l4q", "4-16-16", 4, format=Format("int-full"))
     assert seedless(tuned) == TUNED and seedless(build_arm(SMOKE, "m", "rtn", "4-8-4")).data is None
+
+
+def test_what_lora_is_rounded_to_afterwards_does_not_change_how_it_is_trained():
+    paper = profile("paper")
+    plain = build_arm(paper, "m", "lora")
+    for kind in ("nf", "affine", "int-full"):
+        rounded = build_arm(paper, "m", "lora", format=Format(kind, 4), merge="merged-quantized")
+        assert (rounded.tuning, rounded.adapter) == (plain.tuning, plain.adapter), kind
