@@ -101,8 +101,7 @@ def build_arm(
             for field in sampling or {}:
                 if not hasattr(parts["data"], field):
                     raise ValueError(f"sampling: {field!r} has no effect on the text of a corpus; leave it out")
-    base = _base(method, format)
-    case = method, bits, base, scheme
+    case = method, bits, format, scheme
     if "training" in own.needs:
         parts["training"] = _changed("training", usual_training(budget, case), training)
     if "tuning" in own.needs:
@@ -110,7 +109,7 @@ def build_arm(
         parts["tuning"] = _changed("tuning", usual_tuning(budget, case), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
-    terms = budget.terms_of(method, base)
+    terms = budget.terms_of(method, _base(method, format))
     usual = terms.adapter if terms else own.usual_adapter()
     parts["format"], parts["adapter"] = format, usual if adapter is None else adapter
     arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
@@ -147,7 +146,7 @@ def usual_tuning(budget: Profile, case: Case) -> Tuning:
     """How a budget fine-tunes such an arm: at the rate that was chosen for it, else on the terms that cover it, else at
     its method's share of the budget's rate."""
     method, _, format, _ = case
-    terms, tuning = budget.terms_of(method, format), budget.tuning
+    terms, tuning = budget.terms_of(method, _base(method, format)), budget.tuning
     share = dataclasses.replace(tuning, learning_rate=tuning.learning_rate * find(method).relative_rate)
     own = terms.tuning if terms else share
     return dataclasses.replace(own, **_rates(budget, case, own))

@@ -351,7 +351,7 @@ class QATLoRA(FineTuned):
     name, title, source = "qat-lora", "QAT-LoRA", "L4Q, section 4"
     learns_grid = True
     look, formats, numerics = Look("#56B4E9", "p"), UNIFORM, ("formats", "learned grids")
-    relative_rate = 0.3
+    relative_rate = 3.0
     inits = (None, *INITS)
 
     def prepare(
@@ -373,7 +373,7 @@ class L4Q(FineTuned):
     learns_grid = True
     look, formats, numerics = Look("#D55E00", "X"), UNIFORM, ("formats", "learned grids")
     inits, keeps_adapter, chooses_layers, drops_out = (None, *INITS), False, False, False
-    relative_rate = 0.3
+    relative_rate = 3.0
     few_shot_at = ("4-16-16",)
 
     def check_parts(self, format: Format | None, adapter: Adapter | None) -> None:
