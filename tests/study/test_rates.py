@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from studylib.cli import main
+from studylib.cli import REFERENCE, main
 from studylib.config import NOTHING, Rate, find_rates, rates_text
 from studylib.config.budgets import profile
 from studylib.config.learning_rates import parse_rates
@@ -14,6 +14,7 @@ from studylib.data.corpora import windows
 from studylib.methods.arms import build_arm, rate_case
 from studylib.study import rates, schedule
 from studylib.study.rates import FACTOR, GRID_RATE, cases, search, validation_loss
+from studylib.study.records import arm_key, read_records
 
 SMOKE = profile("smoke")
 INT3 = {"format": Format("int-full", 3, 32)}
@@ -199,3 +200,15 @@ def test_the_command_searches_and_writes(tmp_path, capsys, monkeypatch):
     assert find_rates("tiny-random", "smoke", str(file))["llm-qat 4-8-4 symmetric"] == rate
     assert main([*command, "--cases", "no such", "--output", str(file)]) == 2
     assert "cases: 'no such' is in none of llm-qat" in capsys.readouterr().err
+
+
+def test_the_committed_rates_are_the_best_of_those_that_were_tried():
+    tried = {}
+    for record in read_records(REFERENCE / "rates" / "records"):
+        arm = record.arm
+        assert arm.evaluation == NOTHING and arm_key(arm) == record.key and arm.model == "smollm2-135m"
+        case = tried.setdefault(rate_case(arm.method, arm.bits, arm.format, arm.scheme), {})
+        case[rates.rate_of(arm)] = rates.validation_loss(record)
+    chosen = {case: min(losses, key=losses.get) for case, losses in tried.items()}
+    assert find_rates("smollm2-135m", "quick") == chosen
+    assert all(len(losses) >= 3 for losses in tried.values())
