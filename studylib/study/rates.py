@@ -12,7 +12,7 @@ from studylib.study.records import Record, Store, arm_key
 from studylib.study.run import planned_work
 
 FACTOR = math.sqrt(10)  # from one rate that is tried to the next
-GRID_RATE = 0.003  # that the search for a grid's rate begins with, where a budget has none, in shares of its scales a step
+GRID_RATE = 0.003  # that the search for a grid's rate begins with where a budget has none: a share of its scales a step
 MOST = 8  # rates that are tried in one direction: four decades
 
 
