@@ -103,7 +103,7 @@ def is_best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
     """Whether `best` is better than each of the others."""
     effects = [replace(_worse(measure, best, other), above=0) for other in others]
     nearest = sorted(effects, key=lambda effect: effect.interval.estimate)
-    return together(nearest, f"{_are(map(_short, others), effects, best.title)}.")
+    return together(nearest, f"{_are([_short(other, best) for other in others], effects, best.title)}.")
 
 
 def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = None) -> Outcome:
@@ -135,7 +135,7 @@ def layers_matter(measure: Measure, every: Cell, few: Cell, *ranks: Cell) -> Out
     """Whether adapters on all layers beat those on few, while their rank hardly matters."""
     gain = replace(_worse(measure, every, few), above=0)
     effects, beside = _all_within(measure, every, ranks)
-    return together([gain, *effects], f"{_is(_short(few), gain, 'all layers')}; {beside}")
+    return together([gain, *effects], f"{_is(_short(few, every), gain, 'all layers')}; {beside}")
 
 
 def small_groups_help(measure: Measure, usual: Cell, small: Cell) -> Outcome:
@@ -242,7 +242,7 @@ def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eigh
 
 def _worse(measure: Measure, a: Cell, b: Cell, what: str = "") -> Effect:
     """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
-    what = what or f"{_short(b)} behind {_short(a)}"
+    what = what or f"{_short(b, a)} behind {_short(a, b)}"
     if measure.is_perplexity:
         return Effect(measure.above(b, a), COST, what, of=b.setting)
     return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting)
@@ -257,7 +257,8 @@ def _within(measure: Measure, a: Cell, b: Cell) -> Effect:
 def _all_within(measure: Measure, reference: Cell, others: Sequence[Cell]) -> tuple[list[Effect], str]:
     """`_within` for each of the others, and all of them in words."""
     effects = [_within(measure, reference, other) for other in others]
-    return effects, f"{_are(map(_short, others), effects, reference.title, _tolerated(measure))}."
+    names = [_short(other, reference) for other in others]
+    return effects, f"{_are(names, effects, reference.title, _tolerated(measure))}."
 
 
 def _tolerance(measure: Measure) -> float:
@@ -294,8 +295,10 @@ def _unit(measure: Measure) -> Unit:
     return PERPLEXITY if measure.is_perplexity else ACCURACY
 
 
-def _short(cell: Cell) -> str:
-    return cell.setting.variant or cell.title
+def _short(cell: Cell, beside: Cell) -> str:
+    """What is not as by default, beside the same method at the same bits; else the whole title."""
+    alike = (cell.method, cell.bits) == (beside.method, beside.bits)
+    return (alike and cell.setting.variant) or cell.title
 
 
 def _name(cell: Cell) -> str:

@@ -2,6 +2,7 @@ from . import notebooks, schedule
 from .export import export_model, summary
 from .machine import environment
 from .notebooks import read_published
+from .rates import rate_of, validation_loss
 from .records import (
     Record,
     RecordError,
@@ -31,6 +32,7 @@ __all__ = [
     "export_model",
     "model_file",
     "notebooks",
+    "rate_of",
     "read_published",
     "read_record",
     "read_records",
@@ -38,5 +40,6 @@ __all__ = [
     "seconds_alone",
     "short_key",
     "summary",
+    "validation_loss",
     "verify_records",
 ]

@@ -12,8 +12,7 @@ from matplotlib.lines import Line2D
 from studylib.config import Rate
 from studylib.methods import method_title, rate_case
 from studylib.report.style import STYLE, empty_figure, marker_style, new_panels, plain_ticks, set_title
-from studylib.study import Record
-from studylib.study.rates import rate_of, validation_loss
+from studylib.study import Record, rate_of, validation_loss
 
 PANELS_A_ROW = 2
 ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends
