@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -12,18 +13,22 @@ from matplotlib.lines import Line2D
 from studylib.config import Rate
 from studylib.methods import method_title, rate_case
 from studylib.report.style import STYLE, empty_figure, marker_style, new_panels, plain_ticks, set_title
-from studylib.study import Record, rate_of, validation_loss
+
+if TYPE_CHECKING:
+    from studylib.study import Record
 
 PANELS_A_ROW = 2
 ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends
 Tried = Mapping[Rate, float]
 
 
-def searched_rates(records: Sequence[Record]) -> Figure:
+def searched_rates(records: "Sequence[Record]") -> Figure:
     """Validation loss over the learning rate of each training that a search tried, a panel for each width and grid.
 
     A line joins the rates that were tried with one rate for the grid; the other rates for the grid stand alone.
     """
+    from studylib.study import rate_of, validation_loss  # torch
+
     panels: dict[str, dict[str, dict[Rate, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         arm = record.arm
