@@ -4,9 +4,9 @@ FOLDER: a results folder, or one that holds record files. Notes of what notebook
 A record of format 2 gets the lengths of its responses, by which their perplexity weighs them now, its digest, and a key
 by the present numerics versions. Scores stay as they are. Records whose scores would be others now are left as they
 are, and named: of models whose tokenizer puts a BOS, of TriviaQA, of weights of which double quantization turned a
-sign, and of StatsQ and LSQ, which rounded activations and the cache as well. In either format, arms get their present
-names: "raw-hidden" is what the loss "hidden" was; L4Q's start is named where L4Q or QAT-LoRA began with it on affine
-integers, and nowhere else. Files are named by what their arms are called now.
+sign, of StatsQ and LSQ, which rounded activations and the cache as well, and of the 4-bit kernel in fp32. In either
+format, arms get their present names: "raw-hidden" is what the loss "hidden" was; L4Q's start is named where L4Q or
+QAT-LoRA began with it on affine integers, and nowhere else. Files are named by what their arms are called now.
 """
 
 import functools
@@ -26,10 +26,13 @@ from studylib.quant.formats import _encode_scales
 from studylib.study.records import FORMAT, Record, arm_key, contents, numerics, read_record
 
 
-def changed(arm: Arm, was: dict[str, int], of_format: int) -> str | None:
-    """Why the scores of an arm, run at these numerics versions, are others now; None where they are not."""
+def changed(arm: Arm, was: dict[str, int], of_format: int, computed: str) -> str | None:
+    """Why the scores of an arm, run at these numerics versions and computed in that type, are others now; None where
+    they are not."""
     if "weight grids" not in was and arm.scheme.grid in OF_WEIGHTS:
         return "its grid is one of weights alone now"
+    if was.get("execution") == 1 and computed != "bfloat16":
+        return "its kernel is entered in bf16 now"
     if of_format == FORMAT:
         return None
     tokenizer = load_tokenizer(arm.model)
@@ -96,7 +99,7 @@ def main(folders: list[str]) -> None:
             if of_format == FORMAT and (arm, numerics(arm)) == (before, was):
                 path.rename(path.with_name(read_record(path).file_name))
                 continue
-            if why := changed(arm, was, of_format):
+            if why := changed(arm, was, of_format, fields["provenance"]["compute_dtype"]):
                 print(f"{path.name}: left, {why}; run it again")
                 continue
             record = keyed_anew({name: value for name, value in fields.items() if name != "sha256"}, arm)

@@ -44,7 +44,8 @@ NUMERICS = {
     # L4Q, QAT-LoRA, QAT with learned steps
     "learned grids": Version(2, "scales and offsets start on the grid of the arm's format"),
     "ptq": Version(1, FIRST),  # SmoothQuant, GPTQ and AWQ as llm-compressor computes them
-    "execution": Version(1, FIRST),  # integers multiplied as they are stored
+    # integers multiplied as they are stored
+    "execution": Version(2, "the 4-bit kernel is entered in bf16 on every processor; it had been in fp32 on some"),
 }
 
 

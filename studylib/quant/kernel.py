@@ -16,21 +16,30 @@ BITS = 4
 MIDDLE = 2 ** (BITS - 1)  # the code that stands for the offset
 GROUPS = (32, 64, 128, 256)  # weights that may share a scale,
 ROWS = 16  # and what the number of outputs must be a multiple of: PyTorch's kernel takes no other
+# In any other type PyTorch's kernel multiplies number by number, 15 to 100 times slower, also on processors without
+# instructions for bf16 (findings/int4-kernel-is-fast-in-bf16-alone.sh).
+KERNEL = torch.bfloat16
 
 
 class Int4Linear(nn.Linear):
     """A frozen linear layer of 4-bit integers, multiplied as they are stored: input [..., in] -> output [..., out].
 
     stored: the weight's codes. What is kept: `packed`, two codes a byte, and `grid` [in // group, out, 2], for each
-    group the scale and the number that code 8 stands for, in `dtype`, the type that it computes in (bf16 rounds them;
-    fp32 changes nothing). adapter: A [rank, in] and B [out, rank] of LoRA, its scaling in B, computed beside it in
-    `dtype`. The kernel is made for few rows of input, as when one token is decoded at a time.
+    group the scale and the number that code 8 stands for, in `kernel`, the type that the kernel is entered in (bf16
+    rounds them and the input; fp32 changes nothing). dtype: of the output, the bias and the adapter, A [rank, in] and
+    B [out, rank] of LoRA, its scaling in B. The kernel is made for few rows of input, as when one token is decoded at
+    a time.
     Raises ValueError for codes that are no plain 4-bit integers, a group that is none of GROUPS, an `out` that is no
     multiple of ROWS, or codes that are not on the CPU.
     """
 
     def __init__(
-        self, stored: Codes, bias: Tensor | None, dtype: torch.dtype, adapter: tuple[Tensor, Tensor] | None = None
+        self,
+        stored: Codes,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        adapter: tuple[Tensor, Tensor] | None = None,
+        kernel: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)
         if stored.bits != BITS:
@@ -48,20 +57,21 @@ class Int4Linear(nn.Linear):
         offset = scale * (MIDDLE + stored.low - (0.0 if stored.zero is None else stored.zero))
         offset = offset if stored.offset is None else offset + stored.offset
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        self.register_buffer("grid", torch.stack([scale.T, offset.T], -1).to(dtype).contiguous())
-        self._codes = stored.codes
+        self.register_buffer("grid", torch.stack([scale.T, offset.T], -1).to(kernel or dtype).contiguous())
+        self._codes, self.dtype = stored.codes, dtype
         for name, tensor in (("bias", bias), *zip(("lora_A", "lora_B"), adapter or (None, None), strict=True)):
             self.register_buffer(name, None if tensor is None else tensor.detach().to(dtype))
 
     def codes(self) -> Codes:
-        """The weight as it is multiplied: scales and offsets in the type that the layer computes in."""
+        """The weight as it is multiplied: scales and offsets in the type that the kernel is entered in."""
         scale, middle = self.grid.transpose(0, 1).unbind(-1)  # [out, groups]
         shape = (self.out_features, self.in_features)
         return Codes(BITS, shape, self._codes, scale.flatten(), -MIDDLE, offsets=middle.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features).to(self.grid.dtype)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.grid)
+        rows = x.reshape(-1, self.in_features).to(self.dtype)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.to(self.grid.dtype), self.packed, self.group, self.grid)
+        y = y.to(self.dtype)
         if self.bias is not None:
             y = y + self.bias
         if self.lora_A is not None:
@@ -101,11 +111,11 @@ def check_executable(model: nn.Module, format: Format | None) -> None:
 
 
 @torch.no_grad()
-def int4_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def int4_model(model: nn.Module, dtype: torch.dtype, kernel: torch.dtype = KERNEL) -> nn.Module:
     """Replace the low-bit layers of a model in place by Int4Linear, put all else into `dtype`, and freeze it.
 
     Every layer whose codes() are 4-bit integers, with LoRA's adapter beside it, if it has one.
-    dtype: the type that the hardware computes in (see models.compute_dtype).
+    dtype: the type that the hardware computes in (see models.compute_dtype). kernel: the one of 4-bit products.
     Raises ValueError, and changes nothing, for a model without such layers or one that the kernel does not take: other
     bits, NormalFloat or double quantization, a group or a number of outputs that Int4Linear refuses, DoRA.
     """
@@ -119,7 +129,7 @@ def int4_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if hasattr(base, "format"):
                 check_format(base.format)
             adapter = None if base is layer else _adapter(layer)
-            replaced[name] = Int4Linear(base.codes(), getattr(base, "base", base).bias, dtype, adapter)
+            replaced[name] = Int4Linear(base.codes(), getattr(base, "base", base).bias, dtype, adapter, kernel)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if not replaced:

@@ -503,7 +503,8 @@ def of_execution() -> Iterator[float]:
             yield from (*summary(layer.grid.float()), *summary(layer.codes().decode()), storage.stored_bytes(layer))
             if dtype == torch.float32:
                 yield from summary(layer(x))
-    model = kernel.int4_model(formats.encode_model(tiny(opinionated=True), Format("affine", 4, 32)), torch.float32)
+    encoded = formats.encode_model(tiny(opinionated=True), Format("affine", 4, 32))
+    model = kernel.int4_model(encoded, torch.float32, torch.float32)
     yield from (*summary(logits(model)), storage.stored_bytes(model))
 
 

@@ -12,7 +12,7 @@ from studylib.data.models import compute_dtype, load_model
 from studylib.methods import attach, merge
 from studylib.methods.arms import build_arm
 from studylib.quant.formats import EncodedLinear
-from studylib.quant.kernel import Int4Linear, int4_model
+from studylib.quant.kernel import KERNEL, Int4Linear, int4_model
 from studylib.quant.storage import stored_bytes
 from studylib.study import schedule
 
@@ -41,7 +41,7 @@ def test_the_kernel_multiplies_what_the_codes_stand_for(kind, out, width, group)
     torch.manual_seed(0)
     encoded = EncodedLinear(nn.Linear(width, out), Format(kind, 4, group))
     x = torch.randn(3, 2, width)
-    packed = int4_model(nn.Sequential(copy.deepcopy(encoded)), torch.float32)
+    packed = int4_model(nn.Sequential(copy.deepcopy(encoded)), torch.float32, torch.float32)
     torch.testing.assert_close(packed(x), encoded(x), rtol=1e-5, atol=1e-5)
     stored = packed[0]
     assert stored.packed.nbytes == out * width // 2 and stored.grid.nbytes == 2 * 4 * out * width // group
@@ -50,7 +50,7 @@ def test_the_kernel_multiplies_what_the_codes_stand_for(kind, out, width, group)
 @pytest.mark.parametrize("method", ["l4q", "qa-lora", "qlora", "qat-lora"])
 def test_a_model_answers_as_its_decoded_one(tuned, method):
     model = tuned(method)
-    packed = int4_model(copy.deepcopy(model), torch.float32)
+    packed = int4_model(copy.deepcopy(model), torch.float32, torch.float32)
     decoded = merge(copy.deepcopy(model)) if method == "l4q" else model
     with torch.no_grad():
         torch.testing.assert_close(packed(TOKENS).logits, decoded(TOKENS).logits, rtol=1e-4, atol=1e-4)
@@ -64,6 +64,22 @@ def left_out(packed):
     """Bytes of rotary frequencies, and half of what is fp32 here and counts as 16 bits."""
     frequencies = sum(buffer.nbytes for name, buffer in packed.named_buffers() if name.endswith("inv_freq"))
     return frequencies + sum(parameter.nbytes for parameter in packed.parameters()) // 2
+
+
+def test_whatever_the_model_computes_in_the_kernel_is_entered_in_bf16(tuned):
+    model = tuned("qlora")
+    packed = int4_model(copy.deepcopy(model), torch.float32)
+    layers = [module for module in packed.modules() if isinstance(module, Int4Linear)]
+    assert {layer.grid.dtype for layer in layers} == {torch.bfloat16}
+    assert {layer.lora_A.dtype for layer in layers} == {torch.float32}
+    x = torch.randn(3, layers[0].in_features)
+    found = layers[0](x)
+    assert found.dtype == torch.float32
+    decoded = layers[0].codes().decode().float()
+    rounded = x.bfloat16().float() @ decoded.T
+    wanted = rounded.bfloat16().float() + x @ layers[0].lora_A.T @ layers[0].lora_B.T
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-3)
+    assert not torch.equal(found, x @ decoded.T + x @ layers[0].lora_A.T @ layers[0].lora_B.T)
 
 
 def test_bf16_costs_the_rounding_of_scales_only(tuned):
@@ -118,7 +134,7 @@ def test_an_arm_scores_the_kernel_as_the_decoded_weights_and_keeps_its_times(tmp
     blocks = sum(
         layer.in_features * layer.out_features // AFFINE.group for layer in replaced if isinstance(layer, Int4Linear)
     )
-    kept, once = 2 * compute_dtype().itemsize, 4 + AFFINE.bits / 8  # bytes of a group's scale and offset
+    kept, once = 2 * KERNEL.itemsize, 4 + AFFINE.bits / 8  # bytes of a group's scale and offset
     assert packed.metrics["bytes/weights"] - decoded.metrics["bytes/weights"] == blocks * (kept - once)
     assert all(len(packed.scores[f"seconds/{OWN}/{kind}"]) == budget.decoding.rounds for kind in EXECUTIONS)
     assert "execution" in packed.provenance["numerics"] and packed.cost["seconds"]["decode"] > 0

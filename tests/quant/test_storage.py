@@ -350,7 +350,7 @@ def test_the_kernels_model_is_counted_as_it_is_multiplied(fp32, tiny_model):
     sizes = sum(layer.in_features + layer.out_features for layer in decoder_linears(tiny_model).values())
     for dtype in (torch.float32, torch.bfloat16):
         made = int4_model(attach(copy.deepcopy(tiny_model), "qlora", format=AFFINE, adapter=SMALL), dtype)
-        kept = dtype.itemsize * (2 * numbers // 32 + 4 * sizes)
+        kept = 2 * 2 * numbers // 32 + 4 * dtype.itemsize * sizes
         assert stored_bytes(made) == full - 2 * numbers + numbers // 2 + kept
 
 

@@ -71,3 +71,21 @@ def test_the_raw_loss_gets_its_name_and_other_grids_are_left(tmp_path, rekey, ca
     assert read_record(tmp_path / known.file_name) == known
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("rtn*")}
     assert "left, its grid is one of weights alone now; run it again" in capsys.readouterr().out
+
+
+def test_the_kernel_in_fp32_is_left_and_in_bf16_it_counts_as_it_did(tmp_path, rekey, capsys):
+    def of(computed):
+        def undo(fields):
+            fields["provenance"]["numerics"]["execution"] = 1
+            fields["provenance"]["compute_dtype"] = computed
+            fields["key"] = "0" * 16
+
+        return undo
+
+    older(tmp_path, "4-bit-kernel", of("float32"))
+    rekey([str(tmp_path)])
+    assert "left, its kernel is entered in bf16 now; run it again" in capsys.readouterr().out
+    known = older(tmp_path, "4-bit-kernel", of("bfloat16"))
+    rekey([str(tmp_path)])
+    found = read_record(tmp_path / known.file_name)
+    assert found.scores == known.scores and found.key == arm_key(found.arm)
