@@ -31,7 +31,7 @@ def tried(make_record):
 def test_the_title_says_how_far_the_chosen_rates_lie_apart(tried):
     figure = figures.searched_rates(tried)
     assert figure.get_suptitle().replace("\n", " ") == (
-        "The best learning rates lie 10 times apart: 0.0003 for QLoRA at 3-16-16 int-full, 0.003 for L4Q at 3-16-16 "
+        "The best learning rates lie 10.0 times apart: 0.0003 for QLoRA at 3-16-16 int-full, 0.003 for L4Q at 3-16-16 "
         "int-full"
     )
     (ax,) = figure.axes

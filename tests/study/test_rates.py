@@ -191,7 +191,8 @@ def test_the_command_searches_and_writes(tmp_path, capsys, monkeypatch):
     file = tmp_path / "rates.json"
     assert main([*command, "--cases", "llm-qat 4-8-4", "--output", str(file)]) == 0
     told = capsys.readouterr()
-    assert told.out.startswith("llm-qat 4-8-4 symmetric: ") and "searching takes about " in told.err
+    lines = told.out.splitlines()  # which case ends first depends on what the processor rounds
+    assert any(line.startswith("llm-qat 4-8-4 symmetric: ") for line in lines) and "searching takes about " in told.err
     assert told.out.endswith(f"Figure: {tmp_path / 'rates.svg'}\n") and (tmp_path / "rates.svg").exists()
     found = find_rates("tiny-random", "smoke", str(file))
     assert sorted(found) == ["llm-qat 4-8-4 symmetric", "smoothquant+llm-qat 4-8-4 symmetric"]

@@ -9,16 +9,17 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
-from studylib.config import Rate
+from studylib.config import Rate, number
 from studylib.methods import method_title, rate_case
 from studylib.report.style import STYLE, empty_figure, marker_style, new_panels, plain_ticks, set_title
 
 if TYPE_CHECKING:
     from studylib.study import Record
 
-PANELS_A_ROW = 2
-ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends
+PANELS_A_ROW = 4
+ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends, or half as much above one that was chosen
 Tried = Mapping[Rate, float]
 
 
@@ -39,14 +40,15 @@ def searched_rates(records: "Sequence[Record]") -> Figure:
         return empty_figure("No rate was tried")
     rows = -(-len(panels) // PANELS_A_ROW)
     with mpl.rc_context(STYLE):
-        figure, axes = new_panels(len(panels), width=12, height=1.6 + 3.2 * rows, rows=rows)
+        figure, axes = new_panels(len(panels), width=12, height=1.6 + 2.6 * rows, rows=rows)
         for ax, (case, methods) in zip(axes, panels.items(), strict=True):
             ax.set_xscale("log")
-            plain_ticks(ax.xaxis)
-            least = min(min(_finite(tried).values(), default=math.inf) for tried in methods.values())
+            plain_ticks(ax.xaxis, LogLocator())
+            best = [min(_finite(tried).values()) for tried in methods.values() if _finite(tried)]
+            top = max(min(best) + ABOVE, max(best) + ABOVE / 2)
             for method, tried in methods.items():
-                _draw(ax, method, tried, least + ABOVE)
-            ax.set_ylim(least - 0.05, least + ABOVE)
+                _draw(ax, method, tried, top)
+            ax.set_ylim(min(best) - 0.05, top)
             ax.set_title(case, fontsize=8.5, loc="left")
             ax.set_xlabel("Learning rate (log scale)")
             ax.set_ylabel("Validation loss,\nnats a token (lower is better)")
@@ -90,4 +92,4 @@ def _title(panels: Mapping[str, Mapping[str, Tried]]) -> str:
     (low, slow), (high, fast) = min(chosen), max(chosen)
     if low == high:
         return f"The best of the learning rates that were tried is {low:g} for all that were searched"
-    return f"The best learning rates lie {high / low:.2g} times apart: {low:g} for {slow}, {high:g} for {fast}"
+    return f"The best learning rates lie {number(high / low)} times apart: {low:g} for {slow}, {high:g} for {fast}"
