@@ -4,12 +4,14 @@ import argparse
 import atexit
 import gc
 import json
+import math
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         "--rates", default="", metavar="FILE", help="learning rates that `study rates` chose (default: the committed)"
     )
     _jobs(run)
+    run.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="begin no further arm after so long, and write the page of what is there",
+    )
     run.add_argument(
         "--set",
         nargs="+",
@@ -160,6 +168,15 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _deadline(minutes: float | None) -> float:
+    """When so many minutes from now are over; ValueError for a number that is not above 0."""
+    if minutes is None:
+        return math.inf
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes: {minutes:g} is not allowed; use a number above 0")
+    return time.time() + 60 * minutes
+
+
 def _interrupt(number: int, frame: Any) -> None:
     """Stop as Ctrl-C does, so that helper processes and kernels are stopped as well."""
     raise KeyboardInterrupt(number)
@@ -178,6 +195,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.study import Store, schedule
     from studylib.study import notebooks as batch
 
+    until = _deadline(options.minutes)
     recipes.check_budget(options.budget_mb)
     budget = profiles.profile(options.profile)
     schedule.check_jobs(options.jobs)
@@ -211,12 +229,18 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     models.load_config(options.model)
     store = Store(results)  # only now: what is refused leaves no folder
 
+    command = shlex.join(["study", *arguments])
     shared = [notebook for notebook in notebooks if "jobs" in assigned[notebook]]
-    if len(shared) > 1:
-        failing = _compute_together(shared, assigned, store.folder, options.jobs)
+    lacking: list[Path] = []
+    if len(shared) > 1 or options.minutes:
+
+        def show(records: "list[Record]") -> None:
+            page.write_report(output, records, [], command, options.budget_mb, live=True)
+
+        failing, lacking, records = _compute_together(shared, assigned, store.folder, options.jobs, until, show)
         notebooks.sort(key=lambda notebook: notebook != failing)
     executed = []
-    for notebook in notebooks:
+    for notebook in (notebook for notebook in notebooks if notebook not in lacking):
         print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
         try:
             executed.append(batch.execute(notebook, output, assigned[notebook]))
@@ -224,12 +248,16 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             _say(error)
             _say(f"everything up to there is in {output / notebook.name}")
             return 1
-    records = batch.used_records(output, executed, store.folder / "records")
+    if not lacking:
+        records = batch.used_records(output, executed, store.folder / "records")
     if not records:
         raise ValueError(f"results: {store.folder} holds no records of {options.model} at the {options.profile} budget")
-    written = page.write_report(output, records, executed, shlex.join(["study", *arguments]), options.budget_mb)
+    written = page.write_report(output, records, executed, command, options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
+    if lacking:
+        names = ", ".join(notebook.stem for notebook in lacking)
+        _say(f"after {options.minutes:g} minutes {names} lack arms; the same command goes on from here")
     return 0
 
 
@@ -312,30 +340,47 @@ def _folder_name(model: str) -> str:
 
 
 def _compute_together(
-    notebooks: list[Path], assigned: dict[Path, dict[str, Any]], results: Path, jobs: int
-) -> Path | None:
-    """Compute the arms of all notebooks before the first is executed, so that no job waits between two notebooks.
+    notebooks: list[Path],
+    assigned: dict[Path, dict[str, Any]],
+    results: Path,
+    jobs: int,
+    until: float,
+    show: "Callable[[list[Record]], None]",
+) -> "tuple[Path | None, list[Path], list[Record]]":
+    """Compute the arms of all notebooks before the first is executed, claim by claim, and tell each verdict at once.
 
-    Returns the first notebook that cannot say what its arms are; then nothing is computed.
+    until: when no further arm is begun. show: writes the page of records. Returns the first notebook that cannot say
+    what its arms are, and then nothing is computed; else the notebooks that lack arms, and the records that there are.
     """
-    from studylib.study import notebooks as batch
-    from studylib.study import schedule
+    from tqdm import tqdm
 
-    wanted = []
+    from studylib.evidence import claims_first
+    from studylib.report import ledger
+    from studylib.study import Store, arm_key, schedule
+    from studylib.study import notebooks as batch
+    from studylib.study.run import planned_work
+
+    store, wanted = Store(results), {}
     for notebook in notebooks:
         try:
-            arms = batch.wanted_arms(notebook, assigned[notebook])
-            schedule.check_all(arms, results)
+            wanted[notebook] = batch.wanted_arms(notebook, assigned[notebook])
+            schedule.check_all(wanted[notebook], results)
         except Exception:  # whatever it is, executed it shows that at its place
-            return notebook
-        wanted += arms
+            return notebook, [], []
+    arms = claims_first((arm for own in wanted.values() for arm in own), ledger.CLAIMS.values(), planned_work)
+    told = ledger.Growing(
+        arms, lambda arm: store.load(arm_key(arm)), lambda line: tqdm.write(line, file=sys.stderr), show
+    )
     keep_checkpoints = any(own.get("keep_checkpoints", False) for own in assigned.values())
-    print(f"{len(dict.fromkeys(wanted))} arms of {', '.join(n.stem for n in notebooks)}", file=sys.stderr)
+    print(f"{len(arms)} arms of {', '.join(n.stem for n in notebooks)}", file=sys.stderr)
     try:
-        schedule.run(wanted, results, keep_checkpoints, jobs)
+        told()
+        schedule.compute(schedule.missing_arms(arms, store), results, keep_checkpoints, jobs, told, until)
+        told()  # what helpers finished last
     except Exception as error:
         _say(f"{error}; the notebook that needs this arm computes it again")
-    return None
+        return None, [], []
+    return None, [notebook for notebook, own in wanted.items() if set(told.waiting).intersection(own)], told.records
 
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -468,11 +513,11 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
 def _find(options: argparse.Namespace) -> "Record":
     """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
     of the reference."""
-    from studylib.study import read_record, short_key
+    from studylib.study import read_record, record_files, short_key
 
     found: list[Path] = []
     for folder in (options.results, REFERENCE):
-        files = sorted((folder / "records").glob("*.json"))
+        files = sorted(record_files(folder / "records"))
         wanted = options.record
         found = [path for path in files if short_key(path).startswith(wanted[:12]) or path.stem.startswith(wanted)]
         if found:

@@ -69,6 +69,33 @@ def test_the_arms_of_all_notebooks_are_computed_before_the_first_is_executed(fin
     assert "100%" in before and "tok/s" not in after.partition("08_low_bit_execution  (")[0]
 
 
+def test_verdicts_are_told_while_arms_are_computed(finished):
+    told = finished[1].stderr.partition("01_sampling_strategy  (tiny-random, smoke)")[0]
+    first = [told.find(f"\n{name} \N{MIDDLE DOT} ") for name in ("B6", "A4", "A1")]  # what costs least first
+    assert 0 < first[0] < first[1] < first[2]
+
+
+def test_a_run_that_stops_leaves_a_page_and_the_next_goes_on(tmp_path, capfd, monkeypatch):
+    """Stopped after two arms, as if the minutes were over then."""
+    command, output = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "06"], tmp_path / "smoke-tiny-random"
+    compute, until = schedule.compute, []
+
+    def two(missing, *rest):
+        until.append(rest[-1] - time.time())
+        compute(missing[:2], *rest)
+
+    monkeypatch.setattr(schedule, "compute", two)
+    assert main([*command, "--minutes", "3"]) == 0
+    told = capfd.readouterr()
+    assert "after 3 minutes 06_number_formats lack arms; the same command goes on from here" in told.err
+    assert 170 < until[0] <= 180 and f"Report: {output / 'report.html'}" in told.out
+    assert "http-equiv" not in (output / "report.html").read_text() and not (output / "06_number_formats").exists()
+    assert len(list((tmp_path / "records").iterdir())) == 2
+    monkeypatch.undo()
+    assert main([*command, "--minutes", "3"]) == 0
+    assert (output / "06_number_formats" / "published.json").exists() and "lack" not in capfd.readouterr().err
+
+
 def test_executed_notebooks_hold_their_results(output):
     for notebook in batch.find_notebooks([]):
         cells = nbformat.read(output / notebook.name, as_version=4).cells
@@ -164,7 +191,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
     assert main(["run", "--notebooks", "02", "03", *SMOKE, "--results", str(tmp_path)]) == 1
     told = capfd.readouterr().err
     assert executed == ["02_distillation_loss"] and "02_distillation_loss.ipynb failed: RuntimeError" in told
-    assert "4-8-4 found no memory; the notebook that needs this arm computes it again" in told
+    assert "full precision found no memory; the notebook that needs this arm computes it again" in told
 
 
 @pytest.mark.parametrize(
@@ -181,6 +208,8 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--set", "hard=4-4-16", "--set", "seeds=[1]"], "--set: 'seeds' is not allowed; use --seeds"),
         (["--notebooks", "01", "--notebooks", "78"], "notebook: '78' is not known"),
         (["--jobs", "0"], "jobs: 0 is not allowed; use a whole number from 1 to 1024"),
+        (["--minutes", "0"], "minutes: 0 is not allowed; use a number above 0"),
+        (["--minutes", "nan"], "minutes: nan is not allowed; use a number above 0"),
         (["--budget-mb", "0"], "budget: 0 MB is not allowed; use a number above 0"),
         (["--budget-mb", "nan"], "budget: nan MB is not allowed; use a number above 0"),
         (["--set", "extend=010"], "--set: '010' in 'extend=010' is not a whole number as people write it, e.g. 10"),

@@ -14,6 +14,7 @@ from .records import (
     model_file,
     read_record,
     read_records,
+    record_files,
     seconds_alone,
     short_key,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "read_published",
     "read_record",
     "read_records",
+    "record_files",
     "schedule",
     "seconds_alone",
     "short_key",

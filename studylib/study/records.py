@@ -114,6 +114,10 @@ class Record:
     cost: dict[str, Any]
     provenance: dict[str, Any]
 
+    def __hash__(self) -> int:
+        """Those of one key are compared in whole."""
+        return hash(self.key)
+
     @property
     def finished(self) -> bool:
         return self.status == FINISHED
@@ -190,7 +194,7 @@ class Store:
         if (
             changed != self._seen
         ):  # else there is nothing new: a listing for each arm would be slow where there are many
-            self._listed = {short_key(path): path for path in folder.glob("*.json")}
+            self._listed = {short_key(path): path for path in record_files(folder)}
             # What came in the same moment may be missing from the list, and would not show as a change.
             self._seen = changed if changed < time.time_ns() - CLOCK_TICK else None
         return self._listed.get(key[:SHORT])
@@ -290,6 +294,11 @@ def short_key(path: Path) -> str:
     return path.stem.rpartition("_")[2]
 
 
+def record_files(folder: Path) -> Iterator[Path]:
+    """The records in a folder, without what another process is writing just now."""
+    return folder.glob("[!.]*.json")
+
+
 def model_file(results: Path, key: str) -> Path:
     """Where a results folder keeps the deployed model of a record."""
     return results / "models" / f"{key}.safetensors"
@@ -297,7 +306,7 @@ def model_file(results: Path, key: str) -> Path:
 
 def find_record(folder: Path, key: str) -> Path:
     """The file of the record of `key` in a folder of record files, whether or not there is one."""
-    return next(folder.glob(f"*_{key[:SHORT]}.json"), folder / f"{key[:SHORT]}.json")
+    return next(folder.glob(f"[!.]*_{key[:SHORT]}.json"), folder / f"{key[:SHORT]}.json")
 
 
 def read_record(path: Path) -> Record:
@@ -319,7 +328,7 @@ def read_records(folder: str | Path, skipped: Callable[[RecordError], None] | No
 
     skipped: told of each file that is no record, which is then left out; without it, that is a RecordError.
     """
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in sorted(record_files(Path(folder))):
         try:
             yield read_record(path)
         except RecordError as error:

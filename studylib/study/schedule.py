@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import gc
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,28 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     """
     check_jobs(jobs)
     store = Store(results)
-    missing = missing_arms(arms, store)
+    compute(sorted(missing_arms(arms, store), key=planned_work, reverse=True), results, keep_checkpoints, jobs)
+    return [_of_arm(arm, store) for arm in arms]
+
+
+def compute(
+    missing: Sequence[Arm],
+    results: str | Path,
+    keep_checkpoints: bool = False,
+    jobs: int = 1,
+    finished: Callable[[], None] = lambda: None,
+    until: float = math.inf,
+) -> None:
+    """Carry out arms in the order in which they are given, as `run` does.
+
+    finished: called after each arm of this process; helper processes finish others meanwhile. until: the time (as
+    time.time has it) after which no further arm is begun.
+    """
+    store = Store(results)
     shared = [arm for arm in missing if _is_known_elsewhere(arm)]
     further = min(jobs - 1, len(shared), max(0, len(missing) - 1))
     with (
-        _sharing_threads(further, shared, results, keep_checkpoints),
+        _sharing_threads(further, shared, results, keep_checkpoints, until),
         tqdm(
             total=sum(map(planned_work, missing)),
             unit="tok",
@@ -58,8 +77,7 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
         contextlib.ExitStack() as afterwards,
     ):
         afterwards.callback(gc.unfreeze)
-        _carry_out_all(missing, store, keep_checkpoints, bar)
-    return [_of_arm(arm, store) for arm in arms]
+        _carry_out_all(missing, store, keep_checkpoints, bar, until, finished)
 
 
 def check_all(arms: Sequence[Arm], results: str | Path) -> None:
@@ -68,9 +86,8 @@ def check_all(arms: Sequence[Arm], results: str | Path) -> None:
 
 
 def missing_arms(arms: Sequence[Arm], store: Store) -> list[Arm]:
-    """Those without a record, each once and checked, those that take longest first."""
+    """Those without a record, each once and checked."""
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
-    missing.sort(key=planned_work, reverse=True)
     for arm in missing:
         check(arm)
     return missing
@@ -103,19 +120,26 @@ def _sharing_threads(count: int, arms: Sequence[Arm], *where: Any) -> Iterator[N
         torch.set_num_threads(threads)
 
 
-def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool) -> None:
+def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool, until: float) -> None:
     torch.set_num_threads(threads)
     try:
-        _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True))
+        _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True), until)
     except (OSError, ValueError) as error:
         tell(f"a helper process stops: {error}")
 
 
-def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, bar: tqdm) -> None:
+def _carry_out_all(
+    arms: Sequence[Arm],
+    store: Store,
+    keep_checkpoints: bool,
+    bar: tqdm,
+    until: float,
+    finished: Callable[[], None] = lambda: None,
+) -> None:
     """Every arm once: first those that no other process is working on."""
     keep_freed_memory()
     waiting = list(arms)
-    while waiting:
+    while waiting and time.time() < until:
         with _locked(waiting, store) as arm:
             waiting.remove(arm)
             bar.set_description(title(arm))
@@ -126,6 +150,7 @@ def _carry_out_all(arms: Sequence[Arm], store: Store, keep_checkpoints: bool, ba
                 if not keep_checkpoints:
                     shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
             advance(bar, end, end)
+        finished()
 
 
 def _save(record: Record, store: Store) -> None:

@@ -15,10 +15,21 @@ from studylib.cli import REFERENCE
 from studylib.config import numerics as numerics_module
 from studylib.config.arm import Arm
 from studylib.config.budgets import Evaluation, profile
+from studylib.config.files import written_whole
 from studylib.data import models
 from studylib.methods.arms import CHANGES, build_arm
 from studylib.study import records, schedule
-from studylib.study.records import FORMAT, RecordError, Store, arm_key, contents, numerics, read_record, read_records
+from studylib.study.records import (
+    FORMAT,
+    RecordError,
+    Store,
+    arm_key,
+    contents,
+    find_record,
+    numerics,
+    read_record,
+    read_records,
+)
 
 BUDGET = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
 PUBLISHED = sorted((REFERENCE / "records").glob("*.json"))
@@ -27,7 +38,7 @@ ROUNDED = build_arm(BUDGET, "tiny-random", "rtn", "4-8-4")
 
 def test_every_record_of_the_reference_is_found_by_its_arm():
     found = [read_record(path) for path in PUBLISHED]
-    assert len(found) >= 210
+    assert len(found) == 272
     assert [arm_key(record.arm) for record in found] == [record.key for record in found]
     assert [record.file_name for record in found] == [path.name for path in PUBLISHED]
 
@@ -146,6 +157,15 @@ def test_file_names_say_what_is_in_them(make_record):
     assert record.file_name == f"llm-qat_4-8-4_loss-kl-attention_seed2_{record.key[:12]}.json"
     plain = make_record("4-bit kernel", "4-16-16", changes={"format": ROUNDED.format or _affine()})
     assert plain.file_name.startswith("4-bit-kernel_4-16-16_seed0_")
+
+
+def test_what_another_process_is_writing_is_no_record_yet(make_record, tmp_path):
+    store, record = Store(tmp_path), make_record("rtn", "4-8-4")
+    with written_whole(tmp_path / "records" / record.file_name) as partial:  # a folder beside, until it is whole
+        partial.write_text("{")
+        assert store.find(record.key) is None and store.load(record.key) is None
+        assert list(read_records(tmp_path / "records")) == []
+        assert find_record(tmp_path / "records", record.key) == tmp_path / "records" / f"{record.key[:12]}.json"
 
 
 def _affine():

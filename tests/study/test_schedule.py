@@ -1,6 +1,7 @@
 """Helper processes: they end with the process that started them, however that ends, and nobody hears of it."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ import time
 import psutil
 import pytest
 
-from studylib.study.records import Store
+from studylib.config.budgets import Evaluation, profile
+from studylib.methods.arms import build_arm
+from studylib.study import schedule
+from studylib.study.records import Store, arm_key
 
 SCRIPT = """
 import dataclasses, sys
@@ -85,3 +89,24 @@ def test_an_interrupt_while_a_helper_imports_is_told_in_one_line(running, tmp_pa
     assert told.splitlines()[-1] == "study: interrupted; the same command goes on from here"
     assert not any(own.is_running() for own in helpers)
     assert len(list(tmp_path.glob("records/*.json"))) == 1
+
+
+@pytest.fixture
+def two_arms():
+    budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=16))
+    return [build_arm(budget, "tiny-random", "rtn", bits) for bits in ("4-8-4", "8-8-8")]
+
+
+def test_arms_are_carried_out_in_the_order_that_is_given_and_each_is_told(two_arms, tmp_path):
+    store, there = Store(tmp_path), []
+    schedule.compute(
+        two_arms, tmp_path, finished=lambda: there.append([bool(store.find(arm_key(a))) for a in two_arms])
+    )
+    assert there == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_arm_is_begun_after_the_time_is_over(two_arms, tmp_path, jobs):
+    schedule.compute(two_arms, tmp_path, jobs=jobs, until=time.time())
+    assert not list((tmp_path / "records").iterdir())
+    assert schedule.missing_arms(two_arms, Store(tmp_path)) == two_arms
