@@ -23,14 +23,18 @@ from .measures import (
     usual_measures,
     won_back,
 )
+from .order import claims_first
 from .rules import SHARE
-from .statistics import POWER, Array, Interval, paired_bootstrap
+from .statistics import EXCESS, LEVEL, POWER, Array, Interval, Scale, paired_bootstrap
 from .verdicts import (
     FAMILY,
-    INCONCLUSIVE,
+    LOOKS,
+    NO_DIFFERENCE,
     NOT_REPRODUCED,
     NOT_TESTED,
+    RATE,
     REPRODUCED,
+    UNDECIDED,
     VERDICTS,
     Claim,
     Effect,
@@ -41,15 +45,20 @@ from .verdicts import (
 
 __all__ = [
     "CONTEXT",
+    "EXCESS",
     "FAMILY",
     "FULL",
-    "INCONCLUSIVE",
+    "LEVEL",
+    "LOOKS",
     "NOT_REPRODUCED",
     "NOT_TESTED",
+    "NO_DIFFERENCE",
     "POWER",
+    "RATE",
     "REPRODUCED",
     "SHARE",
     "TASK_TITLES",
+    "UNDECIDED",
     "VERDICTS",
     "Array",
     "Cell",
@@ -60,9 +69,11 @@ __all__ = [
     "Interval",
     "Measure",
     "PaperNumber",
+    "Scale",
     "accuracies",
     "accuracy_title",
     "against_papers",
+    "claims_first",
     "decoding_measures",
     "frontier",
     "gather",

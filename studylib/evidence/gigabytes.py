@@ -239,7 +239,7 @@ def _exact(
     below: float = math.inf,
     papers: bool = True,
 ) -> Effect:
-    return Effect(Interval(value, value, value), unit, what, above, below, papers=papers)
+    return Effect(Interval(value), unit, what, above, below, papers=papers)
 
 
 def fits_cards(measure: Measure) -> Outcome:

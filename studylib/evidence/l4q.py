@@ -1,10 +1,10 @@
-"""L4Q's claims, each with its rule, written down before the runs that it judges (README: what changed)."""
+"""L4Q's claims, each with its rule, written before the runs that it judges (docs/deviations.md: what changed)."""
 
 from functools import partial
 
 from studylib.config import FULL, Format
 from studylib.evidence.gigabytes import near_lora, planned_memory
-from studylib.evidence.measures import decoding_measures, learned, response_measures, training_times
+from studylib.evidence.measures import accuracies, decoding_measures, nothing, response_measures, training_times
 from studylib.evidence.rules import (
     alike,
     converges_faster,
@@ -34,7 +34,8 @@ CLAIMS = (
                 setting("qat-lora", f"{bits}-16-16"),
             ),
             is_best,
-            measures=learned,
+            primary=response_measures,
+            beside=accuracies,
             effect=effect,
         )
         for name, bits, reported, effect in (
@@ -64,7 +65,8 @@ CLAIMS = (
         "out of memory",
         "Planned for 7B, L4Q takes at most 1.1 times LoRA's memory and half of QAT's",
         test=near_lora,
-        measures=planned_memory,
+        primary=planned_memory,
+        beside=nothing,
         effect=PaperNumber(25.4 / 25.1, TIMES),
     ),
     Claim(
@@ -74,7 +76,8 @@ CLAIMS = (
         "A step of L4Q takes at most twice one of QLoRA*",
         (setting("qlora", "4-16-16", UNIFORM[4]), setting("l4q", "4-16-16")),
         partial(takes_at_most, 2.0),
-        measures=training_times,
+        primary=training_times,
+        beside=nothing,
         untested="times on shared processors say nothing; records of an accelerator do, and benchmarks/l4q_step.py "
         "measures steps side by side",
         effect=PaperNumber(10.1 / 9.9, TIMES, "{} QLoRA's hours"),
@@ -87,7 +90,8 @@ CLAIMS = (
         "fast as QLoRA*, whose adapter stays beside them",
         (setting("4-bit kernel", "4-16-16"),),
         partial(decodes_faster, 1.2),
-        measures=decoding_measures,
+        primary=decoding_measures,
+        beside=nothing,
         untested="it takes times of the 4-bit kernel, which 08_low_bit_execution measures",
         effect=PaperNumber(1.81 / 1.33, TIMES, "{} as fast"),
     ),
@@ -101,7 +105,8 @@ CLAIMS = (
             *(setting("l4q", "4-16-16", {"adapter.init": name}) for name in ("lsq+", "symmetric", "asymmetric")),
         ),
         is_best,
-        measures=learned,
+        primary=response_measures,
+        beside=accuracies,
         effect=PaperNumber(
             45.3 - 44.2,
             ACCURACY,
@@ -120,7 +125,8 @@ CLAIMS = (
             setting("l4q", "4-16-16", {"adapter.rank": 64}),
         ),
         alike,
-        measures=learned,
+        primary=response_measures,
+        beside=accuracies,
         effect=PaperNumber(63.0 - 62.8, ACCURACY, "{} (rank 16)", of=(setting("l4q", "4-16-16"),)),
     ),
     Claim(
@@ -130,7 +136,8 @@ CLAIMS = (
         "L4Q in groups of 32 is better than in groups of 64, by less than 5% of perplexity or 2 points",
         (setting("l4q", "4-16-16"), setting("l4q", "4-16-16", {"format": Format(FULL, 4, 32)})),
         small_groups_help,
-        measures=learned,
+        primary=response_measures,
+        beside=accuracies,
         effect=PaperNumber(63.9 - 63.7, ACCURACY),
     ),
     Claim(
@@ -140,6 +147,7 @@ CLAIMS = (
         "Half-way through training, the validation loss of L4Q is below that of QLoRA*, wherever both began",
         (setting("l4q", "4-16-16"), setting("qlora", "4-16-16", UNIFORM[4])),
         converges_faster,
-        measures=response_measures,
+        primary=response_measures,
+        beside=nothing,
     ),
 )

@@ -1,4 +1,4 @@
-"""LLM-QAT's claims, each with its rule, written down before the runs that it judges (README: what changed)."""
+"""LLM-QAT's claims, each with its rule, written before the runs that it judges (docs/deviations.md: what changed)."""
 
 from studylib.evidence.measures import FULL, perplexities
 from studylib.evidence.rules import (
@@ -21,7 +21,7 @@ CLAIMS = (
         "A1",
         "LLM-QAT recovers most of what 4-8-4 loses",
         "LLaMA-7B, mean of 8 zero-shot tasks: full precision 66.2, RTN 41.2, LLM-QAT 60.7",
-        "LLM-QAT wins back more than half of what RTN loses at 4-8-4; undecided unless that loss is above 0",
+        "LLM-QAT wins back more than half of what RTN loses at 4-8-4; undecided where that loss is not clearly above 0",
         (FULL, setting("rtn", "4-8-4"), setting("llm-qat", "4-8-4")),
         wins_back,
         effect=PaperNumber((60.7 - 41.2) / (66.2 - 41.2), WON_BACK, "{} of accuracy"),
@@ -71,15 +71,15 @@ CLAIMS = (
         "RTN's perplexity at 4-8-4 is at least twice full precision's",
         (FULL, setting("rtn", "4-8-4")),
         explodes,
-        measures=perplexities,
+        beside=perplexities,
         effect=PaperNumber(151.4 / 10.4, TIMES),
     ),
     Claim(
         "A7",
         "Generated data generalise better than a subset of real data",
         "LLaMA-7B at 4-6-16, zero-shot: hybrid generation 63.1, ahead of WikiText and C4 subsets (direction only)",
-        "LLM-QAT on generated text is better than on as many tokens of Wikipedia or C4, on the tasks and on the "
-        "corpus that the real text was not from",
+        "LLM-QAT on generated text is better than on as many tokens of Wikipedia or C4, by the corpus that the real "
+        "text was not from",
         (
             DEFAULT,
             setting("llm-qat", "4-8-4", {"data.corpus": "wikipedia"}),
@@ -155,6 +155,6 @@ CLAIMS = (
         "LLM-QAT's perplexity at 4-4-16 is at least twice full precision's",
         (FULL, setting("llm-qat", "4-4-16")),
         explodes,
-        measures=perplexities,
+        beside=perplexities,
     ),
 )

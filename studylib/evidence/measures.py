@@ -1,9 +1,10 @@
 """Arms side by side: the seeds of each gathered, and paired contrasts of what was measured on the same items."""
 
 import functools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,20 @@ from studylib.config import (
     number,
     points,
 )
-from studylib.evidence.statistics import Array, Interval, paired_bootstrap, perplexity, stratified_mean
+from studylib.evidence.spread import Spread, pool
+from studylib.evidence.statistics import (
+    EXCESS,
+    LARGEST,
+    PLAIN,
+    RATIO,
+    Array,
+    Interval,
+    Scale,
+    freedom,
+    paired_bootstrap,
+    perplexity,
+    stratified_mean,
+)
 from studylib.methods import (
     CHANGES,
     METHODS,
@@ -48,6 +62,7 @@ TASK_TITLES = {
     "triviaqa": "TriviaQA",
 }
 CONTEXT = 2048  # tokens whose cache counts as memory: the sequence length of LLM-QAT's paper
+STEP = 1e-5  # nats by which a mean loss is moved to see what a contrast makes of it
 RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 2,000
 
 Contrast = Callable[..., Any]  # of arrays [...], a value of each cell
@@ -86,6 +101,12 @@ class Cell:
         return self.arm.tuning is not None
 
     @property
+    def kind(self) -> str:
+        """What seeds draw for its training, by which runs of it differ; cells of a kind share what is known of that.
+        "": nothing is trained. What other calibration text would give is not counted."""
+        return "pairs" if self.arm.tuning else "text" if self.arm.training else ""
+
+    @property
     def seeds(self) -> list[int]:
         return [record.arm.seed for record in self.records]
 
@@ -106,6 +127,11 @@ def gather(records: Sequence[Record]) -> Cells:
     ValueError where records cannot be compared: different models or evaluations (beyond few-shot tasks), or two arms
     that differ in more than the seed at one setting.
     """
+    return dict(_gathered(tuple(records)))
+
+
+@functools.lru_cache(maxsize=16)  # every measure of every claim asks
+def _gathered(records: tuple[Record, ...]) -> Cells:
     unique: list[Record] = []
     found: dict[Arm, list[dict[str, list[float | None]]]] = defaultdict(list)
     for record in records:
@@ -211,8 +237,8 @@ class Measure:
     %, of a task or as "mean" (zero-shot tasks, each weighing the same); "share", in %, of something; stored "bits" a
     weight; "seconds" of a model's decoded token, whose parts are EXECUTIONS; planned "bytes".
     parts: the scores behind it. sizes: items of each part. weights: the scores that items weigh by, where they do not
-    count alike: the tokens of each text. short: the title where there is little room, if another.
-    family: how many comparisons are judged by it at once.
+    count alike: the tokens of each text. short: the title where there is little room, if another. spreads: how far
+    runs lie apart by the measure, for each kind of cell that was run with several seeds. alone: what it is a mean of.
     """
 
     kind: Kind
@@ -221,8 +247,9 @@ class Measure:
     parts: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     short: str = ""
-    family: int = 1
     weights: str = ""
+    spreads: Mapping[str, Spread] = field(default_factory=dict, compare=False, repr=False)
+    alone: tuple["Measure", ...] = field(default=(), compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -261,11 +288,12 @@ class Measure:
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
         """95% interval of contrast(value of each cell), resampling the items that all of them were scored on.
 
-        The spread counts too over seeds that all cells with several have; else scores are averaged over them.
+        To that comes the variance between runs with other seeds: as `spreads` have it of each cell, also of one that
+        was run once; where they do not, the spread over seeds that all cells with several have.
         """
         strata, statistic = self._statistic()
         seeds = _common_seeds(cells)
-        multiplies = self.is_perplexity and contrast in (identity, np.divide)
+        scale = RATIO if self.is_perplexity and contrast in (identity, np.divide) else PLAIN
         draws = int(np.clip(RESAMPLED // self.items, 2_000, 10_000))
         scores = [
             np.stack([self._scores(cell, seed) for seed in seeds])
@@ -274,19 +302,87 @@ class Measure:
             for cell in cells
         ]
         n = len(cells)
-        return paired_bootstrap(
+        found = paired_bootstrap(
             lambda *values: contrast(*(statistic(value, *values[n:]) for value in values[:n])),
             *scores,
             *self._weights(cells),  # resampled with the items
             strata=strata,
             draws=draws,
-            family=self.family,
-            multiplies=multiplies,
+            scale=scale,
+            runs=self._between(contrast, scale, cells, scores, seeds),
         )
+        return replace(found, kinds=frozenset(cell.kind for cell in cells if cell.kind))
+
+    def _between(
+        self, contrast: Contrast, scale: Scale, cells: Sequence[Cell], scores: Sequence[Array], seeds: Sequence[int]
+    ) -> tuple[float, float] | None:
+        """The variance of the contrast on its scale between runs, and its degrees of freedom, by the cells' spreads;
+        None where one is not known.
+
+        A perplexity is exp of a mean loss, so that runs count by how the contrast changes with each cell's. What seeds
+        do to single items is in that and in the variance over items: it is taken off once (Cameron, Gelbach & Miller
+        2011), as far as several seeds show it.
+        """
+        kinds = {cell.kind for cell in cells if cell.kind}
+        losses = np.array([self._loss(own, cells) for own in scores])
+        if not kinds or not kinds <= self.spreads.keys() or losses.max() > LARGEST:
+            return None
+
+        def moved(at: int, step: float) -> float:
+            return scale.to(contrast(*np.exp(losses + step * (np.arange(len(cells)) == at))))
+
+        changes = [(moved(at, STEP) - moved(at, -STEP)) / (2 * STEP) for at in range(len(cells))]
+        parts: list[tuple[float, float]] = []
+        weights: dict[str, dict[int, float]] = {kind: defaultdict(float) for kind in sorted(kinds)}
+        for cell, loss, change in zip(cells, losses, changes, strict=True):
+            if cell.kind:
+                used = seeds if len(seeds) > 1 and len(cell.records) > 1 else cell.seeds
+                variance, free = self.spreads[cell.kind].of(cell.setting, loss)
+                parts.append((change**2 * variance / len(used), free))
+                for seed in used:
+                    weights[cell.kind][seed] += change / len(used)
+        for kind, by_seed in weights.items():
+            variance, free = self.spreads[kind].shared
+            parts.append((variance * sum(weight**2 for weight in by_seed.values()), free))
+        total = sum(variance for variance, _ in parts)
+        return max(0.0, total - self._interaction(scores, changes, cells, seeds)), freedom(*parts)
+
+    def _loss(self, scores: Array, cells: Sequence[Cell]) -> float:
+        """The mean loss behind a perplexity, over items and seeds."""
+        return float((np.atleast_2d(scores).mean(0) * self._shares(cells)).sum())
+
+    def _shares(self, cells: Sequence[Cell]) -> Array:
+        """What each item counts of a mean loss."""
+        if self.weights:
+            tokens = self._weights(cells)[0]
+            return np.asarray(tokens / tokens.sum())
+        return np.concatenate([np.full(size, 1 / (size * len(self.sizes))) for size in self.sizes])
+
+    def _interaction(
+        self, scores: Sequence[Array], changes: Sequence[float], cells: Sequence[Cell], seeds: Sequence[int]
+    ) -> float:
+        """The variance of what seeds do to single items; 0 where one seed does not show it."""
+        if len(seeds) < 2:
+            return 0.0
+        pairs = zip(changes, scores, strict=True)
+        terms = np.broadcast_to(sum(change * np.atleast_2d(own) for change, own in pairs), (len(seeds), self.items))
+        terms = terms * self._shares(cells)
+        rest = terms - terms.mean(0) - terms.mean(1, keepdims=True) + terms.mean()
+        return float((rest**2).sum() / (len(seeds) - 1) / len(seeds) * self.items / max(1, self.items - 1))
 
     def above(self, cell: Cell, other: Cell) -> Interval:
         """A perplexity above another's, as a share."""
-        return self.interval(np.divide, cell, other).mapped(lambda times: times - 1)
+        return self.interval(np.divide, cell, other).on(EXCESS)
+
+    def besides(self, corpus: str) -> "Measure":
+        """Of the perplexity on several corpora, that on the others."""
+        others = [measure for measure in self.alone if measure.of != corpus]
+        if len(others) in (0, len(self.alone)):
+            return self
+        if len(others) == 1:
+            return others[0]
+        parts, sizes = (tuple(getattr(own, name)[0] for own in others) for name in ("parts", "sizes"))
+        return replace(self, parts=parts, sizes=sizes)
 
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
         """contrast(value of each cell), without an interval; of one seed where given."""
@@ -329,6 +425,23 @@ def accuracy_title(tasks: Sequence[str]) -> str:
     return f"accuracy on {TASK_TITLES[tasks[0]]}" if len(tasks) == 1 else "mean accuracy"
 
 
+def with_spreads(measure: Measure, records: Sequence[Record]) -> Measure:
+    """A perplexity that knows how far runs lie apart by it, of each kind of cell."""
+    return replace(measure, spreads=_spreads(measure, tuple(records)))
+
+
+@functools.lru_cache(maxsize=64)
+def _spreads(measure: Measure, records: tuple[Record, ...]) -> dict[str, Spread]:
+    runs: dict[str, dict[object, dict[int, float]]] = defaultdict(dict)
+    for cell in gather(records).values():
+        if cell.kind and measure.covers(cell):
+            runs[cell.kind][cell.setting] = {
+                seed: math.log(measure.value(identity, cell, seed=seed)) for seed in cell.seeds
+            }
+    pooled = {kind: pool(arms) for kind, arms in runs.items()}
+    return {kind: spread for kind, spread in pooled.items() if spread}
+
+
 def usual_measures(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
     return perplexities(records) + accuracies(records)
@@ -343,7 +456,7 @@ def perplexities(records: Sequence[Record]) -> list[Measure]:
     for corpus in record.arm.evaluation.corpora:
         part = f"loss/{corpus}"
         title = f"perplexity on {corpus_title(corpus)}"
-        found.append(Measure("perplexity", corpus, title, (part,), (len(record.scores[part]),)))
+        found.append(with_spreads(Measure("perplexity", corpus, title, (part,), (len(record.scores[part]),)), records))
     return found
 
 
@@ -358,6 +471,11 @@ def accuracies(records: Sequence[Record]) -> list[Measure]:
     return [replace(_accuracy("mean", title, tasks, record), short=short)]
 
 
+def nothing(records: Sequence[Record]) -> list[Measure]:
+    """No measure beside the primary one."""
+    return []
+
+
 def _finished(records: Sequence[Record]) -> Record | None:
     """The first that did."""
     return next((record for record in records if record.finished), None)
@@ -370,7 +488,7 @@ def text_measures(records: Sequence[Record]) -> list[Measure]:
         return []
     title = f"perplexity on {listed([corpus_title(measure.of) for measure in each])}"
     parts, sizes = tuple(measure.parts[0] for measure in each), tuple(measure.sizes[0] for measure in each)
-    return [Measure("perplexity", "text", title, parts, sizes)]
+    return [with_spreads(Measure("perplexity", "text", title, parts, sizes, alone=tuple(each)), records)]
 
 
 def response_measures(records: Sequence[Record]) -> list[Measure]:
@@ -381,12 +499,8 @@ def response_measures(records: Sequence[Record]) -> list[Measure]:
         return []
     title = "perplexity of held-out Alpaca responses"
     sizes = (record.arm.evaluation.pairs,)
-    return [Measure("perplexity", "responses", title, ("loss/responses",), sizes, weights="tokens/responses")]
-
-
-def learned(records: Sequence[Record]) -> list[Measure]:
-    """What fine-tuning is for: the responses that were held out, and the zero-shot tasks."""
-    return response_measures(records) + accuracies(records)
+    own = Measure("perplexity", "responses", title, ("loss/responses",), sizes, weights="tokens/responses")
+    return [with_spreads(own, records)]
 
 
 def normality(records: Sequence[Record]) -> list[Measure]:
@@ -432,8 +546,7 @@ def speedup(measure: Measure, cell: Cell, fast: str, slow: str) -> Interval:
         lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1),
         cell.scores(parts[fast]),
         cell.scores(parts[slow]),
-        family=measure.family,
-        multiplies=True,
+        scale=RATIO,
     )
 
 

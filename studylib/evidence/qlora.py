@@ -1,10 +1,18 @@
-"""QLoRA's claims, each with its rule, written down before the runs that it judges (README: what changed)."""
+"""QLoRA's claims, each with its rule, written before the runs that it judges (docs/deviations.md: what changed)."""
 
 from functools import partial
 
 from studylib.config import Format
 from studylib.evidence.gigabytes import activations_dominate, fits_cards, planned_memory
-from studylib.evidence.measures import learned, normality, perplexities, stored_bits, training_times
+from studylib.evidence.measures import (
+    accuracies,
+    normality,
+    nothing,
+    perplexities,
+    response_measures,
+    stored_bits,
+    training_times,
+)
 from studylib.evidence.rules import (
     doubles_for_free,
     is_best,
@@ -38,7 +46,7 @@ CLAIMS = (
         "groups of 64",
         (NF4_DQ, INT4, E2M1, E3M0),
         is_best,
-        measures=perplexities,
+        beside=perplexities,
         effect=PaperNumber(29.48 / 27.41 - 1, COST, "{} (E3M0)", of=(E3M0,)),
     ),
     Claim(
@@ -56,7 +64,8 @@ CLAIMS = (
         "What is stored for a weight shrinks by 0.373 bits, to within 0.01",
         (NF4, NF4_DQ),
         partial(saves_bits, 0.373),
-        measures=stored_bits,
+        primary=stored_bits,
+        beside=nothing,
         effect=PaperNumber(0.373, BITS),
     ),
     Claim(
@@ -67,7 +76,8 @@ CLAIMS = (
         (setting("lora", "16-16-16"), setting("qlora", "4-16-16")),
         matches,
         optional=(setting("qlora", "4-16-16", {"format": Format("fp-bnb", 4, 64, double=True)}),),
-        measures=learned,
+        primary=response_measures,
+        beside=accuracies,
         effect=PaperNumber(53.0 - 53.1, ACCURACY, "{} of MMLU", of=(setting("qlora", "4-16-16"),)),
     ),
     Claim(
@@ -83,7 +93,8 @@ CLAIMS = (
             setting("qlora", "4-16-16", {"adapter.rank": 64}),
         ),
         layers_matter,
-        measures=learned,
+        primary=response_measures,
+        beside=accuracies,
     ),
     Claim(
         "B6",
@@ -91,7 +102,8 @@ CLAIMS = (
         "Total at batch 1 and 512 tokens: 6.9, 11.3, 24.7 and 45.0 GB for 7B, 13B, 33B and 65B",
         "Planned totals and 1 GB for the driver stay within the cards, that of 33B within 1.1 times its card",
         test=fits_cards,
-        measures=planned_memory,
+        primary=planned_memory,
+        beside=nothing,
         effect=PaperNumber(45.0, GIGABYTES),
     ),
     Claim(
@@ -100,7 +112,8 @@ CLAIMS = (
         "7B: base 5048 MB, adapters 26 MB, input gradients 567 MB, 18 MB with checkpointing",
         "Planned activations are more than half of what training adds to the base; checkpointing halves them",
         test=activations_dominate,
-        measures=planned_memory,
+        primary=planned_memory,
+        beside=nothing,
         effect=PaperNumber(567 / (567 + 26), MEMORY, "{} of input gradients and adapters"),
     ),
     Claim(
@@ -110,7 +123,8 @@ CLAIMS = (
         "A run whose spike does not fit finishes with paging, at no less than 0.9 of the speed",
         (setting("qlora", "4-16-16"), setting("qlora", "4-16-16", {"tuning.paged": True})),
         partial(takes_at_most, 1 / 0.9),
-        measures=training_times,
+        primary=training_times,
+        beside=nothing,
         untested="paging needs a CUDA device; an arm with tuning.paged on one tells its speed",
     ),
     Claim(
@@ -120,7 +134,8 @@ CLAIMS = (
         "At most 10% of the neurons fail at 5%, of which 5% of exactly normal ones would",
         (NF4_DQ,),
         near_normal,
-        measures=normality,
+        primary=normality,
+        beside=nothing,
         effect=PaperNumber(7.5, NEURONS),
     ),
     Claim(
@@ -135,6 +150,7 @@ CLAIMS = (
             setting("qlora", "4-16-16", {"adapter.kind": "dora"}),
             setting("qlora", "4-16-16", {"adapter.kind": "pissa"}),
         ),
-        measures=learned,
+        primary=response_measures,
+        beside=accuracies,
     ),
 )

@@ -15,19 +15,16 @@ from studylib.evidence.verdicts import (
     ACCURACY,
     BITS,
     COST,
-    INCONCLUSIVE,
     NATS,
     NEURONS,
-    NOT_REPRODUCED,
     PERPLEXITY,
-    REPRODUCED,
     TIMES,
     WON_BACK,
     Effect,
     Outcome,
     Unit,
 )
-from studylib.methods import method_title
+from studylib.methods import corpus_title, method_title
 from studylib.study import Record
 
 POINTS = 2.0  # tolerance in points of accuracy: how far the official re-run of LLM-QAT lies from its paper (A13)
@@ -39,10 +36,8 @@ EXPLODES = 2.0  # "explodes": at least this many times full precision's perplexi
 
 
 def together(effects: Sequence[Effect], text: str) -> Outcome:
-    """What a claim's parts, the most telling first, say together: reproduced only if all are, not if any is not."""
-    verdicts = [effect.verdict for effect in effects]
-    verdict = next((verdict for verdict in (NOT_REPRODUCED, INCONCLUSIVE) if verdict in verdicts), REPRODUCED)
-    return Outcome(effects[verdicts.index(verdict)], verdict, text)
+    """A claim's parts, the most telling first."""
+    return Outcome(tuple(effects), text)
 
 
 def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
@@ -51,14 +46,14 @@ def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
     if share is None:
         lost = Effect(loss, _unit(measure), f"lost by {rtn.title}", above=0)
         text = f"{rtn.title} loses {lost.text}, which is not clearly above zero"
-        return Outcome(lost, INCONCLUSIVE, f"{text}: what share of it {_name(qat)} wins back cannot be told.")
+        return Outcome((lost,), f"{text}: what share of it {_name(qat)} wins back cannot be told.")
     # The share's interval is only shown: the rule is linear, so that no division can blow it up.
     rule = measure.interval(lambda f, r, q: measure.loss(q, r) - MOST * measure.loss(f, r), full, rtn, qat)
     values = ", ".join(f"{cell.title} {measure.text(measure.value(identity, cell))}" for cell in (full, rtn, qat))
     seeds = _seeds(measure, won_back_share, percent, full, rtn, qat)
     text = f"{values}: {_name(qat)} wins back {share.text(percent)} of what {_name(rtn)} loses{seeds}."
     shown = Effect(share, WON_BACK, f"of {rtn.title}, won back by {_name(qat)}", above=MOST)
-    return Outcome(shown, Effect(rule, PERPLEXITY, "", above=0).verdict, text)
+    return Outcome((Effect(rule, PERPLEXITY, shown.what, above=0, of=qat.setting),), text, shown)
 
 
 def cache_breaks(
@@ -95,7 +90,7 @@ def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4
 
 def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
     found = measure.interval(np.divide, cell, full)
-    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES)
+    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES, of=cell.setting)
     return together([effect], f"{cell.title} has {effect.text} full precision's.")
 
 
@@ -118,11 +113,13 @@ def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = 
 
 def doubles_for_free(measure: Measure, reference: Cell, cell: Cell, other: Cell) -> Outcome:
     """`matches`, and how many scales of `cell` double quantization turned negative, if any."""
-    effect, verdict, text = matches(measure, reference, cell, other)
+    found = matches(measure, reference, cell, other)
     turned = sum(int(count or 0) for record in cell.records for count in record.scores.get("negative_scales", []))
     if turned:
-        text += f" {turned:,} of its scales turned negative: their weights have the opposite sign."
-    return Outcome(effect, verdict, text)
+        found = replace(
+            found, text=f"{found.text} {turned:,} of its scales turned negative: their weights have the opposite sign."
+        )
+    return found
 
 
 def alike(measure: Measure, reference: Cell, *others: Cell) -> Outcome:
@@ -173,22 +170,22 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
         ours, theirs = (record.curve[int(at * len(record.curve))]["loss"] for record in (own, other))
         return math.nan if ours is None or theirs is None else theirs - ours
 
-    found, seeds, decided = _by_seed(measure, partial(behind, at=0.5), fast, slow)
-    began, *_ = _by_seed(measure, partial(behind, at=0), fast, slow)
+    found, seeds = _by_seed(partial(behind, at=0.5), fast, slow)
+    began, _ = _by_seed(partial(behind, at=0), fast, slow)
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
     text = f"half-way, the validation loss of {slow.title} minus that of {fast.title} is {effect.text} ({seeds}); "
     text += f"before training, {began.text(nats)}."
-    return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
+    return together([effect], text)
 
 
 def takes_at_most(times: float, measure: Measure, usual: Cell, cell: Cell) -> Outcome:
     """Whether training `cell` takes at most so many times as long as `usual`, for as many steps."""
-    found, seeds, decided = _by_seed(
-        measure, lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
+    found, seeds = _by_seed(
+        lambda own, other: other.cost["seconds"]["train"] / own.cost["seconds"]["train"], usual, cell
     )
     effect = Effect(found, TIMES, f"the time of {usual.title}, by {cell.title}, {seeds}", below=times, papers=False)
     text = f"{cell.title} takes {effect.text} that of {usual.title} ({seeds})."
-    return Outcome(effect, effect.verdict if decided else INCONCLUSIVE, text)
+    return together([effect], text)
 
 
 def decodes_faster(times: float, measure: Measure, cell: Cell) -> Outcome:
@@ -201,23 +198,28 @@ def decodes_faster(times: float, measure: Measure, cell: Cell) -> Outcome:
     return together([effect], f"{listed(texts)}: {effect.text} {what}.")
 
 
-def _by_seed(
-    measure: Measure, contrast: Callable[[Record, Record], float], a: Cell, b: Cell
-) -> tuple[Interval, str, bool]:
-    """One number for each seed of both: their mean with Student's interval; how many, in words; if they say more than
-    one run does."""
+def _by_seed(contrast: Callable[[Record, Record], float], a: Cell, b: Cell) -> tuple[Interval, str]:
+    """One number for each seed of both: their mean with Student's interval, which for one is not known; how many, in
+    words."""
     own, other = ({record.arm.seed: record for record in cell.records} for cell in (a, b))
     found = [[contrast(own[seed], other[seed])] for seed in sorted(own.keys() & other.keys())]
-    seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
-    return paired_bootstrap(partial(np.mean, axis=-1), found, family=measure.family), seeds, len(found) > 1
+    if len(found) < 2:
+        return Interval(found[0][0] if found else math.nan, (math.inf, math.inf)), "1 seed" if found else "no seed"
+    return paired_bootstrap(partial(np.mean, axis=-1), found), f"{len(found)} seeds"
 
 
-def generalises(measure: Measure, generated: Cell, wikipedia: Cell, c4: Cell) -> Outcome:
-    """Real text is compared where it was not trained on: elsewhere, and on the tasks."""
-    others = [
-        cell for cell in (wikipedia, c4) if not measure.is_perplexity or cell.setting["data.corpus"] != measure.of
-    ]
-    return is_best(measure, generated, *others)
+def generalises(measure: Measure, generated: Cell, *real: Cell) -> Outcome:
+    """Whether generated text is better than each real one, by the text that was not trained on, and by the tasks."""
+    effects, names = [], []
+    for cell in real:
+        corpus = cell.setting["data.corpus"]
+        if measure.is_perplexity and measure.of == corpus:
+            continue
+        elsewhere = measure.besides(corpus)
+        effects.append(replace(_worse(elsewhere, generated, cell), above=0))
+        names.append(_short(cell, generated) + (f" (on {corpus_title(elsewhere.of)})" if elsewhere != measure else ""))
+    nearest = sorted(effects, key=lambda effect: effect.interval.estimate)
+    return together(nearest, f"{_are(names, effects, generated.title)}.")
 
 
 def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy: Cell) -> Outcome:
@@ -243,9 +245,10 @@ def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eigh
 def _worse(measure: Measure, a: Cell, b: Cell, what: str = "") -> Effect:
     """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
     what = what or f"{_short(b, a)} behind {_short(a, b)}"
+    tolerance = _tolerance(measure)
     if measure.is_perplexity:
-        return Effect(measure.above(b, a), COST, what, of=b.setting)
-    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting)
+        return Effect(measure.above(b, a), COST, what, of=b.setting, tolerance=tolerance)
+    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting, tolerance=tolerance)
 
 
 def _within(measure: Measure, a: Cell, b: Cell) -> Effect:
@@ -285,10 +288,10 @@ def _are(names: Iterable[str], effects: Sequence[Effect], reference: str, note: 
 
 def _turned(effect: Effect) -> tuple[str, str]:
     """The word "worse" and the effect's text or, of one below zero, "better" and the text of its opposite."""
-    found = effect.interval
+    found, form = effect.interval, effect.unit.form
     if found.estimate >= 0:
         return "worse", effect.text
-    return "better", replace(effect, interval=Interval(-found.estimate, -found.high, -found.low)).text
+    return "better", f"{form(-found.estimate)} [{form(-found.high)}, {form(-found.low)}]{effect.unit.suffix}"
 
 
 def _unit(measure: Measure) -> Unit:

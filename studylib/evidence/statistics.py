@@ -1,53 +1,106 @@
-"""Paired intervals over seeds, windows and items, their correction for many claims, what they can show."""
+"""Paired intervals over seeds, windows and items, and what they can show."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
+MANY = 1e4  # degrees of freedom at which Student's t is the normal distribution
 CELLS = 2**22  # resampled numbers held at once
 LARGEST = 700.0  # logarithm of what is written of intervals that are wider than a float can say
 LEVEL = 0.95
-POWER = 0.8  # of the cases in which an effect as far from a bound as Interval.resolution is told from it
+POWER = 0.8  # of the cases in which an effect as large as Interval.detectable is told from the bound
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How numbers are compared: `to` takes one to where its errors add up, `back` takes it back."""
+
+    to: Callable[[float], float]
+    back: Callable[[float], float]
+
+
+PLAIN = Scale(float, float)
+RATIO = Scale(math.log, lambda x: math.exp(min(x, LARGEST)))  # perplexities and their ratios, whose errors multiply
+EXCESS = Scale(math.log1p, lambda x: math.expm1(min(x, LARGEST)))  # what a ratio is above 1
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval; `surely` is a wider one, by which one of several claims is judged."""
+    """An estimate that errs: `middle`, its standard errors below and above, and their degrees of freedom, on `scale`.
 
-    estimate: float
-    low: float
-    high: float
-    surely: tuple[float, float] | None = None
+    One that was counted or planned has no errors; where nothing is known of them, they are infinite. kinds: what was
+    run with seeds and is part of it (measures.Cell.kind).
+    """
+
+    middle: float
+    errors: tuple[float, float] = (0.0, 0.0)
+    free: float = math.inf
+    scale: Scale = PLAIN
+    kinds: frozenset[str] = frozenset()
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """What a verdict rests on."""
-        return self.surely or (self.low, self.high)
+    def estimate(self) -> float:
+        return self.scale.back(self.middle)
+
+    def bounds(self, rate: float) -> tuple[float, float]:
+        """What the true value lies above, and what it lies below: each is wrong in a share `rate` of cases."""
+        if not any(self.errors):
+            return self.estimate, self.estimate
+        below, above = (_students_quantile(self.free, 1 - rate) * error for error in self.errors)
+        return self.scale.back(self.middle - below), self.scale.back(self.middle + above)
 
     @property
-    def resolution(self) -> float:
-        """How far above a bound an effect must lie for `bounds` to leave that bound out in POWER of all cases.
+    def low(self) -> float:
+        """Of the 95% interval."""
+        return self.bounds((1 - LEVEL) / 2)[0]
 
-        The minimum detectable effect (Bloom 1995), in the estimate's unit: the lower side of `bounds`, beyond which
-        half of the cases would be told, plus the normal quantile of POWER times the standard error, which is taken from
-        the lower side of the interval as if estimates were normal. 0 where nothing varies.
+    @property
+    def high(self) -> float:
+        return self.bounds((1 - LEVEL) / 2)[1]
+
+    def detectable(self, bound: float, rate: float) -> float:
+        """The smallest true value whose lower bound at `rate` lies above `bound` in POWER of all cases.
+
+        The minimum detectable effect (Bloom 1995), by the noncentral t distribution of what is told, on the scale on
+        which errors add up. `bound` itself where nothing varies.
         """
-        error = (self.estimate - self.low) / _normal_quantile((1 + LEVEL) / 2)
-        return float(self.estimate - self.bounds[0] + _normal_quantile(POWER) * error)
+        if not any(self.errors):
+            return bound
+        quantile = _students_quantile(self.free, 1 - rate)
+        return self.scale.back(self.scale.to(bound) + _noncentrality(self.free, quantile) * self.errors[0])
 
-    def mapped(self, increasing: Callable[[float], float]) -> "Interval":
-        """The interval of an increasing function of the estimate."""
-        surely = self.surely and (increasing(self.surely[0]), increasing(self.surely[1]))
-        return Interval(increasing(self.estimate), increasing(self.low), increasing(self.high), surely)
+    def on(self, scale: Scale) -> "Interval":
+        """The same, written otherwise: a ratio as what it is above 1."""
+        return replace(self, scale=scale)
 
     def text(self, form: Callable[[float], str]) -> str:
-        """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"."""
+        """As people read it, each number written by `form`: "26.7 [24.9, 28.6]"; without what is not known."""
+        if math.inf in self.errors:
+            return form(self.estimate)
         return f"{form(self.estimate)} [{form(self.low)}, {form(self.high)}]"
+
+
+@functools.cache
+def _students_quantile(free: float, share: float) -> float:
+    from scipy.special import stdtrit  # a third of a second, which importing this module need not take
+
+    return float(stdtrit(free, share)) if math.isfinite(free) else _normal_quantile(share)
+
+
+@functools.cache
+def _noncentrality(free: float, quantile: float) -> float:
+    """That of the t distribution which lies above `quantile` with a chance of POWER."""
+    from scipy.special import nctdtrinc
+
+    if free > MANY:
+        return quantile + _normal_quantile(POWER)
+    return float(nctdtrinc(free, 1 - POWER, quantile))
 
 
 def _normal_quantile(share: float) -> float:
@@ -75,20 +128,23 @@ def paired_bootstrap(
     *samples: ArrayLike,
     strata: ArrayLike | None = None,
     draws: int = 10_000,
-    family: int = 1,
-    multiplies: bool = False,
+    scale: Scale = PLAIN,
+    runs: tuple[float, float] | None = None,
 ) -> Interval:
     """Interval of statistic(*samples) over items, resampled jointly (Efron & Tibshirani 1993, section 13.3), and seeds.
 
     samples: scores of the same n items, [n] of one run or [S, n] of S seeds, the same S wherever it is above 1; strata:
     a label an item, items are resampled inside their stratum. statistic gets arrays [..., n], means over seeds, and
-    reduces the last axis.
-    Each side of the percentile interval is widened to what so few items and seeds can tell (see _widened). Where every
-    score is 0 or 1, its standard errors are at least what one item more or less of each stratum changes: that none of
-    40 differs does not say that none ever does (Agresti & Min 2005 count half an item more on either side).
-    family: how many comparisons are judged beside each other; `surely` is then the interval at the level that
-    Bonferroni leaves to each of them. multiplies: the statistic is positive and its errors multiply, as those of
-    perplexities and their ratios do, so that it is widened on a log scale.
+    reduces the last axis; its errors add up on `scale`.
+    The errors are those of the percentile interval, made good for its variance, too small by (n - 1) / n; bounds take
+    Student's t in the place of normal quantiles, as the expanded percentile interval does (Hesterberg 2015, section
+    3.2). Percentiles further out are not drawn: they rest on a few draws of thousands. Where every score is 0 or 1, the
+    errors are at least what one item more or less of each stratum changes: that none of 40 differs does not say that
+    none ever does (Agresti & Min 2005 count half an item more on either side).
+    To their square the variance between runs is added, and t takes the degrees of freedom of the sum (Satterthwaite
+    1946). To resample two or three seeds instead, as the hierarchical bootstrap does, leaves out the true value in one
+    case of four. runs: that variance, of the statistic on `scale`, and its degrees of freedom; without it, those of the
+    samples' own seeds, and nothing for one.
     Raises ValueError for samples that are empty, of unequal length or not finite.
     """
     arrays: list[Array] = [np.atleast_2d(np.asarray(sample, dtype=np.float64)) for sample in samples]
@@ -107,24 +163,30 @@ def paired_bootstrap(
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(0)
     means, values, most = [array.mean(0) for array in arrays], [], max(1, CELLS // n)
-    measured: Callable[..., Any] = (lambda *scores: np.log(statistic(*scores))) if multiplies else statistic
+    measured: Callable[..., Any] = statistic if scale is PLAIN else (lambda *scores: np.log(statistic(*scores)))
     for at in range(0, draws, most):
         rows = min(draws - at, most)
         index = np.empty((rows, n), dtype=np.intp)
         for group in groups:
             index[:, group] = group[generator.integers(len(group), size=(rows, len(group)))]
         values.append(measured(*(mean[index] for mean in means)))
-    estimate = float(measured(*means))
-    of_seeds = [float(measured(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
-    z = _normal_quantile((1 + LEVEL) / 2)
+    middle = float(measured(*means))
     ends = np.quantile(np.concatenate(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    errors = np.maximum((estimate - ends) * [1, -1], 0) / z * np.sqrt(n / max(1, n - 1))
+    errors = np.maximum((middle - ends) * [1, -1], 0) / _normal_quantile((1 + LEVEL) / 2) * np.sqrt(n / max(1, n - 1))
     if all(np.isin(array, (0, 1)).all() for array in arrays):
         errors = np.maximum(errors, _error_of_an_item(measured, means, groups))
-    low, high = _widened(estimate, errors, LEVEL, n, of_seeds)
-    surely = _widened(estimate, errors, 1 - (1 - LEVEL) / family, n, of_seeds) if family > 1 else None
-    found = Interval(estimate, low, high, surely)
-    return found.mapped(lambda x: math.exp(min(x, LARGEST))) if multiplies else found
+    if runs is None:
+        of_seeds = [float(measured(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
+        runs = (float(np.var(of_seeds, ddof=1)) / seeds, seeds - 1) if seeds > 1 else (0.0, 1)
+    between, below, above = runs[0], *(float(error) for error in np.sqrt(errors**2 + runs[0]))
+    free = freedom((float(np.mean(errors)) ** 2, n - 1), (between, runs[1]))
+    return Interval(middle, (below, above), free, scale)
+
+
+def freedom(*parts: tuple[float, float]) -> float:
+    """The degrees of freedom of a sum of variances, given each with its own (Satterthwaite 1946)."""
+    total = sum(variance for variance, _ in parts)
+    return 1 / sum((variance / total) ** 2 / max(1, free) for variance, free in parts) if total else math.inf
 
 
 def _error_of_an_item(statistic: Callable[..., Any], samples: Sequence[Array], groups: Sequence[Array]) -> float:
@@ -137,22 +199,3 @@ def _error_of_an_item(statistic: Callable[..., Any], samples: Sequence[Array], g
             other[group[0]] += 1 if other[group[0]] < 0.5 else -1
             changes[at, number] = statistic(*samples[:number], other, *samples[number + 1 :]) - estimate
     return float(np.linalg.norm(np.abs(changes).max(1)))
-
-
-def _widened(estimate: float, errors: Array, level: float, n: int, of_seeds: list[float]) -> tuple[float, float]:
-    """The interval at `level`, of standard errors below and above, as wide as n items and len(of_seeds) seeds ask for.
-
-    The errors are those of a percentile interval made good for its variance, too small by (n - 1) / n; Student's t
-    takes the place of normal quantiles, as in the expanded percentile interval (Hesterberg 2015, section 3.2). The
-    variance of the mean over seeds, of_seeds, is added to that over items, and t takes the degrees of freedom of the
-    sum (Satterthwaite 1946). To resample two or three seeds instead, as the hierarchical bootstrap does, leaves out the
-    true value in one case of four. Percentiles further out are not drawn: they rest on a few draws of thousands.
-    """
-    from scipy.special import stdtrit  # a third of a second, which importing this module need not take
-
-    items, seeds = float(np.mean(errors)) ** 2, np.var(of_seeds, ddof=1) / len(of_seeds) if len(of_seeds) > 1 else 0.0
-    if items + seeds == 0:
-        return estimate, estimate
-    free = (items + seeds) ** 2 / (items**2 / max(1, n - 1) + seeds**2 / max(1, len(of_seeds) - 1))
-    below, above = stdtrit(free, (1 + level) / 2) * np.sqrt(errors**2 + seeds)
-    return float(estimate - below), float(estimate + above)

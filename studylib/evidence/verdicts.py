@@ -3,21 +3,24 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from studylib.config import capital, listed, nats, number, percent, points
-from studylib.evidence.measures import Measure, gather, usual_measures
+from studylib.evidence.measures import Measure, gather, text_measures, usual_measures
+from studylib.evidence.spread import ENOUGH
 from studylib.evidence.statistics import Interval
 from studylib.methods import Setting
 from studylib.study import Record
 
-REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTED = VERDICTS = (
+REPRODUCED, NOT_REPRODUCED, NO_DIFFERENCE, UNDECIDED, NOT_TESTED = VERDICTS = (
     "reproduced",
     "not reproduced",
-    "inconclusive",
+    "no difference",
+    "undecided",
     "not tested here",
 )
-FAMILY = 60  # comparisons of a paper at most, by claim, measure and part: a true verdict of each is asked for at once
+FAMILY = 26  # claims whose verdict can err: those of the page that are neither planned nor counted
+LOOKS = 3  # at the verdicts while a study grows from one seed to three
+RATE = 0.05 / FAMILY / LOOKS  # how often a bound that a verdict rests on may be wrong, so that a page rarely has one
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Effect:
     """A number, in words what it is of, and where its claim holds: above `above`, below `below`, or between them.
 
     of: the setting that it is of. papers: whether the paper's own number, if it has one in this unit, is of the same.
+    tolerance: how far from `above` or `below` a difference is none.
     """
 
     interval: Interval
@@ -74,6 +78,7 @@ class Effect:
     below: float = math.inf
     of: Setting | None = None
     papers: bool = True
+    tolerance: float = 0.0
 
     @property
     def text(self) -> str:
@@ -81,13 +86,32 @@ class Effect:
         return self.interval.text(self.unit.form) + self.unit.suffix
 
     @property
-    def verdict(self) -> str:
-        """Reproduced where the whole interval lies inside the range, not reproduced where it lies outside."""
-        low, high = self.interval.bounds
+    def bounds(self) -> tuple[float, float]:
+        """What a verdict rests on: what the true value lies above, and below, each at RATE."""
+        return self.interval.bounds(RATE)
+
+    @property
+    def ends(self) -> list[float]:
+        """The ends of the range where the claim holds."""
+        return [end for end in (self.above, self.below) if math.isfinite(end)]
+
+    def verdict(self, ways: int | None = None) -> str:
+        """Reproduced where the true value surely lies inside the range; not reproduced where it surely lies outside;
+        no difference where it surely lies within the tolerance of a range that begins at zero; else undecided.
+
+        Both ends of a range must be passed for the first, which errs no more often than one of them does (Berger 1982).
+        One contradiction of several that are looked for is enough for the second: of so many `ways`, the ends of all
+        parts of the claim, each may err as rarely.
+        """
+        low, high = self.interval.bounds(RATE / (ways or max(1, len(self.ends))))
         if low > self.below or high < self.above:
             return NOT_REPRODUCED
-        inside = (low > self.above or self.above == -math.inf) and (high < self.below or self.below == math.inf)
-        return REPRODUCED if inside else INCONCLUSIVE
+        low, high = self.bounds
+        if (low > self.above or self.above == -math.inf) and (high < self.below or self.below == math.inf):
+            return REPRODUCED
+        if 0 in self.ends and -self.tolerance < low and high < self.tolerance:
+            return NO_DIFFERENCE
+        return UNDECIDED
 
     @property
     def holds(self) -> str:
@@ -116,17 +140,40 @@ class Effect:
 
     @property
     def smallest(self) -> float | None:
-        """The smallest effect that would have been told from `bound`, and found above it, in statistics.POWER of all
-        cases; None where nothing varies."""
-        return self.bound + self.interval.resolution if self.interval.resolution > 0 else None
+        """The smallest effect that would be told from `bound`, and found above it, in statistics.POWER of all cases;
+        None where nothing varies, or nothing is known of how."""
+        found = self.interval.detectable(self.bound, RATE)
+        return found if self.bound < found < math.inf else None
 
 
-class Outcome(NamedTuple):
-    """What a rule finds. effect: where a claim has several parts, that of the part which decides the verdict."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule finds: the parts of the claim, the verdict of each, and all in words.
 
-    effect: Effect
-    verdict: str
+    shown: the effect that stands for all, where it is none of the parts. waiting: kinds of cells whose runs do not tell
+    yet how far they lie apart; parts that rest on them are undecided.
+    """
+
+    parts: tuple[Effect, ...]
     text: str
+    shown: Effect | None = None
+    waiting: frozenset[str] = frozenset()
+
+    @property
+    def verdicts(self) -> list[str]:
+        ways = sum(len(part.ends) for part in self.parts)
+        return [UNDECIDED if part.interval.kinds & self.waiting else part.verdict(ways) for part in self.parts]
+
+    @property
+    def verdict(self) -> str:
+        """What the parts say together: reproduced only if all are, not if any is not."""
+        found = self.verdicts
+        return next((word for word in (NOT_REPRODUCED, UNDECIDED, NO_DIFFERENCE) if word in found), REPRODUCED)
+
+    @property
+    def effect(self) -> Effect:
+        """That of the first part which decides the verdict."""
+        return self.shown or self.parts[self.verdicts.index(self.verdict)]
 
 
 @dataclass(frozen=True)
@@ -134,8 +181,8 @@ class Claim:
     """A claim of a paper, the arms that test it (needs; optional: used where they were run) and its rule in words.
 
     reported: what the paper found, in words; effect: the paper's own number, where it has one of the kind that the rule
-    rests on. test: the rule, given a measure and the cells of `needs` and `optional`. measures: what it is judged by.
-    untested: what it would take to test it, for a claim that most records cannot.
+    rests on. test: the rule, given a measure and the cells of `needs` and `optional`. primary: what the verdict rests
+    on; beside: what is shown besides. untested: what it would take to test it, for a claim that most records cannot.
     """
 
     id: str
@@ -145,28 +192,42 @@ class Claim:
     needs: tuple[Setting, ...] = ()
     test: Callable[..., Outcome] | None = None
     optional: tuple[Setting, ...] = ()
-    measures: Callable[[Sequence[Record]], list[Measure]] = usual_measures
+    primary: Callable[[Sequence[Record]], list[Measure]] = text_measures
+    beside: Callable[[Sequence[Record]], list[Measure]] = usual_measures
     untested: str = ""
     effect: PaperNumber | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one measure says about a claim: one of VERDICTS, the number it rests on, and in words what was found."""
+    """What one measure says about a claim: in words what was found, and the number that stands for it.
+
+    verdict: one of VERDICTS by the claim's primary measure, "" by others. parts: what each part of it is of, with its
+    own verdict, where there are several.
+    """
 
     claim: str
     measure: str
     verdict: str
     text: str
     effect: Effect | None = None
+    parts: tuple[tuple[str, str], ...] = ()
 
     @property
     def could(self) -> str:
-        """Of an inconclusive finding, the smallest effect that the data could have shown: "7.0% or more"; else ""."""
-        if self.verdict != INCONCLUSIVE or self.effect is None or self.effect.smallest is None:
+        """Of what is undecided, the minimum detectable effect: "7.0% or more"; else ""."""
+        if self.verdict != UNDECIDED or self.effect is None or self.effect.smallest is None:
             return ""
         unit, smallest = self.effect.unit, self.effect.smallest
         return f"{unit.text(smallest)} or more" if smallest <= unit.most else "no difference, however large"
+
+    @property
+    def by_part(self) -> str:
+        """The verdict of each part, where they differ: "Undecided: X behind Y. Reproduced: Z behind Y."; else ""."""
+        if len({word for _, word in self.parts}) < 2:
+            return ""
+        by_word = {word: [what for what, own in self.parts if own == word] for word in VERDICTS}
+        return " ".join(f"{capital(word)}: {listed(parts)}." for word, parts in by_word.items() if parts)
 
     @property
     def found(self) -> str:
@@ -175,19 +236,22 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """What was found and the verdict."""
+        """What was found, the verdict, if it has one, and those of its parts."""
         if self.verdict == NOT_TESTED:
             return f"{capital(NOT_TESTED)}: {self.text}"
-        could = f" (could have shown {self.could})" if self.could else ""
-        return f"{self.found} {capital(self.verdict)}{could}."
+        could = f" (minimum detectable effect: {self.could})" if self.could else ""
+        words = [f"{capital(self.verdict)}{could}."] if self.verdict else []
+        return " ".join([self.found, *words, *filter(None, [self.by_part])])
 
 
 def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
-    """One finding a measure; a single one without an effect where an arm was not run, or diverged for any seed.
+    """What the claim's primary measure says, with a verdict, and what others say beside it, without; a single finding
+    without an effect where an arm was not run, or diverged for any seed.
 
-    Intervals resample the items that all arms of the claim share and count the spread over their seeds. Those shown
-    are 95%; verdicts rest on wider ones, by Bonferroni for FAMILY comparisons of a paper. Raises ValueError for records
-    that cannot be compared (see measures.gather).
+    Intervals resample the items that all arms of the claim share and count the spread between runs. Those shown are
+    95%; verdicts rest on bounds at RATE, so that a page has a false one in 5% of cases at most. Where trained arms are
+    compared and too few runs say how far runs lie apart, the verdict waits. Raises ValueError for records that cannot
+    be compared (see measures.gather).
     """
     if claim.test is None:
         return [Finding(claim.id, "", NOT_TESTED, f"{claim.untested}.")]
@@ -203,13 +267,31 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
             f"{len(cell.diverged)} of {len(cell.diverged) + len(cell.records)} runs of {cell.title} diverged"
             for cell in diverged
         )
-        return [Finding(claim.id, "", INCONCLUSIVE, f"{counts}.")]
-    wanted = [m for m in claim.measures(records) if all(cell is None or m.covers(cell) for cell in used)]
-    if not wanted:
+        return [Finding(claim.id, "", UNDECIDED, f"{counts}.")]
+
+    def covering(measures: Sequence[Measure]) -> list[Measure]:
+        return [measure for measure in measures if all(cell is None or measure.covers(cell) for cell in used)]
+
+    primary = covering(claim.primary(records))
+    if not primary:
         text = claim.untested or "nothing was measured that it speaks of"
         return [Finding(claim.id, "", NOT_TESTED, f"{text}.")]
-    findings = []
-    for measure in (replace(measure, family=FAMILY) for measure in wanted):
-        effect, verdict, text = claim.test(measure, *used)
-        findings.append(Finding(claim.id, measure.title, verdict, text, effect))
+    main = primary[0]
+    free = {kind: spread.free for kind, spread in main.spreads.items()}
+    kinds = {cell.kind for cell in used if cell and cell.kind} if main.is_perplexity else set()
+    waiting = frozenset(kind for kind in kinds if free.get(kind, 0) < ENOUGH)
+    found = replace(claim.test(main, *used), waiting=waiting)
+    words = tuple(zip([part.what for part in found.parts], found.verdicts, strict=True))
+    text = found.text
+    if any(part.interval.kinds & waiting for part in found.parts) and found.verdict == UNDECIDED:
+        least = min(free.get(kind, 0) for kind in waiting)
+        text += (
+            f" The verdict waits for runs with other seeds: how far runs lie apart rests on {least:.0f} degrees of "
+            f"freedom, and {ENOUGH} are needed."
+        )
+    findings = [Finding(claim.id, main.title, found.verdict, text, found.effect, words)]
+    beside = [measure for measure in covering(claim.beside(records)) if measure.parts != main.parts]
+    for measure in (*primary[1:], *beside):
+        also = claim.test(measure, *used)
+        findings.append(Finding(claim.id, measure.title, "", also.text, also.effect))
     return findings

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studylib.config import Arm, markdown, number, write_whole
-from studylib.evidence import FAMILY, FULL, NOT_TESTED, POWER, VERDICTS, Cell, accuracies, gather
+from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
 from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
 from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
@@ -45,12 +45,17 @@ SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
 
 
 def write_report(
-    output: str | Path, records: Sequence[Record], notebooks: Sequence[Path], command: str, budget: float | None = None
+    output: str | Path,
+    records: Sequence[Record],
+    notebooks: Sequence[Path],
+    command: str,
+    budget: float | None = None,
+    live: bool = False,
 ) -> Path:
     """Write output/report.html from what the executed `notebooks` published there; returns its path.
 
     records: all that they used, of one model and one evaluation. command: what makes this report again.
-    budget: MB that the recommended recipe may take.
+    budget: MB that the recommended recipe may take. live: of a run that is under way, which writes it again.
     """
     import jinja2
 
@@ -97,8 +102,12 @@ def write_report(
         notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
         items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
+        live=live,
         family=FAMILY,
+        looks=LOOKS,
+        odds=f"{1 / RATE:,.0f}",
     )
+    output.mkdir(parents=True, exist_ok=True)
     path = output / "report.html"
     write_whole(path, page)
     return path
@@ -137,9 +146,10 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
     for section in SECTIONS:
         found.append(f"## {section.paper} ({section.source})\n")
         for entry in _claims(section.paper, entries):
-            if any(finding.verdict != NOT_TESTED for finding in entry.findings):
+            if entry.verdict != NOT_TESTED:
                 found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {markdown(entry.claim.rule)}."]
-                found += [f"  - {markdown(finding.sentence)}" for finding in entry.findings]
+                found += [f"  - {markdown(entry.main.sentence)}"]
+                found += [f"  - Beside it: {markdown(finding.sentence)}" for finding in entry.beside]
         found.append("")
     return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
 

@@ -1,6 +1,5 @@
 """Which recipe for a model: what is best for its size of all that was run, what it costs, and how sure that is."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from studylib.config import Arm, RealText, capital, listed, markdown, number, pe
 from studylib.evidence import (
     CONTEXT,
     FULL,
+    LEVEL,
     SHARE,
     Cell,
     Interval,
@@ -104,10 +104,9 @@ class Family:
     def loss(self, candidate: Candidate) -> float:
         return self.measure.value(identity, candidate.cell)
 
-    def above(self, candidate: Candidate, other: Candidate, comparisons: int = 1) -> Interval:
-        """The candidate's perplexity above the other's, as a share; `bounds` hold for all comparisons at once."""
-        measure = dataclasses.replace(self.measure, family=comparisons)
-        return measure.above(candidate.cell, other.cell)
+    def above(self, candidate: Candidate, other: Candidate) -> Interval:
+        """The candidate's perplexity above the other's, as a share."""
+        return self.measure.above(candidate.cell, other.cell)
 
     def frontier(self) -> list[Candidate]:
         """The candidates that none is as small and as good as, the smallest first."""
@@ -187,8 +186,9 @@ def recommend(family: Family, budget: float | None = None) -> Recommendation:
         text = f"Nothing that was run fits in {budget:g} MB: the smallest, {smallest}."
         return Recommendation(family, budget, text, (*_worse_than_guessing(family), *_left_out(family)))
     best, *others = fitting
-    gaps = {other: family.above(other, best, len(others)) for other in others}
-    equals = tuple(other for other in others if gaps[other].bounds[0] <= 0)
+    gaps = {other: family.above(other, best) for other in others}
+    rate = (1 - LEVEL) / 2 / max(1, len(others))  # all of these comparisons hold at once (Bonferroni)
+    equals = tuple(other for other in others if gaps[other].bounds(rate)[0] <= 0)
     cheapest = min((best, *equals), key=lambda candidate: candidate.effort)
     details = [
         *_worse_than_guessing(family),
@@ -196,7 +196,7 @@ def recommend(family: Family, budget: float | None = None) -> Recommendation:
         *_beside_others(budget, best, equals, cheapest, gaps),
         *(_cost(candidate) for candidate in dict.fromkeys((best, cheapest))),
         *_export(best),
-        *_seeds(fitting),
+        *_seeds(family, fitting),
         *_own_text(best),
         *_left_out(family),
     ]
@@ -283,8 +283,9 @@ def _export(best: Candidate) -> list[str]:
     return [f"For other software, as {kind}: study export {best.cell.records[0].key[:8]} --output FOLDER"]
 
 
-def _seeds(fitting: Sequence[Candidate]) -> list[str]:
-    if any(candidate.trained and len(candidate.cell.records) == 1 for candidate in fitting):
+def _seeds(family: Family, fitting: Sequence[Candidate]) -> list[str]:
+    once = [candidate.cell for candidate in fitting if candidate.trained and len(candidate.cell.records) == 1]
+    if any(cell.kind not in family.measure.spreads for cell in once):
         return ["Intervals resample what was scored; with one seed they say nothing about other trainings."]
     return []
 

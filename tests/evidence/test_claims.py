@@ -1,21 +1,38 @@
 """Each rule against records for which the verdict is plain."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from studylib.config.budgets import EXECUTIONS
 from studylib.config.settings import Adapter, Format, Scheme
+from studylib.evidence.llm_qat import DEFAULT
 from studylib.evidence.statistics import Interval
-from studylib.evidence.verdicts import ACCURACY, INCONCLUSIVE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Effect, judge
+from studylib.evidence.verdicts import (
+    ACCURACY,
+    FAMILY,
+    NO_DIFFERENCE,
+    NOT_REPRODUCED,
+    NOT_TESTED,
+    RATE,
+    REPRODUCED,
+    UNDECIDED,
+    Effect,
+    judge,
+)
 from studylib.methods.arms import Setting
 from studylib.report.ledger import CLAIMS
 from studylib.study.records import DIVERGED
 
 
-def verdicts(claim, records):
-    return [finding.verdict for finding in judge(CLAIMS[claim], records)]
+def verdict(claim, records):
+    """The one word of the claim; what is shown beside it has none."""
+    first, *beside = judge(CLAIMS[claim], records)
+    assert not any(finding.verdict or finding.could or finding.parts for finding in beside)
+    return first.verdict
 
 
 def replaced(records, record):
@@ -27,11 +44,7 @@ TESTABLE = [claim for claim in CLAIMS if not CLAIMS[claim].untested]
 
 @pytest.mark.parametrize("claim", TESTABLE)
 def test_the_papers_picture_reproduces_every_claim(ablations, tuned, claim):
-    found = verdicts(claim, ablations + tuned)
-    if claim == "C8":  # a gain above zero and below two points is more than 200 items can show
-        assert found == [REPRODUCED, INCONCLUSIVE]
-    else:
-        assert set(found) == {REPRODUCED}
+    assert verdict(claim, ablations + tuned) == REPRODUCED
 
 
 def test_a_claim_that_nothing_here_can_test_says_what_it_would_take(ablations, tuned):
@@ -60,10 +73,10 @@ def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, cla
                 made.append(dataclasses.replace(record, provenance=record.provenance | {"hardware": hardware}))
         return made
 
-    assert verdicts(claim, timed("a GPU", slower)) == [REPRODUCED]
-    assert verdicts(claim, timed("a GPU", 2 * slower)) == [NOT_REPRODUCED]
-    assert verdicts(claim, timed("a GPU", slower, seeds=(0,))) == [INCONCLUSIVE]
-    assert verdicts(claim, timed(None, slower)) == [NOT_TESTED]
+    assert verdict(claim, timed("a GPU", slower)) == REPRODUCED
+    assert verdict(claim, timed("a GPU", 2 * slower)) == NOT_REPRODUCED
+    assert verdict(claim, timed("a GPU", slower, seeds=(0,))) == UNDECIDED
+    assert verdict(claim, timed(None, slower)) == NOT_TESTED
 
 
 SMALL_GROUPS = {"format": Format("int-full", 4, 32)}
@@ -90,18 +103,18 @@ NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("int-full", 4), Forma
 def test_the_opposite_of_fine_tuning_claims_is_not_reproduced(tuned, make_record, claim, method, bits, loss, changes):
     accuracy = 0.55 - (loss - 2.75) * 0.5  # the worse, the fewer right answers
     changed = replaced(tuned, make_record(method, bits, loss=loss, accuracy=accuracy, changes=changes))
-    assert NOT_REPRODUCED in verdicts(claim, changed) and REPRODUCED not in verdicts(claim, changed)[:1]
+    assert verdict(claim, changed) == NOT_REPRODUCED
 
 
 def test_bits_and_normality_are_counted_from_the_scores(tuned, make_record):
     same = make_record("encoded", "4-16-16", changes={"format": NF4})
     worse = dataclasses.replace(same, scores=same.scores | {"bits": [4.5], "non_normal": [0.3, 0.2] * 20})
     changed = replaced(tuned, worse)
-    assert verdicts("B3", changed) == verdicts("B9", changed) == [NOT_REPRODUCED]
+    assert verdict("B3", changed) == verdict("B9", changed) == NOT_REPRODUCED
 
 
-@pytest.mark.parametrize(("slower", "verdict"), [(1.5, REPRODUCED), (1.05, NOT_REPRODUCED), (1.2, INCONCLUSIVE)])
-def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, verdict):
+@pytest.mark.parametrize(("slower", "expected"), [(1.5, REPRODUCED), (1.05, NOT_REPRODUCED), (1.2, UNDECIDED)])
+def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, expected):
     record = make_record("4-bit kernel", "4-16-16", changes={"format": Format("affine", 4)})
     noise = 1 + 0.02 * np.random.default_rng(0).normal(size=(len(EXECUTIONS), 16))
     noise[:, 3] = 9  # something else ran meanwhile
@@ -109,13 +122,13 @@ def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, ver
     scores = {f"seconds/own/{kind}": row.tolist() for kind, row in zip(EXECUTIONS, times, strict=True)}
     timed = dataclasses.replace(record, scores=record.scores | scores)
     (finding,) = judge(CLAIMS["C5"], [timed])
-    assert finding.verdict == verdict and finding.found.startswith("Time of a token: 5")
-    assert verdicts("C5", [make_record("full-precision")]) == [NOT_TESTED]
+    assert finding.verdict == expected and finding.found.startswith("Time of a token: 5")
+    assert verdict("C5", [make_record("full-precision")]) == NOT_TESTED
 
 
 def test_convergence_needs_several_seeds(tuned):
     one = [record for record in tuned if record.arm.seed == 0]
-    assert verdicts("C9", one) == [INCONCLUSIVE]
+    assert verdict("C9", one) == UNDECIDED
     (finding,) = judge(CLAIMS["C9"], tuned)
     assert "is 0.100 [0.100, 0.100] nats (" in finding.text and "before training, 0.100" in finding.text
 
@@ -135,7 +148,7 @@ def test_convergence_needs_several_seeds(tuned):
 )
 def test_the_opposite_is_not_reproduced(ablations, make_record, claim, method, bits, loss, accuracy):
     changed = replaced(ablations, make_record(method, bits, loss=loss, accuracy=accuracy))
-    assert set(verdicts(claim, changed)) == {NOT_REPRODUCED}
+    assert verdict(claim, changed) == NOT_REPRODUCED
 
 
 @pytest.mark.parametrize(
@@ -149,19 +162,26 @@ def test_the_opposite_is_not_reproduced(ablations, make_record, claim, method, b
 )
 def test_one_better_variant_is_enough_to_contradict(ablations, make_record, claim, change):
     changed = replaced(ablations, make_record("llm-qat", "4-8-4", loss=3.1, accuracy=0.58, changes=change))
-    assert set(verdicts(claim, changed)) == {NOT_REPRODUCED}
+    assert verdict(claim, changed) == NOT_REPRODUCED
 
 
 def test_real_text_is_not_judged_by_the_corpus_it_is_from(ablations, make_record):
     better = make_record("llm-qat", "4-8-4", loss=3.1, accuracy=0.3, changes={"corpus": "c4"})
-    assert verdicts("A7", replaced(ablations, better)) == [NOT_REPRODUCED, REPRODUCED, REPRODUCED]
+    elsewhere, own = (
+        dataclasses.replace(better, scores=better.scores | {name: [x + 1 for x in better.scores[name]]})
+        for name in ("loss/c4", "loss/wikipedia")
+    )
+    assert verdict("A7", replaced(ablations, elsewhere)) == NOT_REPRODUCED
+    assert verdict("A7", replaced(ablations, own)) == REPRODUCED
+    (first, *beside) = judge(CLAIMS["A7"], replaced(ablations, own))
+    assert "Wikipedia text (on C4)" in first.text and "C4 text (on Wikipedia)" in first.text
+    assert ["C4 text" in finding.text for finding in beside] == [True, False, True]  # by Wikipedia, C4, the tasks
 
 
-def test_nothing_lost_means_nothing_to_win_back(picture, make_record):
-    same = replaced(picture, make_record("rtn", "4-8-4", loss=3.0, accuracy=0.60))
-    findings = judge(CLAIMS["A1"], same)
-    assert {finding.verdict for finding in findings} == {INCONCLUSIVE}
-    assert "cannot be told" in findings[0].sentence
+def test_nothing_lost_means_nothing_to_win_back(ablations, make_record):
+    same = replaced(ablations, make_record("rtn", "4-8-4", loss=3.0, accuracy=0.60))
+    assert verdict("A1", same) == UNDECIDED
+    assert "cannot be told" in judge(CLAIMS["A1"], same)[0].sentence
 
 
 def test_a_missing_arm_is_named(picture):
@@ -172,37 +192,88 @@ def test_a_missing_arm_is_named(picture):
 
 def test_a_diverged_seed_is_told_not_averaged(picture, make_record):
     (finding,) = judge(CLAIMS["A1"], [*picture, make_record("llm-qat", "4-8-4", seed=1, status=DIVERGED)])
-    assert finding.verdict == INCONCLUSIVE
+    assert finding.verdict == UNDECIDED
     assert finding.sentence.startswith("1 of 2 runs of LLM-QAT at 4-8-4 diverged")
 
 
-def test_the_cache_claim_uses_training_where_it_was_run(picture, make_record):
+def test_the_cache_claim_uses_training_where_it_was_run(ablations, make_record):
     better, worse = (
         make_record("llm-qat", "8-8-4", loss=loss, accuracy=acc) for loss, acc in ((3.1, 0.58), (3.5, 0.4))
     )
-    assert "only this part of the claim is tested" in judge(CLAIMS["A2"], picture)[0].sentence
-    assert set(verdicts("A2", [*picture, better])) == {REPRODUCED}
-    assert set(verdicts("A2", [*picture, worse])) == {NOT_REPRODUCED}
+    assert "only this part of the claim is tested" in judge(CLAIMS["A2"], ablations)[0].sentence
+    assert verdict("A2", [*ablations, better]) == REPRODUCED
+    assert verdict("A2", [*ablations, worse]) == NOT_REPRODUCED
 
 
 def test_the_cache_claim_is_about_where_it_breaks(picture, make_record):
     weights = make_record("rtn", "4-8-8", loss=3.6, accuracy=0.40)  # four bits for the weights cost more
-    findings = judge(CLAIMS["A2"], replaced(picture, weights))
-    assert {finding.verdict for finding in findings} == {NOT_REPRODUCED}
-    assert "8-8-4 is better than 4-8-8 by 26% [26%, 26%]" in findings[0].text
+    finding, *_ = judge(CLAIMS["A2"], replaced(picture, weights))
+    assert finding.verdict == NOT_REPRODUCED
+    assert "8-8-4 is better than 4-8-8 by 26% [26%, 26%]" in finding.text
+    assert finding.by_part == (
+        "Reproduced: lost by RTN from 8-8-8 to 8-8-4. Not reproduced: 8-8-4 behind 4-8-8, by RTN."
+    )
+    assert finding.sentence.endswith(f"Not reproduced. {finding.by_part}")
 
 
-def test_sentences_carry_the_numbers(picture):
-    sentence = judge(CLAIMS["A1"], picture)[0].sentence
+def test_a_difference_within_the_tolerance_is_none(ablations, make_record):
+    """Its parts say each for itself; the worst of them stands for the claim, but for what is undecided."""
+    near = make_record("llm-qat", "4-8-4", loss=3.3, accuracy=0.5, changes={"training": {"loss": "labels"}})
+    scores = {f"loss/{corpus}": near.scores[f"loss/{corpus}"] for corpus in ("wikipedia", "c4")}
+    for at, values in enumerate(scores.values()):
+        scores[f"loss/{('wikipedia', 'c4')[at]}"] = [x + 0.005 * (-1) ** item for item, x in enumerate(values)]
+    near = dataclasses.replace(near, scores=near.scores | scores)
+    finding, *_ = judge(CLAIMS["A9"], replaced(ablations, near))
+    assert finding.verdict == NO_DIFFERENCE
+    assert finding.by_part == (
+        "Reproduced: loss kl+attention behind LLM-QAT at 4-8-4 and loss kl+raw-hidden behind LLM-QAT at 4-8-4. "
+        "No difference: loss labels behind LLM-QAT at 4-8-4."
+    )
+
+
+def test_sentences_carry_the_numbers(ablations):
+    sentence = judge(CLAIMS["A1"], ablations)[0].sentence
     assert sentence == (
-        "Perplexity on Wikipedia: full precision 20.1, RTN at 4-8-4 66.7, LLM-QAT at 4-8-4 27.1: "
-        "LLM-QAT wins back 85% [85%, 85%] of what RTN loses. Reproduced."
+        "Perplexity on Wikipedia and C4: full precision 33.1, RTN at 4-8-4 110, LLM-QAT at 4-8-4 44.7: "
+        "LLM-QAT wins back 85% [85%, 85%] of what RTN loses (single seeds: 85% to 85%). Reproduced."
     )
 
 
 def test_several_seeds_are_shown(picture, make_record):
     more = [*picture, make_record("llm-qat", "4-8-4", loss=3.4, accuracy=0.5, seed=1)]
     assert "(single seeds: 79% to 85%)" in judge(CLAIMS["A1"], more)[0].sentence
+
+
+def test_a_verdict_on_trained_arms_waits_until_runs_tell_how_far_they_lie_apart(
+    picture, ablations, seeded, make_record
+):
+    once = [record for record in ablations if record.arm.seed == 0]
+    for records, free in ((picture, 0), (once, 0), (picture + seeded(picture[-1]), 2)):
+        finding, *_ = judge(CLAIMS["A1"], records)
+        assert finding.verdict == UNDECIDED
+        assert f"rests on {free} degrees of freedom, and 20 are needed" in finding.sentence
+    assert verdict("A4", picture) == REPRODUCED  # which nothing was trained for
+    weights = make_record("rtn", "4-8-8", loss=3.6)  # contradicts, whatever was trained besides
+    both = [*replaced(picture, weights), make_record("llm-qat", "8-8-4", loss=3.1)]
+    finding, *_ = judge(CLAIMS["A2"], both)
+    assert finding.verdict == NOT_REPRODUCED and "waits" not in finding.sentence
+    assert finding.by_part.endswith("Undecided: gained by LLM-QAT over RTN at 8-8-4.")
+
+
+def test_the_spread_of_other_arms_counts_for_one_that_was_run_once(ablations, seeded):
+    """Records of three seeds that lie apart; the arm itself has one."""
+    runs = [run for record in ablations if record.arm.seed == 0 for run in seeded(record, losses=(0.0, 0.05, -0.05))]
+    own = [r for r in runs if Setting.of(r.arm) != DEFAULT or r.arm.seed == 0]
+    apart, alike = judge(CLAIMS["A1"], own)[0].effect.interval, judge(CLAIMS["A1"], ablations)[0].effect.interval
+    assert apart.high - apart.low > 5 * (alike.high - alike.low)
+
+
+def test_a_false_word_on_a_page_is_rare_because_every_claim_that_can_err_is_counted():
+    exact = {"A5", "B3", "B6", "B7", "C3"}  # not testable yet; counted or planned
+    assert len(CLAIMS) - len(exact) == FAMILY == 26
+    assert pytest.approx(0.05 / 26 / 3) == RATE
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"bounds are wrong in one of {1 / RATE:,.0f} cases each" in " ".join(readme.split())
 
 
 def test_the_papers_numbers_are_those_of_its_text():
@@ -246,37 +317,39 @@ def test_a_verdict_follows_from_the_effect_that_is_shown_beside_it(ablations, tu
     ]
     records = ablations + tuned
     for changed in (records, *(replaced(records, record) for record in opposite)):
-        for finding in judge(CLAIMS[claim], changed):
-            effect = finding.effect
-            assert effect.verdict == finding.verdict and effect.what and effect.holds
-            assert bool(finding.could) == (finding.verdict == INCONCLUSIVE)
+        finding, *beside = judge(CLAIMS[claim], changed)
+        effect, words = finding.effect, dict(finding.parts)
+        assert words[effect.what] == finding.verdict and effect.holds
+        assert set(words.values()) == {REPRODUCED} or finding.verdict != REPRODUCED
+        assert bool(finding.could) == (finding.verdict == UNDECIDED)
+        assert all(other.effect.what and other.effect.holds for other in beside)
 
 
-def test_an_inconclusive_finding_says_what_could_have_been_shown(make_record):
+def test_what_is_undecided_says_what_could_have_been_detected(make_record):
     noisy = make_record("rtn", "8-8-8", loss=3.05, spread=0.5, accuracy=0.60)
     for corpus in ("wikipedia", "c4"):
         noisy.scores[f"loss/{corpus}"].reverse()
     records = [make_record("full-precision", spread=0.5, accuracy=0.61), noisy]
-    finding, other, _ = judge(CLAIMS["A4"], records)
-    assert {finding.verdict, other.verdict} == {
-        INCONCLUSIVE
-    } and finding.effect.smallest > finding.effect.interval.surely[1] - 0.1
-    assert finding.sentence.endswith(f"Inconclusive (could have shown {finding.could}).")
+    finding, *_ = judge(CLAIMS["A4"], records)
+    assert finding.verdict == UNDECIDED and finding.effect.smallest > finding.effect.bounds[1] - 0.1
+    assert finding.sentence.endswith(f"Undecided (minimum detectable effect: {finding.could}).")
     assert finding.could.endswith("% or more")
-    wide = Effect(Interval(0.0, -60.0, 60.0), ACCURACY, "", above=0)
-    assert dataclasses.replace(finding, effect=wide).could == "85.8 points or more"
-    wider = dataclasses.replace(wide, interval=Interval(0.0, -80.0, 80.0))
-    assert dataclasses.replace(finding, effect=wider).could == "no difference, however large"
+    wide = dataclasses.replace(finding, effect=Effect(Interval(0.0, (18.0, 18.0)), ACCURACY, "", above=0))
+    assert wide.could == "73.1 points or more"  # (3.22 + 0.84) standard errors
+    wider = dataclasses.replace(finding, effect=Effect(Interval(0.0, (40.0, 40.0)), ACCURACY, "", above=0))
+    assert wider.could == "no difference, however large"
+    once = dataclasses.replace(finding, effect=Effect(Interval(0.0, (math.inf, math.inf)), ACCURACY, "", above=0))
+    assert once.could == "" and once.effect.text == "0.0 points"
 
 
 def test_the_papers_number_stands_beside_ours_where_it_is_of_the_same_kind(ablations, tuned, make_record):
     def marks(claim, records=ablations + tuned):
         return [f.effect.mark(CLAIMS[claim].effect) is not None for f in judge(CLAIMS[claim], records)]
 
-    assert marks("A1") == [True] * 3 and marks("A6") == [True] * 2
-    assert marks("A11") == [False, False, True]  # points of accuracy do not stand beside % of perplexity
-    assert marks("A2") == [False] * 3  # a gain does not stand beside a loss
-    assert marks("A9") == [False] * 3  # the nearest are labels here, the paper's are attention maps
+    assert marks("A1") == [True] * 4 and marks("A6") == [True] * 3
+    assert marks("A11") == [False] * 3 + [True]  # points of accuracy do not stand beside % of perplexity
+    assert marks("A2") == [False] * 4  # a gain does not stand beside a loss
+    assert marks("A9") == [False] * 4  # the nearest are labels here, the paper's are attention maps
     attention = make_record("llm-qat", "4-8-4", loss=3.31, accuracy=0.5, changes={"training": {"loss": "kl+attention"}})
-    assert marks("A9", replaced(ablations, attention)) == [False, False, True]
+    assert marks("A9", replaced(ablations, attention)) == [False] * 3 + [True]
     assert marks("B3") == marks("B6") == marks("B9") == marks("C3") == [True] and marks("B7") == [False]

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from studylib.evidence.statistics import POWER, Interval, paired_bootstrap, perplexity, stratified_mean
+from studylib.evidence.statistics import (
+    EXCESS,
+    POWER,
+    RATIO,
+    Interval,
+    freedom,
+    paired_bootstrap,
+    perplexity,
+    stratified_mean,
+)
 
 
 def difference(a, b):
@@ -84,7 +93,7 @@ def test_perplexity():
 
 def test_the_same_seed_gives_the_same_interval():
     sample = np.random.default_rng(0).normal(size=30)
-    assert paired_bootstrap(perplexity, np.log(sample[:1] ** 2)) == Interval(*[pytest.approx(sample[0] ** 2)] * 3)
+    assert paired_bootstrap(perplexity, np.log(sample[:1] ** 2)) == Interval(pytest.approx(sample[0] ** 2))
     assert paired_bootstrap(lambda x: x.mean(-1), sample) == paired_bootstrap(lambda x: x.mean(-1), sample)
 
 
@@ -140,18 +149,31 @@ def test_seeds_that_differ_make_no_effect_of_nothing(seeds):
 
 def test_one_number_a_seed_gets_students_interval():
     values = np.random.default_rng(9).normal(1.0, 0.3, size=5)
-    found = paired_bootstrap(lambda x: x.mean(-1), values[:, None], family=12)
-    low, high = scipy.stats.t.interval(1 - 0.05 / 12, 4, values.mean(), scipy.stats.sem(values))
+    found = paired_bootstrap(lambda x: x.mean(-1), values[:, None])
     expected = scipy.stats.t.interval(0.95, 4, values.mean(), scipy.stats.sem(values))
-    assert (found.low, found.high) == pytest.approx(expected) and found.surely == pytest.approx((low, high))
+    assert (found.low, found.high) == pytest.approx(expected)
+    low, high = scipy.stats.t.interval(1 - 0.05 / 12, 4, values.mean(), scipy.stats.sem(values))
+    assert found.bounds(0.025 / 12) == pytest.approx((low, high))
 
 
-def test_errors_that_multiply_are_widened_on_a_log_scale():
+def test_the_variance_between_runs_may_come_from_elsewhere():
+    sample = np.random.default_rng(13).normal(size=30)
+    alone = paired_bootstrap(lambda x: x.mean(-1), sample)
+    known = paired_bootstrap(lambda x: x.mean(-1), sample, runs=(0.09, 20))
+    assert known.errors == pytest.approx(np.sqrt(np.square(alone.errors) + 0.09))
+    items = np.mean(alone.errors) ** 2
+    assert known.free == pytest.approx((items + 0.09) ** 2 / (items**2 / 29 + 0.09**2 / 20))
+    assert freedom((1.0, 5), (1.0, 5)) == 10 and freedom((0.0, 5)) == np.inf
+
+
+def test_errors_that_multiply_add_up_on_a_log_scale():
     losses = np.random.default_rng(11).normal(3.0, 0.5, size=(2, 12))
-    found = paired_bootstrap(perplexity, losses, multiplies=True, family=12)
-    expected = paired_bootstrap(lambda x: x.mean(-1), losses, family=12).mapped(np.exp)
-    numbers = [(each.estimate, each.low, each.high, *each.surely) for each in (found, expected)]
-    assert numbers[0] == pytest.approx(numbers[1])
+    found = paired_bootstrap(perplexity, losses, scale=RATIO)
+    plain = paired_bootstrap(lambda x: x.mean(-1), losses)
+    assert (found.middle, *found.errors, found.free) == pytest.approx((plain.middle, *plain.errors, plain.free))
+    assert found.bounds(0.01) == pytest.approx(tuple(np.exp(plain.bounds(0.01))))
+    above = found.on(EXCESS)
+    assert (above.estimate, above.low) == pytest.approx((found.estimate - 1, found.low - 1))
 
 
 def test_a_few_items_get_nearly_students_interval():
@@ -163,42 +185,36 @@ def test_a_few_items_get_nearly_students_interval():
     assert hits / runs == pytest.approx(0.95, abs=0.025)
 
 
-def test_many_claims_without_any_effect_are_rarely_reproduced():
-    random, wrong, runs, family = np.random.default_rng(6), 0, 150, 12
-    for _ in range(runs):
-        claims = random.normal(size=(family, 60))
-        found = [paired_bootstrap(lambda x: x.mean(-1), claim, draws=4000, family=family) for claim in claims]
-        assert all(f.surely[0] < f.low and f.high < f.surely[1] for f in found)
-        wrong += any(f.bounds[0] > 0 for f in found)
-    assert wrong / runs <= 0.06  # 2.5% of intervals would lie above zero, were the family perfectly covered
-
-
 @pytest.mark.parametrize("shapes", [[(2, 5), (3, 5)], [(2, 5), (2, 4)], [(2, 2, 5)]])
 def test_runs_that_do_not_belong_together_are_refused(shapes):
     with pytest.raises(ValueError, match="one number of seeds"):
         paired_bootstrap(lambda *x: x[0].mean(-1), *(np.zeros(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("family", [1, 12])
-def test_an_effect_as_far_from_a_bound_as_the_resolution_is_told_in_most_cases(family):
-    """Means of 60 normal numbers against a bound of zero: the share of cases in which the interval lies above it."""
-    random, runs = np.random.default_rng(7), 250
-
-    def told(effect):
-        samples = random.normal(effect, 1.0, size=(runs, 60))
-        found = [paired_bootstrap(lambda x: x.mean(-1), sample, draws=3000, family=family) for sample in samples]
-        return np.mean([each.bounds[0] > 0 for each in found]), found
-
-    nothing, found = told(0.0)
-    resolution = np.mean([each.resolution for each in found])
-    half_width = np.mean([each.estimate - each.bounds[0] for each in found])
-    error = 1 / np.sqrt(60)
-    normal = scipy.stats.norm
-    assert resolution == pytest.approx(error * (normal.ppf(1 - 0.025 / family) + normal.ppf(POWER)), rel=0.05)
-    assert nothing <= 0.06
-    assert told(resolution)[0] == pytest.approx(POWER, abs=0.06)
-    assert told(half_width)[0] == pytest.approx(0.5, abs=0.09)
+@pytest.mark.parametrize("rate", [0.025, 0.002])
+@pytest.mark.parametrize("items", [8, 60])
+def test_an_effect_that_is_detectable_is_told_in_most_cases(rate, items):
+    """Means of normal numbers against a bound of zero: how often the lower bound lies above it, by the noncentral t
+    distribution, and by trying."""
+    random, runs = np.random.default_rng(7), 4000
+    error, student = 1 / np.sqrt(items), scipy.stats.t(items - 1)
+    found = Interval(0.0, (error, error), items - 1).detectable(0.0, rate)
+    power = scipy.stats.nct.sf(student.isf(rate), items - 1, found / error)
+    assert power == pytest.approx(POWER, abs=1e-6)
+    samples = random.normal(found, 1.0, size=(runs, items))
+    bounds = samples.mean(1) - student.isf(rate) * samples.std(1, ddof=1) / np.sqrt(items)
+    assert np.mean(bounds > 0) == pytest.approx(POWER, abs=0.03)
 
 
-def test_what_does_not_vary_resolves_everything():
-    assert Interval(3.0, 3.0, 3.0).resolution == 0
+def test_a_detectable_ratio_is_counted_on_the_log_scale():
+    error = np.log(2.0) / (scipy.stats.norm.isf(0.001) + scipy.stats.norm.ppf(POWER))
+    found = Interval(np.log(1.2), (error, error), scale=RATIO)
+    assert found.detectable(3.0, 0.001) == pytest.approx(6.0)
+    assert found.on(EXCESS).detectable(0.0, 0.001) == pytest.approx(1.0)
+
+
+def test_what_does_not_vary_detects_everything_and_what_is_not_known_nothing():
+    assert Interval(3.0).detectable(1.0, 0.01) == 1.0 and Interval(3.0).bounds(0.01) == (3.0, 3.0)
+    unknown = Interval(3.0, (np.inf, np.inf))
+    assert unknown.detectable(1.0, 0.01) == np.inf and unknown.bounds(0.01) == (-np.inf, np.inf)
+    assert unknown.text(str) == "3.0"

@@ -6,21 +6,34 @@ import re
 
 import numpy as np
 import pytest
+import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.evidence.statistics import Interval
+from studylib.evidence.statistics import RATIO, Interval
 from studylib.evidence.verdicts import (
     ACCURACY,
     COST,
-    INCONCLUSIVE,
     NOT_TESTED,
     PERPLEXITY,
     TIMES,
+    UNDECIDED,
     Effect,
     PaperNumber,
     judge,
 )
-from studylib.report.ledger import CLAIMS, LIMIT, WIDTH, Entry, ledger, ledger_frame, ledger_table, overview, picture
+from studylib.report.ledger import (
+    CLAIMS,
+    LIMIT,
+    WIDTH,
+    Entry,
+    Growing,
+    ledger,
+    ledger_frame,
+    ledger_table,
+    overview,
+    picture,
+    sentences,
+)
 
 
 @pytest.fixture
@@ -35,18 +48,20 @@ def test_every_claim_has_its_row(entries):
     assert rows[2].startswith("| A1 | LLM-QAT recovers") and rows[2].endswith("| 78% of the loss of accuracy |")
 
 
-def test_the_verdict_of_several_measures_is_not_simplified(picture):
-    findings = judge(CLAIMS["A1"], picture)
-    assert Entry(CLAIMS["A1"], tuple(findings)).overall == "reproduced"
-    mixed = Entry(CLAIMS["A1"], (judge(CLAIMS["A1"], picture[:1])[0], *findings[:2]))
-    assert mixed.overall == "reproduced by 2 of 3 measures, not tested here by 1"
-    assert mixed.telling == findings[0] and len(mixed.others) == 2
+def test_a_claim_has_one_word_and_what_stands_beside_has_none(ablations):
+    entry = Entry(CLAIMS["A1"], tuple(judge(CLAIMS["A1"], ablations)))
+    assert entry.verdict == "reproduced" and entry.main.measure == "perplexity on Wikipedia and C4"
+    measures = ["perplexity on Wikipedia", "perplexity on C4", "mean accuracy on 2 zero-shot tasks"]
+    assert [finding.measure for finding in entry.beside] == measures
+    text = sentences(entry.findings)
+    assert text.startswith("**A1** · Perplexity on Wikipedia and C4: ") and text.count("eproduced.") == 1
+    assert text.count("\n\nBeside it: ") == 3
 
 
 def test_missing_records_are_named_claim_by_claim(picture):
     nothing = {entry.claim.id: entry for entry in ledger([])}
-    assert nothing["A4"].telling.sentence == "Not tested here: full precision and RTN at 8-8-8 were not run."
-    assert nothing["C2"].overall == NOT_TESTED and nothing["B6"].overall == "reproduced"  # memory needs no record
+    assert nothing["A4"].main.sentence == "Not tested here: full precision and RTN at 8-8-8 were not run."
+    assert nothing["C2"].verdict == NOT_TESTED and nothing["B6"].verdict == "reproduced"  # memory needs no record
     assert "QLoRA at 4-16-16 were not run." in ledger_table(ledger(picture))
 
 
@@ -56,9 +71,32 @@ def test_the_frame_holds_plain_numbers(entries):
     explodes = frame[(frame["claim"] == "A6") & (frame["measure"] == "perplexity on C4")].iloc[0]
     assert explodes["effect"] == pytest.approx(math.exp(1.2)) and explodes["paper"] == pytest.approx(151.4 / 10.4)
     assert (explodes["above"], explodes["below"]) == (2.0, math.inf)
-    decided = frame[frame["verdict"] == INCONCLUSIVE]
-    assert (decided["surely_low"] <= decided["low"]).all() and (decided["smallest"] > 0).all()
+    decided = frame[frame["verdict"] == UNDECIDED]
+    assert (decided["surely_low"] <= decided["low"]).all() and (decided["detectable"] > 0).all()
     assert frame.loc[frame["claim"] == "A5", "effect"].isna().all()
+
+
+def test_a_growing_ledger_tells_each_verdict_once_it_is_there(ablations, make_record):
+    found, told, pages = {}, [], []
+    arms = [record.arm for record in ablations]
+    growing = Growing(arms, found.get, told.append, lambda records: pages.append([*records]))
+    growing()
+    planned = {"B6", "B7", "C3"}
+    assert {line.split(" ")[0] for line in told} == planned and not pages
+    for trained, seed in ((False, 0), (True, 0), (True, 1), (True, 2)):
+        found |= {
+            record.arm: record
+            for record in ablations
+            if (record.arm.budget is not None, record.arm.seed) == (trained, seed)
+        }
+        growing()
+        if not trained:
+            assert {line.split(" ")[0] for line in told} <= planned | {"A2", "A4", "A6"}
+    assert {line.split(" ")[0]: line.split(": ")[1].split(".")[0] for line in told} == {
+        entry.claim.id: entry.verdict for entry in ledger(ablations) if entry.verdict != NOT_TESTED
+    }
+    assert len(told) == len({line.split(" ")[0] for line in told})
+    assert len(pages) == 1  # the others came within a minute
 
 
 def positions(svg):
@@ -68,7 +106,8 @@ def positions(svg):
 
 
 def test_a_picture_is_to_scale():
-    effect = Effect(Interval(3.0, 2.0, 4.0, surely=(1.0, 5.0)), ACCURACY, "lost", above=0)
+    error = 1 / scipy.stats.norm.ppf(0.975)
+    effect = Effect(Interval(3.0, (error, error)), ACCURACY, "lost", above=0)
     svg = picture(effect, PaperNumber(6.0, ACCURACY))
     circle, diamond = positions(svg)
     assert circle == WIDTH / 2 and diamond == ("paper", WIDTH - 8)
@@ -79,13 +118,13 @@ def test_a_picture_is_to_scale():
 
 
 def test_ratios_have_a_log_scale_and_infinity_no_picture():
-    effect = Effect(Interval(4.0, 2.0, 8.0), TIMES, "as many", above=1)
+    effect = Effect(Interval(math.log(4.0), (0.1, 0.1), scale=RATIO), TIMES, "as many", above=1)
     assert positions(picture(effect, PaperNumber(16.0, TIMES)))[0] == WIDTH / 2
-    assert picture(Effect(Interval(math.inf, 2.0, math.inf), PERPLEXITY, "lost", above=0), None) == ""
+    assert picture(Effect(Interval(math.inf), PERPLEXITY, "lost", above=0), None) == ""
 
 
 def test_words_are_escaped_and_texts_stay_inside():
-    effect = Effect(Interval(3.0, 2.0, 4.0), ACCURACY, '<b> & "quoted"', below=5)
+    effect = Effect(Interval(3.0), ACCURACY, '<b> & "quoted"', below=5)
     svg = picture(effect, None)
     assert "&lt;b&gt; &amp; &quot;quoted&quot;" in svg and "<b>" not in svg
     assert f'<text x="{WIDTH}" y="39" text-anchor="end">' in svg
@@ -108,8 +147,12 @@ def test_the_overview_shows_every_claim_and_nothing_overlaps(entries, tmp_path):
         assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
-def test_an_interval_lies_right_of_the_bound_if_and_only_if_the_claim_is_reproduced(entries):
-    (ax,) = overview(entries).axes
+def test_an_interval_lies_right_of_the_bound_if_and_only_if_the_claim_is_reproduced(ablations, tuned, make_record):
+    noisy = make_record("rtn", "8-8-8", loss=3.05, spread=0.5)
+    for corpus in ("wikipedia", "c4"):
+        noisy.scores[f"loss/{corpus}"].reverse()
+    others = [record for record in ablations + tuned if (record.arm.method, record.arm.bits) != ("rtn", "8-8-8")]
+    (ax,) = overview(ledger([*others, noisy])).axes
     drawn = {line.get_color() for line in ax.lines}
     assert {"#0B5C2E", "#8A6500"} <= drawn
     for line in ax.lines:

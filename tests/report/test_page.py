@@ -4,12 +4,21 @@ import dataclasses
 import html.parser
 import json
 import re
+from collections import Counter
 
 import pytest
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from studylib.evidence.verdicts import VERDICTS, judge
+from studylib.evidence.verdicts import (
+    NO_DIFFERENCE,
+    NOT_REPRODUCED,
+    NOT_TESTED,
+    REPRODUCED,
+    UNDECIDED,
+    VERDICTS,
+    judge,
+)
 from studylib.methods.base import PAPERS
 from studylib.report import tables
 from studylib.report.figures import comparisons as figures
@@ -146,6 +155,11 @@ def test_readme_and_report_show_the_reference_results():
     readme, page = ((folder / "README.md").read_text() for folder in (NOTEBOOKS.parent, reference))
     for found, text in ((ledger_table(ledger(records)), readme), (summary(records), page)):
         assert found in text, f"it is not up to date and must hold:\n{found}"
+    counts = Counter(entry.verdict for entry in ledger(records))
+    assert (
+        f"Of {len(CLAIMS)} claims, {counts[REPRODUCED]} are reproduced, {counts[NOT_REPRODUCED]} are not, one finds no "
+        f"difference, {counts[UNDECIDED]} are undecided and {counts[NOT_TESTED]} are not tested here."
+    ) in " ".join(readme.split()) and counts[NO_DIFFERENCE] == 1
     shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
     assert shown and all((NOTEBOOKS.parent / path).is_file() for path in shown)
     for published in reference.glob("*/*/published.json"):

@@ -23,12 +23,14 @@ from studylib.config import (
 )
 from studylib.evidence import (
     CONTEXT,
+    EXCESS,
     FULL,
     Array,
     Cell,
     Cells,
     Interval,
     Measure,
+    Scale,
     frontier,
     gather,
     identity,
@@ -62,6 +64,7 @@ from studylib.study import Record
 
 PANELS_A_ROW = 4
 PLACES = {BEFORE_ROTARY: "before", AFTER_ROTARY: "after"}  # of quantizing keys, in words
+PERCENT = Scale(lambda change: EXCESS.to(change / 100), lambda x: 100 * EXCESS.back(x))  # of a change
 MOST_CHANGE = 1.0  # changes of perplexity beyond this share stand at the edge with an arrow and their value
 
 
@@ -251,7 +254,7 @@ def _difference(ax: Axes, measure: Measure, base: Cell, cell: Cell, row: float) 
 
 def _change(measure: Measure, base: Cell, cell: Cell) -> Interval:
     """Of a perplexity, in %."""
-    return measure.above(cell, base).mapped(lambda share: 100 * share)
+    return measure.above(cell, base).on(PERCENT)
 
 
 def _change_text(value: float) -> str:
