@@ -151,15 +151,19 @@ ON_A_BASE = [name for name, method in METHODS.items() if method.needs >= {"tunin
 PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs and "data" not in method.needs]
 
 COMMON = {"model": NAME, "profile": _one_of(PROFILES), "results": FOLDER, "output": FOLDER}
+RATES = {"rates": _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")}
 POOLED = COMMON | {"jobs": _whole(1, MAX_JOBS, 2)}
-TRAINED = POOLED | {
-    "seeds": _wholes(0, MAX_SEED, [0, 1], at_least=1),
-    "extend": _whole(0, MAX_COUNT, 32),
-    "keep_checkpoints": FLAG,
-    "rates": _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json"),
-}
+TRAINED = (
+    POOLED
+    | RATES
+    | {
+        "seeds": _wholes(0, MAX_SEED, [0, 1], at_least=1),
+        "extend": _whole(0, MAX_COUNT, 32),
+        "keep_checkpoints": FLAG,
+    }
+)
 PARAMETERS = {
-    "00_claims": COMMON,
+    "00_claims": COMMON | RATES,
     "01_sampling_strategy": TRAINED
     | {
         "bits": SETTING,
