@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from studylib.config import Arm
     from studylib.study import Record
 
 atexit.register(gc.freeze)  # else the collector walks through all libraries at the exit, for two seconds
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
+SEARCH = "search"  # in the place of a file of rates
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
@@ -41,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
     run.add_argument(
-        "--rates", default="", metavar="FILE", help="learning rates that `study rates` chose (default: the committed)"
+        "--rates",
+        default="",
+        metavar="FILE",
+        help=f"learning rates that `study rates` chose, or `{SEARCH}` to choose them first (default: the committed)",
     )
     _jobs(run)
     run.add_argument(
@@ -222,12 +227,22 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         parameters["seeds"] = options.seeds or list(budget.seeds)
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
-    if "rates" in taken and options.rates:
+    searches = "rates" in taken and options.rates == SEARCH
+    if "rates" in taken and options.rates and not searches:
         find_rates(model, options.profile, options.rates)  # before any work
         parameters["rates"] = str(Path(options.rates).resolve())
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
     store = Store(results)  # only now: what is refused leaves no folder
+    if searches:
+        trained = [notebook for notebook in notebooks if "rates" in batch.default_parameters(notebook)]
+        arms = [arm for notebook in trained for arm in batch.wanted_arms(notebook, assigned[notebook])]
+        output.mkdir(parents=True, exist_ok=True)
+        parameters["rates"] = str(output / "rates.json")
+        _search(arms, model, options.profile, results, options.jobs, output / "rates.json")
+        assigned = batch.assign_parameters(notebooks, parameters)
+    elif "rates" in taken and not find_rates(model, options.profile, options.rates):
+        print(f"learning rates are each method's usual ones; --rates {SEARCH} chooses them first", file=sys.stderr)
 
     command = shlex.join(["study", *arguments])
     shared = [notebook for notebook in notebooks if "jobs" in assigned[notebook]]
@@ -262,37 +277,48 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.config import Rate, find_rates, listed, profile, rates_text, write_whole
+    from studylib.config import profile
     from studylib.data import models
-    from studylib.report import figures
     from studylib.study import notebooks as batch
-    from studylib.study import rates, schedule
+    from studylib.study import schedule
 
     profile(options.profile)
     schedule.check_jobs(options.jobs)
     model = models.absolute_name(options.model)
-    known = find_rates(model, options.profile, str(options.output)) if options.output.exists() else {}
     given = {"model": model, "profile": options.profile, "results": str(options.results.resolve()), "rates": ""}
     arms = []
     for notebook in batch.find_notebooks(options.notebooks):
         own = {name: value for name, value in given.items() if name in batch.default_parameters(notebook)}
         arms += batch.wanted_arms(notebook, own)
+    _search(arms, model, options.profile, options.results, options.jobs, options.output, options.cases)
+    return 0
+
+
+def _search(
+    arms: "list[Arm]", model: str, profile: str, results: Path, jobs: int, output: Path, cases: Sequence[str] = ()
+) -> None:
+    """Search the rates of the settings of `arms` with one of `cases` in their name, and write them beside those that
+    the file `output` holds. ValueError for a file of another model or profile, and where there is no such setting."""
+    from studylib.config import Rate, find_rates, listed, rates_text, write_whole
+    from studylib.report import figures
+    from studylib.study import rates
+
+    known = find_rates(model, profile, str(output)) if output.exists() else {}
     wanted = rates.cases(arms)
-    chosen = {case: arm for case, arm in wanted.items() if not options.cases or any(t in case for t in options.cases)}
+    chosen = {case: arm for case, arm in wanted.items() if not cases or any(text in case for text in cases)}
     if not chosen:
-        raise ValueError(f"cases: {' '.join(options.cases)!r} is in none of {listed(list(wanted))}")
-    share = rates.cost(list(chosen.values()), arms, options.results)
+        raise ValueError(f"cases: {' '.join(cases)!r} is in none of {listed(list(wanted))}")
+    share = rates.cost(list(chosen.values()), arms, results)
     print(f"{len(chosen)} settings; searching takes about {share:.0%} of the time of all their arms", file=sys.stderr)
 
     def told(case: str, rate: Rate) -> None:
         known[case] = rate
-        write_whole(options.output, rates_text(model, options.profile, known))
+        write_whole(output, rates_text(model, profile, known))
         print(f"{case}: {rate.text}")
 
-    _, tried = rates.search(list(chosen.values()), options.results, options.jobs, told)
-    figures.searched_rates(tried).savefig(picture := options.output.with_suffix(".svg"))
+    _, tried = rates.search(list(chosen.values()), results, jobs, told)
+    figures.searched_rates(tried).savefig(picture := output.with_suffix(".svg"))
     print(f"Figure: {picture}")
-    return 0
 
 
 def _value(text: str, value: str) -> Any:

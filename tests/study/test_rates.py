@@ -1,6 +1,7 @@
 """The search for learning rates: where it begins, how it walks, what it leaves."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from studylib.data.corpora import windows
 from studylib.methods.arms import build_arm, rate_case
 from studylib.study import rates, schedule
 from studylib.study.rates import FACTOR, GRID_RATE, cases, search, validation_loss
-from studylib.study.records import arm_key, read_records
+from studylib.study.records import Store, arm_key, read_records
 
 SMOKE = profile("smoke")
 INT3 = {"format": Format("int-full", 3, 32)}
@@ -201,6 +202,21 @@ def test_the_command_searches_and_writes(tmp_path, capsys, monkeypatch):
     assert find_rates("tiny-random", "smoke", str(file))["llm-qat 4-8-4 symmetric"] == rate
     assert main([*command, "--cases", "no such", "--output", str(file)]) == 2
     assert "cases: 'no such' is in none of llm-qat" in capsys.readouterr().err
+
+
+def test_a_run_may_search_first_and_then_takes_what_was_chosen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rates, "MOST", 1)
+    command = ["run", "--profile", "smoke", "--model", "tiny-random", "--notebooks", "02", "--results", str(tmp_path)]
+    command += ["--set", "losses=[kl]", "alone=[]", "temperatures=[]"]
+    assert main([*command, "--rates", "search"]) == 0
+    told, output = capsys.readouterr(), tmp_path / "smoke-tiny-random"
+    assert "1 settings; searching takes about " in told.err and "llm-qat 4-8-4 symmetric: " in told.out
+    chosen = find_rates("tiny-random", "smoke", str(output / "rates.json"))["llm-qat 4-8-4 symmetric"]
+    keys = json.loads((output / "02_distillation_loss" / "published.json").read_text())["records"]
+    arms = [Store(tmp_path).load(key).arm for key in keys]
+    assert {arm.training.learning_rate for arm in arms if arm.training} == {chosen.learning_rate}
+    assert main(command) == 0
+    assert "learning rates are each method's usual ones; --rates search chooses them first" in capsys.readouterr().err
 
 
 def test_the_committed_rates_are_the_best_of_those_that_were_tried():
