@@ -254,6 +254,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
         failing, lacking, records = _compute_together(shared, assigned, store.folder, options.jobs, until, show)
         notebooks.sort(key=lambda notebook: notebook != failing)
+    if time.time() > until:  # those that compute by themselves wait as well
+        lacking += [notebook for notebook in notebooks if notebook not in shared and not batch.sums_up(notebook)]
     executed = []
     for notebook in (notebook for notebook in notebooks if notebook not in lacking):
         print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
@@ -272,7 +274,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
     if lacking:
         names = ", ".join(notebook.stem for notebook in lacking)
-        _say(f"after {options.minutes:g} minutes {names} lack arms; the same command goes on from here")
+        _say(f"after {options.minutes:g} minutes {names} wait; the same command goes on from here")
     return 0
 
 
@@ -387,6 +389,7 @@ def _compute_together(
     from studylib.study.run import planned_work
 
     store, wanted = Store(results), {}
+    print(f"reading what {len(notebooks)} notebooks ask for", file=sys.stderr)
     for notebook in notebooks:
         try:
             wanted[notebook] = batch.wanted_arms(notebook, assigned[notebook])

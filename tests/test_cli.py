@@ -87,13 +87,19 @@ def test_a_run_that_stops_leaves_a_page_and_the_next_goes_on(tmp_path, capfd, mo
     monkeypatch.setattr(schedule, "compute", two)
     assert main([*command, "--minutes", "3"]) == 0
     told = capfd.readouterr()
-    assert "after 3 minutes 06_number_formats lack arms; the same command goes on from here" in told.err
+    assert "after 3 minutes 06_number_formats wait; the same command goes on from here" in told.err
     assert 170 < until[0] <= 180 and f"Report: {output / 'report.html'}" in told.out
     assert "http-equiv" not in (output / "report.html").read_text() and not (output / "06_number_formats").exists()
     assert len(list((tmp_path / "records").iterdir())) == 2
     monkeypatch.undo()
     assert main([*command, "--minutes", "3"]) == 0
-    assert (output / "06_number_formats" / "published.json").exists() and "lack" not in capfd.readouterr().err
+    assert (output / "06_number_formats" / "published.json").exists() and "wait;" not in capfd.readouterr().err
+
+
+def test_notebooks_that_compute_by_themselves_wait_when_the_minutes_are_over(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(batch, "execute", lambda *rest: pytest.fail("started"))
+    command = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "07", "08", "--minutes", "1e-9"]
+    assert main(command) == 2 and "holds no records of tiny-random" in capfd.readouterr().err
 
 
 def test_executed_notebooks_hold_their_results(output):

@@ -31,7 +31,7 @@ class NotebookError(RuntimeError):
 
 def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
     """Notebook files by number ("03") or name, all when `names` is empty; 00 comes last, for it sums the others up."""
-    present = {path.stem: path for path in sorted(sorted(folder.glob("[0-9][0-9]_*.ipynb")), key=_sums_up)}
+    present = {path.stem: path for path in sorted(sorted(folder.glob("[0-9][0-9]_*.ipynb")), key=sums_up)}
     if not present:
         raise ValueError(f"notebooks: there are none in {folder}; run from an editable install (pip install -e .)")
     if not names:
@@ -42,10 +42,10 @@ def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
         if not match:
             raise ValueError(f"notebook: {name!r} is not known; use one of {', '.join(present)}")
         found += match
-    return sorted(dict.fromkeys(found), key=_sums_up)
+    return sorted(dict.fromkeys(found), key=sums_up)
 
 
-def _sums_up(notebook: Path) -> bool:
+def sums_up(notebook: Path) -> bool:
     return notebook.stem.startswith("00_")
 
 
@@ -256,8 +256,8 @@ def used_records(
     skipped: told, for each notebook, of what cannot be read and is left out; without it, that is a RecordError.
     """
     found: dict[str, Record] = {}
-    for notebook in sorted(notebooks, key=_sums_up):
-        taken = {Setting.of(record.arm) for record in found.values()} if _sums_up(notebook) else set()
+    for notebook in sorted(notebooks, key=sums_up):
+        taken = {Setting.of(record.arm) for record in found.values()} if sums_up(notebook) else set()
         for key in read_published(output, notebook.stem)["records"]:
             try:
                 record = found.get(key) or read_record(find_record(folder, key))
