@@ -13,9 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from studylib.evidence import VERDICTS
+from studylib.study import record_files
 from studylib.study.machine import environment
 
-LINE = re.compile(r"^(\w\d+) · (.*?): (reproduced|not reproduced|no difference|undecided)\. ")
+LINE = re.compile(rf"^(\w\d+) · (.*?): ({'|'.join(VERDICTS)})\. ")
 
 
 def main():
@@ -37,7 +39,7 @@ def main():
         status = process.wait()
         took = (time.monotonic() - begun) / 60
         assert list(Path(folder).glob("*/report.html"))
-        records = len(list((Path(folder) / "records").glob("[!.]*.json")))
+        records = len(list(record_files(Path(folder) / "records")))
     result = {"what": __doc__, "minutes asked for": args.minutes, "jobs": args.jobs, "status": status}
     result |= {"first line, minutes": round(first, 3), "page, minutes": round(took, 2), "records": records}
     result |= {"told": told, "environment": environment()}

@@ -324,7 +324,8 @@ class Measure:
         2011), as far as several seeds show it.
         """
         kinds = {cell.kind for cell in cells if cell.kind}
-        losses = np.array([self._loss(own, cells) for own in scores])
+        shares = self._shares(cells)
+        losses = np.array([np.atleast_2d(own).mean(0) @ shares for own in scores])  # the means behind perplexities
         if not kinds or not kinds <= self.spreads.keys() or losses.max() > LARGEST:
             return None
 
@@ -345,11 +346,7 @@ class Measure:
             variance, free = self.spreads[kind].shared
             parts.append((variance * sum(weight**2 for weight in by_seed.values()), free))
         total = sum(variance for variance, _ in parts)
-        return max(0.0, total - self._interaction(scores, changes, cells, seeds)), freedom(*parts)
-
-    def _loss(self, scores: Array, cells: Sequence[Cell]) -> float:
-        """The mean loss behind a perplexity, over items and seeds."""
-        return float((np.atleast_2d(scores).mean(0) * self._shares(cells)).sum())
+        return max(0.0, total - _interaction(scores, changes, shares, len(seeds))), freedom(*parts)
 
     def _shares(self, cells: Sequence[Cell]) -> Array:
         """What each item counts of a mean loss."""
@@ -357,18 +354,6 @@ class Measure:
             tokens = self._weights(cells)[0]
             return np.asarray(tokens / tokens.sum())
         return np.concatenate([np.full(size, 1 / (size * len(self.sizes))) for size in self.sizes])
-
-    def _interaction(
-        self, scores: Sequence[Array], changes: Sequence[float], cells: Sequence[Cell], seeds: Sequence[int]
-    ) -> float:
-        """The variance of what seeds do to single items; 0 where one seed does not show it."""
-        if len(seeds) < 2:
-            return 0.0
-        pairs = zip(changes, scores, strict=True)
-        terms = np.broadcast_to(sum(change * np.atleast_2d(own) for change, own in pairs), (len(seeds), self.items))
-        terms = terms * self._shares(cells)
-        rest = terms - terms.mean(0) - terms.mean(1, keepdims=True) + terms.mean()
-        return float((rest**2).sum() / (len(seeds) - 1) / len(seeds) * self.items / max(1, self.items - 1))
 
     def above(self, cell: Cell, other: Cell) -> Interval:
         """A perplexity above another's, as a share."""
@@ -412,6 +397,18 @@ class Measure:
         if self.is_perplexity:
             return strata, lambda losses: perplexity(mean(losses)[..., None])
         return strata, lambda scores: unit * mean(scores)
+
+
+def _interaction(scores: Sequence[Array], changes: Sequence[float], shares: Array, seeds: int) -> float:
+    """The variance of what seeds do to single items, in a contrast of arms that changes so much with each one's loss; 0
+    where one seed does not show it."""
+    if seeds < 2:
+        return 0.0
+    items = len(shares)
+    terms = sum(change * np.atleast_2d(own) for change, own in zip(changes, scores, strict=True))
+    terms = np.broadcast_to(terms, (seeds, items)) * shares
+    rest = terms - terms.mean(0) - terms.mean(1, keepdims=True) + terms.mean()
+    return float((rest**2).sum() / (seeds - 1) / seeds * items / max(1, items - 1))
 
 
 def _common_seeds(cells: Sequence[Cell]) -> list[int]:

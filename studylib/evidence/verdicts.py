@@ -236,12 +236,13 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """What was found, the verdict, if it has one, and those of its parts."""
+        """What was found, the verdict and those of its parts; or that it stands beside one."""
         if self.verdict == NOT_TESTED:
             return f"{capital(NOT_TESTED)}: {self.text}"
+        if not self.verdict:
+            return f"Beside it: {self.found}"
         could = f" (minimum detectable effect: {self.could})" if self.could else ""
-        words = [f"{capital(self.verdict)}{could}."] if self.verdict else []
-        return " ".join([self.found, *words, *filter(None, [self.by_part])])
+        return " ".join(filter(None, [self.found, f"{capital(self.verdict)}{could}.", self.by_part]))
 
 
 def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:

@@ -141,11 +141,8 @@ def ledger_table(entries: Sequence[Entry]) -> str:
 
 def sentences(findings: Iterable[Finding]) -> str:
     """The verdict of each claim in Markdown, a paragraph each, with what other measures say below it."""
-    texts = []
-    for finding in findings:
-        lead = f"**{finding.claim}** · " if finding.verdict else "Beside it: "
-        texts.append(lead + markdown(finding.sentence))
-    return "\n\n".join(texts)
+    leads = ((f"**{finding.claim}** · " if finding.verdict else "", finding.sentence) for finding in findings)
+    return "\n\n".join(lead + markdown(sentence) for lead, sentence in leads)
 
 
 def ledger_frame(entries: Sequence[Entry]) -> "pd.DataFrame":

@@ -148,8 +148,7 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
         for entry in _claims(section.paper, entries):
             if entry.verdict != NOT_TESTED:
                 found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {markdown(entry.claim.rule)}."]
-                found += [f"  - {markdown(entry.main.sentence)}"]
-                found += [f"  - Beside it: {markdown(finding.sentence)}" for finding in entry.beside]
+                found += [f"  - {markdown(finding.sentence)}" for finding in entry.findings]
         found.append("")
     return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
 
