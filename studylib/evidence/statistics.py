@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,15 +161,13 @@ def paired_bootstrap(
     if labels.shape != (n,):
         raise ValueError(f"strata: shape {labels.shape} is not allowed; use one label for each of the {n} items")
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    generator = np.random.default_rng(0)
-    means, values, most = [array.mean(0) for array in arrays], [], max(1, CELLS // n)
+    means = [array.mean(0) for array in arrays]
     measured: Callable[..., Any] = statistic if scale is PLAIN else (lambda *scores: np.log(statistic(*scores)))
-    for at in range(0, draws, most):
-        rows = min(draws - at, most)
-        index = np.empty((rows, n), dtype=np.intp)
-        for group in groups:
-            index[:, group] = group[generator.integers(len(group), size=(rows, len(group)))]
-        values.append(measured(*(mean[index] for mean in means)))
+    drawn = _drawn if draws * n <= CELLS else _draw
+    values = [
+        measured(*(mean.take(index) for mean in means))
+        for index in drawn(tuple(tuple(group.tolist()) for group in groups), draws)
+    ]
     middle = float(measured(*means))
     ends = np.quantile(np.concatenate(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     errors = np.maximum((middle - ends) * [1, -1], 0) / _normal_quantile((1 + LEVEL) / 2) * np.sqrt(n / max(1, n - 1))
@@ -181,6 +179,22 @@ def paired_bootstrap(
     between, below, above = runs[0], *(float(error) for error in np.sqrt(errors**2 + runs[0]))
     free = freedom((float(np.mean(errors)) ** 2, n - 1), (between, runs[1]))
     return Interval(middle, (below, above), free, scale)
+
+
+def _draw(groups: tuple[tuple[int, ...], ...], draws: int) -> Iterator[Array]:
+    """Which items each draw takes in the place of which, [rows, n] at a time; the same in every call."""
+    generator, n = np.random.default_rng(0), sum(map(len, groups))
+    most = max(1, CELLS // n)
+    for at in range(0, draws, most):
+        index = np.empty((min(draws - at, most), n), dtype=np.intp)
+        for group in map(np.array, groups):
+            index[:, group] = group[generator.integers(len(group), size=(len(index), len(group)))]
+        yield index
+
+
+@functools.lru_cache(maxsize=4)  # a page asks some thousand times, for three or four numbers of items
+def _drawn(groups: tuple[tuple[int, ...], ...], draws: int) -> list[Array]:
+    return list(_draw(groups, draws))
 
 
 def freedom(*parts: tuple[float, float]) -> float:

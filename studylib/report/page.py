@@ -1,7 +1,6 @@
 """The report: one HTML page without outside resources, every sentence and number of it computed from records."""
 
 import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PA
 from studylib.report import recipes
 from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
-from studylib.study import Record, RecordError, read_published
+from studylib.study import Record, RecordError, read_published, webp
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,13 +155,12 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
 def _recipe(found: recipes.Recommendation) -> dict[str, str]:
     from studylib.report.recipes import frontier_figure  # matplotlib, which the page's text needs not
 
-    svg, table = io.BytesIO(), recipes.frontier_table(found)
-    frontier_figure(found).savefig(svg, format="svg")
+    table = recipes.frontier_table(found)
     return {
         "title": found.family.title,
         "headline": found.headline,
         "details": found.details,
-        "image": base64.b64encode(svg.getvalue()).decode(),
+        "image": base64.b64encode(webp(frontier_figure(found))).decode(),
         "alt": f"{found.headline} The best of their size: {', '.join(table['Recipe'])}.",
         "table": as_html(table),
     }
@@ -181,8 +179,8 @@ def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) ->
         {
             "title": title,
             "notebook": stem,
-            "image": _webp(output / stem / f"{name}.png", stem),
-            "png": f"{stem}/{name}.png",
+            "image": _webp(output / stem / f"{name}.webp", stem),
+            "file": f"{stem}/{name}.webp",
         }
         for prefix in numbers
         for stem in stems
@@ -191,17 +189,17 @@ def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) ->
     ]
 
 
-def _webp(png: Path, notebook: str) -> str:
-    """A picture without loss in a third of the bytes, in base64; RecordError for a file that is none."""
-    from PIL import Image
-
-    smaller = io.BytesIO()
+def _webp(path: Path, notebook: str) -> str:
+    """A picture as it was published, in base64; RecordError for a file that is none, or not a whole one."""
     try:
-        with Image.open(png, formats=["PNG"]) as image:
-            image.convert("RGB").save(smaller, "webp", lossless=True, method=2)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError(f"{png} is no picture ({error}); run {notebook} again") from error
-    return base64.b64encode(smaller.getvalue()).decode()
+        data = path.read_bytes()
+        if (data[:4], data[8:12]) != (b"RIFF", b"WEBP"):
+            raise ValueError("it does not begin as a WebP does")
+        if (size := int.from_bytes(data[4:8], "little") + 8) != len(data):
+            raise ValueError(f"it has {len(data):,} of {size:,} bytes")
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is no picture ({error}); run {notebook} again") from error
+    return base64.b64encode(data).decode()
 
 
 def _cost(cell: Cell) -> dict[str, str]:

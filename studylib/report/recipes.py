@@ -136,7 +136,7 @@ def families(records: Sequence[Record]) -> list[Family]:
 
     A family of which no arm finished is left out. Raises ValueError for records that gather cannot compare.
     """
-    cells = gather(records).values()
+    cells, alone = gather(records).values(), seconds_alone(records)
     accuracy = next(iter(accuracies(records)), None)
     found = []
     for title, tuned, usual, known in (
@@ -146,7 +146,7 @@ def families(records: Sequence[Record]) -> list[Family]:
         own = [cell for cell in cells if cell.tuned == tuned]
         for measure in known:
             finished = [cell for cell in own if measure.covers(cell) and not cell.diverged]
-            candidates = tuple(Candidate(cell, _minutes(cell, records)) for cell in finished)
+            candidates = tuple(Candidate(cell, _minutes(cell, alone)) for cell in finished)
             if candidates:
                 best = min(candidates, key=lambda candidate: measure.value(identity, candidate.cell))
                 reference = next((c for c in candidates if c.cell.setting == usual), best)
@@ -155,9 +155,9 @@ def families(records: Sequence[Record]) -> list[Family]:
     return found
 
 
-def _minutes(cell: Cell, records: Sequence[Record]) -> dict[str, float]:
-    alone = [seconds_alone(record, records) for record in cell.records]
-    return {phase: float(np.mean([seconds.get(phase, 0.0) for seconds in alone])) / 60 for phase in PHASES}
+def _minutes(cell: Cell, alone: dict[str, dict[str, float]]) -> dict[str, float]:
+    seconds = [alone[record.key] for record in cell.records]
+    return {phase: float(np.mean([own.get(phase, 0.0) for own in seconds])) / 60 for phase in PHASES}
 
 
 def check_budget(budget: float | None) -> None:
@@ -414,8 +414,7 @@ def _label(
     for candidate in named:
         y, colour = height[candidate], look_of(candidate.cell.method).colour
         text = candidate.title + (f": {number(_times(family, candidate))}" if y == LIMIT else "")
-        side = "top" if candidate is found.best else "bottom"  # of its equals, which stand above it, the best
-        texts.append(ax.text(candidate.size, y, text, va=side, fontsize=8, color=colour, path_effects=[HALO]))
+        texts.append(ax.text(candidate.size, y, text, fontsize=8, color=colour, path_effects=[HALO]))
     drawn = [candidate for candidate in family.candidates if candidate in named or height[candidate] < LIMIT]
     sizes, heights = [candidate.size for candidate in drawn], [height[candidate] for candidate in drawn]
     move_apart(ax, texts, sizes, heights, line)

@@ -28,6 +28,9 @@ STYLE = {
 }
 LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 HALO = withStroke(linewidth=2, foreground="white")
+DISTANCES = (6, 10, 15, 20, 28, 38, 50, 65, 85, 110)  # points at which a label may stand from what it names
+LEADER = 12  # points from which on a line leads from a label to what it names
+CLEAR = 4  # points that stay free around a label
 LINE_STEP = 8  # points of length between the places of a line that labels avoid
 OFF_SCALE = 8  # perplexities above this many times full precision's stand at the edge with an arrow and their value
 
@@ -37,8 +40,10 @@ class NotebookFigure(Figure):
 
     def savefig(self, file: str | Path | BinaryIO, **settings) -> None:
         """As Figure's, but an SVG has no date and no random names: a figure drawn again has the same bytes."""
+        if "svg" in (settings.get("format"), str(file)[-3:]):
+            settings["metadata"] = {"Date": None}
         with rc_context({"svg.hashsalt": "studylib"}):
-            super().savefig(file, metadata={"Date": None}, **settings)
+            super().savefig(file, **settings)
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -187,15 +192,49 @@ def draw_best(ax: Axes, x: Sequence[float], y: Sequence[float]) -> Line2D:
 
 
 def move_apart(ax: Axes, texts: list[Text], x: Sequence[float], y: Sequence[float], line: Line2D | None = None) -> None:
-    """Move labels away from each other, from the points (x, y) and from `line`, with a thin one to where they stood."""
-    from adjustText import adjust_text  # a second, which few figures need
-
+    """Put each label where it covers least: of the points (x, y), of `line` and of other labels; a thin line leads to
+    where it stood, if that is far. Twice in turn, so that the first know of the last; limits must be settled."""
+    if not texts:
+        return
+    ax.figure.draw_without_rendering()  # before that, limits and lengths on the page are not settled
+    to_page, points = ax.transData, ax.figure.dpi / 72
+    places = np.column_stack([x, y])
     if line:
-        ax.figure.draw_without_rendering()  # before that, limits and lengths on the page are not settled
-        x, y = np.concatenate([np.column_stack([x, y]), _places_along(line)]).T
-    arrow = {"arrowstyle": "-", "color": "#AAAAAA", "lw": 0.5}
-    # In steps, not in seconds, as the library has it: a busy machine draws the same figure.
-    adjust_text(texts, x=x, y=y, ax=ax, arrowprops=arrow, min_arrow_len=6, expand=(1.2, 1.8), iter_lim=1000)
+        places = np.concatenate([places, _places_along(line)])
+    places = to_page.transform(places)
+    anchors = to_page.transform([text.get_position() for text in texts])
+    sizes = np.array([text.get_window_extent().size for text in texts])
+    corners: dict[int, Array] = {}  # the lower left one of each label that has a place
+    for at in 2 * list(range(len(texts))):
+        others = [other for other in corners if other != at]
+        boxes = np.array([[corners[other], corners[other] + sizes[other]] for other in others]).reshape(-1, 2, 2)
+        possible = anchors[at] + points * _around(sizes[at] / points)
+        corners[at] = possible[np.argmin(_covered(possible, sizes[at], places, boxes, ax.bbox.extents, points))]
+    for at, text in enumerate(texts):
+        text.set(ha="left", va="bottom", position=to_page.inverted().transform(corners[at]))
+        end = np.clip(anchors[at], corners[at], corners[at] + sizes[at])
+        if np.hypot(*(end - anchors[at])) > LEADER * points:
+            xs, ys = to_page.inverted().transform([anchors[at], end]).T
+            ax.add_artist(Line2D(xs, ys, color="#AAAAAA", lw=0.5, zorder=1.5))
+
+
+def _around(size: Array) -> Array:
+    """(n, 2): where the lower left corner of a label of this size may lie from its point, in points, the nearest first:
+    to its right above all."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    away = np.column_stack([np.cos(angles), np.sin(angles)])
+    # At a distance in all directions, the label's side or corner that is nearest to the point lies there.
+    return np.concatenate([distance * away + (away - 1) / 2 * size for distance in DISTANCES])
+
+
+def _covered(corners: Array, size: Array, places: Array, boxes: Array, frame: Array, points: float) -> Array:
+    """(n,): what a label would cover at each place of its lower left corner, and how far that is: less is better."""
+    low, high = corners[:, None] - CLEAR * points, corners[:, None] + size + CLEAR * points
+    on_places = ((low < places) & (places < high)).all(-1).sum(1)
+    shared = np.clip(np.minimum(high, boxes[:, 1]) - np.maximum(low, boxes[:, 0]), 0, None).prod(-1).sum(1)
+    outside = np.clip(frame[:2] - corners, 0, None).sum(1) + np.clip(corners + size - frame[2:], 0, None).sum(1)
+    far = np.repeat(DISTANCES, len(corners) // len(DISTANCES))
+    return 10 * on_places + 100 * shared / size.prod() + 100 * (outside > 0) + outside + far / 5
 
 
 def _places_along(line: Line2D) -> Array:

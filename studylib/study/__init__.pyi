@@ -1,7 +1,7 @@
 from . import notebooks, schedule
 from .export import export_model, summary
 from .machine import environment
-from .notebooks import read_published
+from .notebooks import read_published, webp
 from .rates import rate_of, validation_loss
 from .records import (
     Record,
@@ -44,4 +44,5 @@ __all__ = [
     "summary",
     "validation_loss",
     "verify_records",
+    "webp",
 ]

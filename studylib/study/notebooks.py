@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from studylib.config import Arm, listed, write_whole, written_whole
 from studylib.methods import Setting
 from studylib.study.parameters import check_parameter
-from studylib.study.records import Record, RecordError, find_record, read_record
+from studylib.study.records import Record, RecordError, find_records, read_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -215,18 +215,25 @@ def folders(results: str, output: str) -> tuple[str, str]:
 def publish(
     output: str | Path, notebook: str, records: list[Record], figures: "dict[str, Figure]", table: "DataFrame"
 ) -> None:
-    """What a notebook leaves in the folder output/notebook: figures (PNG, SVG), table.csv, and published.json."""
+    """What a notebook leaves in the folder output/notebook: figures (WebP, SVG), table.csv, and published.json."""
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        with written_whole(folder / f"{name}.png") as png, written_whole(folder / f"{name}.svg") as svg:
-            figure.savefig(png, dpi=200)
+        with written_whole(folder / f"{name}.webp") as picture, written_whole(folder / f"{name}.svg") as svg:
+            picture.write_bytes(webp(figure))
             figure.savefig(svg)
     with written_whole(folder / "table.csv") as partial:
         table.to_csv(partial, index=False)
     titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
     published = {"records": [record.key for record in records], "figures": titles}
     write_whole(folder / "published.json", json.dumps(published, indent=1))
+
+
+def webp(figure: "Figure") -> bytes:
+    """The figure as the page shows it, without loss: a third of a PNG's bytes, in less time."""
+    made = io.BytesIO()
+    figure.savefig(made, format="webp", dpi=200, pil_kwargs={"lossless": True, "method": 2})
+    return made.getvalue()
 
 
 def read_published(output: Path, notebook: str) -> dict[str, Any]:
@@ -258,9 +265,9 @@ def used_records(
     found: dict[str, Record] = {}
     for notebook in sorted(notebooks, key=sums_up):
         taken = {Setting.of(record.arm) for record in found.values()} if sums_up(notebook) else set()
-        for key in read_published(output, notebook.stem)["records"]:
+        for key, path in find_records(folder, read_published(output, notebook.stem)["records"]).items():
             try:
-                record = found.get(key) or read_record(find_record(folder, key))
+                record = found.get(key) or read_record(path)
             except RecordError as error:
                 if skipped is None:
                     raise

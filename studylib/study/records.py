@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -304,9 +304,10 @@ def model_file(results: Path, key: str) -> Path:
     return results / "models" / f"{key}.safetensors"
 
 
-def find_record(folder: Path, key: str) -> Path:
-    """The file of the record of `key` in a folder of record files, whether or not there is one."""
-    return next(folder.glob(f"[!.]*_{key[:SHORT]}.json"), folder / f"{key[:SHORT]}.json")
+def find_records(folder: Path, keys: Iterable[str]) -> dict[str, Path]:
+    """By key, the file of its record in a folder of record files, whether or not there is one."""
+    there = {short_key(path): path for path in record_files(folder)}
+    return {key: there.get(key[:SHORT], folder / f"{key[:SHORT]}.json") for key in keys}
 
 
 def read_record(path: Path) -> Record:
@@ -348,13 +349,21 @@ SHARED: dict[str, Callable[[Arm], Any]] = {
 }
 
 
-def seconds_alone(record: Record, records: Sequence[Record]) -> dict[str, float]:
-    """Seconds of each phase of a record's arm, had it been run alone: what arms in `records` share with it, it makes
-    itself."""
-    own = dict(record.cost["seconds"])
-    for phase in SHARED.keys() & own.keys():
-        own[phase] = max(other.cost["seconds"].get(phase, 0.0) for other in records if shares(phase, record, other))
-    return own
+def seconds_alone(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By key, seconds of each phase of a record's arm, had it been run alone: what others of these share with it, it
+    makes itself."""
+    longest: dict[tuple[str, Any], float] = {}
+    for record in records:
+        for phase, shared in SHARED.items():
+            made = phase, shared(record.arm)
+            longest[made] = max(longest.get(made, 0.0), record.cost["seconds"].get(phase, 0.0))
+    return {
+        record.key: {
+            phase: longest[phase, SHARED[phase](record.arm)] if phase in SHARED else seconds
+            for phase, seconds in record.cost["seconds"].items()
+        }
+        for record in records
+    }
 
 
 def shares(phase: str, record: Record, other: Record) -> bool:

@@ -78,7 +78,7 @@ def choose(records: Sequence[Record], wanted: Sequence[str], minutes: float) -> 
     if wanted:
         chosen = [record for record in finished if any(text in title(record.arm) for text in wanted)]
     else:
-        seconds = {record.key: seconds_alone(record, records) for record in finished}
+        seconds = seconds_alone(records)
         chosen, spent = [], 0.0
         by_method: dict[str, list[Record]] = {}
         for record in sorted(finished, key=lambda record: sum(seconds[record.key].values())):

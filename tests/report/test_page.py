@@ -80,7 +80,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     ids = re.findall(r'id="([^"]+)"', page)
     assert len(set(ids)) == len(ids)
     assert set(CLAIMS) <= {link[1:] for link in reader.links if link.startswith("#")} <= set(ids)
-    assert {"04_ptq_vs_qat.html", "00_claims.html", "00_claims/overview.png"} <= set(reader.links)
+    assert {"04_ptq_vs_qat.html", "00_claims.html", "00_claims/overview.webp"} <= set(reader.links)
     assert not re.search(r"url\(|@import|<script|http-equiv|https?://", page)
     assert len(reader.images) == 3 + 1 and all(len(image["alt"]) > 30 for image in reader.images)
     assert len(page) < 5_000_000
@@ -90,7 +90,7 @@ def test_the_sections_stand_in_their_order(page):
     sections = ["ledger", "recipe", *(section.paper for section in SECTIONS), "reading", "methods", "data", "machine"]
     places = [page.index(f'<h2 id="{name}">') for name in [*sections, "deviations", "cost", "again"]]
     assert places == sorted(places)
-    overview, recovery = (page.index(f'href="{name}.png"') for name in ("00_claims/overview", "04_ptq_vs_qat/recovery"))
+    overview, recovery = (page.index(f'href="{name}.webp"') for name in ("00_claims/overview", "04_ptq_vs_qat/recovery"))
     assert places[0] < overview < places[1] and places[2] < recovery < places[3]
 
 
@@ -180,9 +180,9 @@ def test_what_readme_says_of_benchmarks_that_quick_leaves_out_is_on_record():
 def test_published_files(output, picture):
     folder = output / "04_ptq_vs_qat"
     assert {path.name for path in folder.iterdir()} == {
-        "bit_allocation.png",
+        "bit_allocation.webp",
         "bit_allocation.svg",
-        "recovery.png",
+        "recovery.webp",
         "recovery.svg",
         "table.csv",
         "published.json",
@@ -195,12 +195,12 @@ def test_published_files(output, picture):
 @pytest.mark.parametrize("damage", [b"", b"<script>", None, 3000])
 def test_a_figure_that_is_no_picture_is_named(picture, tmp_path, damage):
     batch.publish(tmp_path, "04_ptq_vs_qat", picture, {"recovery": figures.recovery(picture)}, tables.frame(picture))
-    png = tmp_path / "04_ptq_vs_qat" / "recovery.png"
+    file = tmp_path / "04_ptq_vs_qat" / "recovery.webp"
     if damage is None:
-        png.unlink()
+        file.unlink()
     else:
-        png.write_bytes(png.read_bytes()[:damage] if isinstance(damage, int) else damage)
-    with pytest.raises(RecordError, match=f"^{png} is no picture .*; run 04_ptq_vs_qat again$"):
+        file.write_bytes(file.read_bytes()[:damage] if isinstance(damage, int) else damage)
+    with pytest.raises(RecordError, match=f"^{file} is no picture .*; run 04_ptq_vs_qat again$"):
         write_report(tmp_path, picture, [tmp_path / "04_ptq_vs_qat.ipynb"], "")
     assert not (tmp_path / "report.html").exists()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import studylib
 
 COMPUTING = ("torch", "transformers", "lm_eval", "datasets", "sklearn", "papermill", "llmcompressor", "peft")
-DRAWING = ("matplotlib", "adjustText", "pandas", "scipy")
+DRAWING = ("matplotlib", "pandas", "scipy")
 PAGE = ("page", "ledger", "tables", "recipes")  # of the report, whose words need no figure
 
 

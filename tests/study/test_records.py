@@ -25,7 +25,7 @@ from studylib.study.records import (
     Store,
     arm_key,
     contents,
-    find_record,
+    find_records,
     numerics,
     read_record,
     read_records,
@@ -165,7 +165,8 @@ def test_what_another_process_is_writing_is_no_record_yet(make_record, tmp_path)
         partial.write_text("{")
         assert store.find(record.key) is None and store.load(record.key) is None
         assert list(read_records(tmp_path / "records")) == []
-        assert find_record(tmp_path / "records", record.key) == tmp_path / "records" / f"{record.key[:12]}.json"
+        found = find_records(tmp_path / "records", [record.key])
+        assert found == {record.key: tmp_path / "records" / f"{record.key[:12]}.json"}
 
 
 def _affine():
