@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from studylib.config import (
     ALPACA,
     CORPORA,
+    MODELS,
     SEAL,
     Arm,
     RealText,
@@ -55,15 +56,16 @@ def contents(arm: Arm) -> dict[str, str]:
     The model with its configuration, tokenizer and template, corpora, instruction pairs. What has a name of its own is
     pinned, and changes with a numerics version alone. Raises ValueError where there is nothing of that name.
     """
-    from studylib.data import corpora, models
+    from studylib import data  # of which torch is imported only for what has no name of its own
 
-    found = {} if (version := models.contents(arm.model)) is None else {arm.model: version}
+    version = None if arm.model in MODELS else data.models.contents(arm.model)
+    found = {} if version is None else {arm.model: version}
     names = [corpus for corpus in arm.evaluation.corpora if corpus not in CORPORA]
     if isinstance(arm.data, RealText) and arm.data.corpus not in CORPORA:
         names.append(arm.data.corpus)
-    found |= {name: corpora.sha256(name) for name in names}
+    found |= {name: data.corpora.sha256(name) for name in names}
     if arm.instructions and arm.instructions.source != ALPACA:
-        found[arm.instructions.source] = corpora.instructions_sha256(arm.instructions.source)
+        found[arm.instructions.source] = data.corpora.instructions_sha256(arm.instructions.source)
     return found
 
 

@@ -90,7 +90,9 @@ def test_the_sections_stand_in_their_order(page):
     sections = ["ledger", "recipe", *(section.paper for section in SECTIONS), "reading", "methods", "data", "machine"]
     places = [page.index(f'<h2 id="{name}">') for name in [*sections, "deviations", "cost", "again"]]
     assert places == sorted(places)
-    overview, recovery = (page.index(f'href="{name}.webp"') for name in ("00_claims/overview", "04_ptq_vs_qat/recovery"))
+    overview, recovery = (
+        page.index(f'href="{name}.webp"') for name in ("00_claims/overview", "04_ptq_vs_qat/recovery")
+    )
     assert places[0] < overview < places[1] and places[2] < recovery < places[3]
 
 
