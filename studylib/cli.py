@@ -11,7 +11,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ atexit.register(gc.freeze)  # else the collector walks through all libraries at 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 SEARCH = "search"  # in the place of a file of rates
+PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _jobs(rates)
     _results(rates)
     listing = commands.add_parser("list", help="list the records of a results folder")
+    listing.add_argument("--times", action="store_true", help="with seconds by phase, and what no claim reads")
     _results(listing)
     clean = commands.add_parser(
         "clean", help="remove what records do not need: kept models, text, checkpoints, adapters"
@@ -196,7 +199,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import budgets as profiles
     from studylib.config import find_rates
     from studylib.data import models
-    from studylib.report import page, recipes, tables
+    from studylib.report import ledger, page, recipes, tables
     from studylib.study import Store, schedule
     from studylib.study import notebooks as batch
 
@@ -272,6 +275,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     written = page.write_report(output, records, executed, command, options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
+    print(ledger.unread(records), file=sys.stderr)
     if lacking:
         names = ", ".join(notebook.stem for notebook in lacking)
         _say(f"after {options.minutes:g} minutes {names} wait; the same command goes on from here")
@@ -492,13 +496,29 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
         if model.exists():
             kept += model.stat().st_size
             note = f"  model kept, {_size(model.stat().st_size)}"
+        times = f"{_phases(record.cost['seconds'])}  " if options.times else ""
         print(
-            f"{record.key}  {record.arm.model}  {title(record.arm)}  seed {record.arm.seed}  {record.status}  "
+            f"{record.key}  {times}{record.arm.model}  {title(record.arm)}  seed {record.arm.seed}  {record.status}  "
             f"{perplexities}{note}"
         )
+    if options.times:
+        from studylib.report import ledger
+
+        spent: Counter[str] = Counter()
+        for record in records:
+            spent.update(record.cost["seconds"])
+        print(f"{'all together':16}  {_phases(spent)}")
+        print(ledger.unread(records))
     if kept:
         _say(f"kept models take {_size(kept)}; `study clean` frees it")
     return 0
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    """Seconds of each phase in columns, the same for all records."""
+    return "  ".join(
+        f"{phase} {seconds[phase]:8,.1f}" if phase in seconds else " " * len(f"{phase} {0:8.1f}") for phase in PHASES
+    )
 
 
 def _tell(skipped: Sequence[Exception]) -> None:

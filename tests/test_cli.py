@@ -14,7 +14,7 @@ import pytest
 
 from studylib.cli import REFERENCE, _folder_name, _value, main
 from studylib.methods.arms import title
-from studylib.report import tables
+from studylib.report import ledger, tables
 from studylib.study import notebooks as batch
 from studylib.study import schedule
 from studylib.study.records import Store, arm_key, read_record, read_records
@@ -498,6 +498,23 @@ def test_foreign_files_do_not_stop_a_listing(tmp_path, capsys, picture):
     assert main(["list", "--results", str(tmp_path)]) == 0
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 6 and told[-1] == "study: 6 more files there cannot be read either"
+
+
+def test_a_listing_tells_the_seconds_of_phases_and_what_no_claim_reads(tmp_path, capsys, picture):
+    for record in picture:
+        Store(tmp_path).save(record)
+    assert main(["list", "--times", "--results", str(tmp_path)]) == 0
+    *lines, total, unread = capsys.readouterr().out.splitlines()
+    for record in picture:
+        (line,) = [line for line in lines if line.startswith(record.key)]
+        seconds = record.cost["seconds"]
+        told = re.findall(
+            r"\b(load|data|quantize|train|evaluate|decode) +([0-9.,]+)", line.partition(record.arm.model)[0]
+        )
+        assert {phase: float(text.replace(",", "")) for phase, text in told} == {
+            phase: round(own, 1) for phase, own in seconds.items()
+        }
+    assert total.startswith("all together ") and unread == ledger.unread(picture)
 
 
 def test_records_are_listed_shown_and_reported_on_wherever_cache_and_inputs_are(tmp_path, capsys, monkeypatch, picture):

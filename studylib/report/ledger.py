@@ -43,6 +43,7 @@ SYMBOLS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", NO_DIFFERENCE: "=", UNDECID
 PAUSE = 60  # seconds between two pages of a run that is under way: one takes some ten
 WIDTH, HEIGHT, EDGE = 240, 42, 8  # of a picture, and what stays free at its ends
 LIMIT = 6  # half-widths from the bound; what lies beyond stands at the edge with an arrow head
+UNREAD = 6  # settings that no claim reads, by name
 WRAPPED = TextWrapper(70, break_on_hyphens=False)
 LOOKS = {
     REPRODUCED: ("o", "#0B5C2E"),
@@ -125,6 +126,20 @@ class Growing:
 def ledger(records: Sequence[Record]) -> list[Entry]:
     """All claims in their order."""
     return [Entry(claim, tuple(judge(claim, records))) for claim in CLAIMS.values()]
+
+
+def unread(records: Sequence[Record]) -> str:
+    """In a line, the settings whose records no claim reads, those that took longest first, and their seconds."""
+    read = {setting for claim in CLAIMS.values() for setting in (*claim.needs, *claim.optional)}
+    seconds: Counter[Setting] = Counter()
+    for record in records:
+        seconds[Setting.of(record.arm)] += sum(record.cost["seconds"].values())
+    rest = [(setting.title, spent) for setting, spent in seconds.most_common() if setting not in read]
+    if not rest:
+        return "A claim reads every setting."
+    named = [title for title, _ in rest[:UNREAD]] + ([f"{len(rest) - UNREAD} more"] if len(rest) > UNREAD else [])
+    took, total = sum(spent for _, spent in rest), seconds.total()
+    return f"No claim reads {len(rest)} of {len(seconds)} settings, {took:,.0f} of {total:,.0f} s: {listed(named)}."
 
 
 def ledger_table(entries: Sequence[Entry]) -> str:

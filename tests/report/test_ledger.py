@@ -1,5 +1,6 @@
 """The ledger's rows, numbers and pictures, and its figure."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -33,6 +34,7 @@ from studylib.report.ledger import (
     overview,
     picture,
     sentences,
+    unread,
 )
 
 
@@ -161,3 +163,16 @@ def test_an_interval_lies_right_of_the_bound_if_and_only_if_the_claim_is_reprodu
             assert (ends > 0).all() and (ends <= LIMIT).all()
         if len(ends) == 2 and line.get_color() == "#8A6500":
             assert ends.min() <= 0 <= ends.max()  # a range with two ends may be seen from its upper one
+
+
+def test_what_no_claim_reads_is_named_with_its_seconds(make_record):
+    def timed(*arm, seconds):
+        record = make_record(*arm)
+        return dataclasses.replace(record, cost=record.cost | {"seconds": {"evaluate": seconds}})
+
+    read = timed("full-precision", "16-16-16", seconds=1000.0)
+    assert unread([read]) == "A claim reads every setting."
+    records = [read, timed("rtn", "7-7-7", seconds=2.0), timed("rtn", "6-7-7", seconds=3.0)]
+    assert unread(records) == "No claim reads 2 of 3 settings, 5 of 1,005 s: RTN at 6-7-7 and RTN at 7-7-7."
+    many = [read, *(timed("rtn", f"{w}-{a}-7", seconds=1.0) for w in (5, 6, 7) for a in (5, 6, 7))]
+    assert unread(many).endswith(" and 3 more.") and unread(many).count("RTN at") == 6
