@@ -145,7 +145,9 @@ class Budget:
     offsets, as a share of the layer's first scales (their root mean square) a step, without weight decay; None:
     learning_rate for all, as L4Q's paper has it. schedule: of SCHEDULES. warmup: the share of a part's steps in
     which the rate rises. extended_from: the step counts that this training stopped at before it was extended; at each
-    of them the schedule starts again (warm restart: Loshchilov & Hutter 2017).
+    of them the schedule starts again (warm restart: Loshchilov & Hutter 2017). stop: the step after which it is broken
+    off, on its way along the whole schedule, as a search for rates does; None: it is trained to its end. limit: the
+    held-out loss in nats above which it is given up already at the first quarter of its steps.
     """
 
     steps: int
@@ -157,6 +159,8 @@ class Budget:
     extended_from: tuple[int, ...] = ()
     grid_rate: float | None = None
     schedule: str = COSINE
+    stop: int | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, 1)
@@ -175,6 +179,16 @@ class Budget:
                 f"{self.steps}"
             )
 
+        if self.stop is not None:
+            check_whole("stop", self.stop, 1, self.steps - 1)
+        if self.limit is not None:
+            check_positive("limit", self.limit)
+
+    @property
+    def last(self) -> int:
+        """The step that is the last to be taken."""
+        return self.steps if self.stop is None else self.stop
+
     @property
     def parts(self) -> list[tuple[int, int]]:
         """First and last step of each part that has a schedule of its own."""
@@ -190,9 +204,15 @@ class Budget:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - begin - warm) / (end - begin - warm))))
 
+    def given_up(self, step: int, loss: float) -> bool:
+        """Whether a training is given up with this held-out loss after `step` steps."""
+        begin, end = self.parts[0]
+        return self.limit is not None and step == round((end - begin) / CURVE_PARTS) and not loss <= self.limit
+
     def measured_at(self, step: int) -> bool:
-        """Whether the held-out loss is measured after `step` steps: at the quarters of each of its parts."""
-        return any(
+        """Whether the held-out loss is measured after `step` steps: at the quarters of each of its parts, and where
+        it is broken off."""
+        return step == self.stop or any(
             step == begin + round((end - begin) * part / CURVE_PARTS)
             for begin, end in self.parts
             for part in range(1, CURVE_PARTS + 1)
@@ -393,6 +413,8 @@ class Terms:
         free: dict[str, Any] = {
             "steps": own.steps,
             "extended_from": own.extended_from,
+            "stop": None,
+            "limit": None,
             "checkpointing": False,
             "paged": False,
         }

@@ -147,7 +147,7 @@ class FineTuned(Method):
             attach(model, self, format=format, adapter=arm.adapter, seed=arm.seed, tokens=tokens)
             if usable(work.trained):
                 log = load_trained(model, work.trained)
-                work.progress(arm.tuning.steps * arm.tuning.batch * arm.instructions.length)
+                work.progress(arm.tuning.last * arm.tuning.batch * arm.instructions.length)
             else:
                 pairs, validation = training_pairs(arm.instructions.source)
                 log = fine_tune(

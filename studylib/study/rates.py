@@ -4,8 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
-from studylib.config import BESIDE, NOTHING, Arm, Rate
+from studylib.config import BESIDE, NOTHING, Arm, Rate, Training, Tuning
 from studylib.methods import Setting, find, rate_case
 from studylib.study import schedule
 from studylib.study.records import Record, Store, arm_key
@@ -14,6 +15,8 @@ from studylib.study.run import planned_work
 FACTOR = math.sqrt(10)  # from one rate that is tried to the next
 GRID_RATE = 0.003  # that the search for a grid's rate begins with where a budget has none: a share of its scales a step
 MOST = 8  # rates that are tried in one direction: four decades
+USUAL, FURTHER = 1.25, 1.6  # trainings' worth that a search took for the default model, and that of a grid besides
+BEHIND = 0.02  # of the loss after a quarter with the best rate so far: a rate that is further behind is given up there
 
 
 def cases(arms: Sequence[Arm]) -> dict[str, Arm]:
@@ -26,7 +29,9 @@ def cases(arms: Sequence[Arm]) -> dict[str, Arm]:
 
 
 def _begun(arm: Arm) -> Arm:
-    """With a rate for the grid, where one is learned."""
+    """As it is before it is extended, with a rate for the grid where one is learned."""
+    if longer := _budget(arm).extended_from:
+        arm = _with(arm, steps=longer[0], extended_from=())
     if not find(arm.method).trains_grid(arm.scheme):
         return arm
     rate = rate_of(arm)
@@ -35,30 +40,47 @@ def _begun(arm: Arm) -> Arm:
 
 def rate_of(arm: Arm) -> Rate:
     """The rates that an arm trains with."""
+    return Rate(_budget(arm).learning_rate, _budget(arm).grid_rate)
+
+
+def _budget(arm: Arm) -> Training | Tuning:
     assert arm.budget is not None
-    return Rate(arm.budget.learning_rate, arm.budget.grid_rate)
+    return arm.budget
 
 
 def with_rate(arm: Arm, rate: Rate) -> Arm:
+    return _with(arm, learning_rate=rate.learning_rate, grid_rate=rate.grid_rate)
+
+
+def _with(arm: Arm, **changes: Any) -> Arm:
+    """The arm with other fields in its budget."""
     part = "training" if arm.training else "tuning"
-    own = dataclasses.replace(getattr(arm, part), learning_rate=rate.learning_rate, grid_rate=rate.grid_rate)
-    return dataclasses.replace(arm, **{part: own})
+    return dataclasses.replace(arm, **{part: dataclasses.replace(getattr(arm, part), **changes)})
 
 
-def validation_loss(record: Record) -> float:
-    """The last point of its curve; infinity where it diverged."""
-    loss = record.curve[-1]["loss"] if record.finished and record.curve else None
-    return math.inf if loss is None or not math.isfinite(loss) else loss
+def validation_losses(record: Record) -> list[float]:
+    """Its curve: the held-out loss before training and at each point after; infinity from where it diverged."""
+    losses = [math.inf if point["loss"] is None else point["loss"] for point in record.curve]
+    return losses if record.finished else [*losses, math.inf]
+
+
+def validation_loss(record: Record) -> float | None:
+    """The last point of its curve; infinity where it diverged, None where it was given up before its end."""
+    if record.finished and record.curve[-1]["step"] != _budget(record.arm).last:
+        return None
+    return validation_losses(record)[-1]
 
 
 def search(
     arms: Sequence[Arm], results: str | Path, jobs: int = 1, told: Callable[[str, Rate], None] = lambda case, rate: None
 ) -> tuple[dict[str, Rate], list[Record]]:
-    """The rate of least validation loss for each setting of `arms`, and the records of all that were tried.
+    """The rate of least validation loss half-way for each setting of `arms`, and the records of all that were tried.
 
     From the arm's own rate upwards by FACTOR while the loss falls, else downwards; where a grid is learned, its rate in
-    the same way after that. Every method, width and grid is searched alike, each arm with its whole budget. What is
-    tried is kept as records: a search that is stopped goes on, and one that is done costs nothing.
+    the same way after that. Each training follows its whole schedule and is broken off half-way; one whose loss after a
+    quarter is more than BEHIND above that of the best so far is given up there (after successive halving: Jamieson &
+    Talwalkar 2016). Every method, width and grid is searched alike. What is tried is kept as records: a search that is
+    stopped goes on, and one that is done costs nothing.
     """
     walks = {case: _walk(arm) for case, arm in cases(arms).items()}
     asked = {case: next(walk) for case, walk in walks.items()}
@@ -68,7 +90,7 @@ def search(
             records[record.key] = record
         for case, arm in list(asked.items()):
             try:
-                asked[case] = walks[case].send(validation_loss(records[arm_key(arm)]))
+                asked[case] = walks[case].send(validation_losses(records[arm_key(arm)]))
             except StopIteration as end:
                 chosen[case] = end.value
                 told(case, end.value)
@@ -76,11 +98,16 @@ def search(
     return chosen, list(records.values())
 
 
-def _walk(arm: Arm) -> Generator[Arm, float, Rate]:
-    """Asks for arms, is sent their losses, and ends with the rate of the least."""
-    losses: dict[Rate, float] = {}
+def _half(arm: Arm, limit: float | None = None) -> Arm:
+    """The arm with its training broken off half-way, and given up after a quarter where its loss is above `limit`."""
+    steps = _budget(arm).steps
+    return _with(arm, stop=(steps + 1) // 2, limit=limit) if steps > 1 else arm
+
+
+def _walk(arm: Arm) -> Generator[Arm, list[float], Rate]:
+    """Asks for arms, is sent the losses of their curves, and ends with the rate of the least at their end."""
     best = rate_of(arm)
-    losses[best] = yield with_rate(arm, best)
+    losses = yield _half(arm)
     for field in ("learning_rate", *(["grid_rate"] if best.grid_rate is not None else [])):
         start = best
         for factor in (FACTOR, 1 / FACTOR):
@@ -88,21 +115,21 @@ def _walk(arm: Arm) -> Generator[Arm, float, Rate]:
                 rate = dataclasses.replace(best, **{field: float(f"{getattr(best, field) * factor:.2g}")})
                 if rate.grid_rate is not None and rate.grid_rate >= 1:
                     break
-                losses[rate] = yield with_rate(arm, rate)
-                if not losses[rate] < losses[best]:
+                limit = losses[1] * (1 + BEHIND) if math.isfinite(losses[-1]) else None
+                own = yield _half(with_rate(arm, rate), limit)
+                if len(own) < len(losses) or not own[-1] < losses[-1]:
                     break
-                best = rate
+                best, losses = rate, own
             if best != start:
                 break
     return best
 
 
 def cost(searched: Sequence[Arm], arms: Sequence[Arm], results: str | Path) -> float:
-    """What a search for `searched` takes at the least, three rates each and two more for a grid, without what is there
-    already: a share of the planned work of `arms`."""
+    """What a search for `searched` takes about, without what is there: a share of the planned work of `arms`."""
     store = Store(results)
-    work = 0
+    work = 0.0
     for arm in searched:
-        if store.find(arm_key(arm)) is None:
-            work += (3 + 2 * find(arm.method).trains_grid(arm.scheme)) * planned_work(arm)
+        if store.find(arm_key(_half(arm))) is None:
+            work += (USUAL + FURTHER * find(arm.method).trains_grid(arm.scheme)) * planned_work(arm)
     return work / max(1, sum(map(planned_work, dict.fromkeys(arms))))

@@ -87,7 +87,7 @@ def carry_out(
         if work.data:
             tokens["data"] = work.data.windows.numel()
         if arm.training and arm.data:
-            tokens["trained"] = arm.training.steps * arm.training.batch * arm.data.length
+            tokens["trained"] = arm.training.last * arm.training.batch * arm.data.length
         if arm.tuning:
             tokens["trained"] = int(log.curve[-1]["tokens"])
         diverged = not _converged(log)
@@ -119,7 +119,7 @@ def carry_out(
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
     )
-    if arm.budget and finite:
+    if arm.budget and arm.budget.stop is None and finite:
         _keep(work, store.model_file(key))
     del work
     gc.collect()
@@ -193,7 +193,7 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
     with store.lock(key):
         if usable(kept_model):
             return _restored(arm, kept_model), models.load_tokenizer(arm.model)
-        kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.steps}").exists()
+        kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.last}").exists()
         set_seed(arm.seed)
         amount = planned_work(dataclasses.replace(arm, evaluation=NOTHING))
         with tqdm(total=amount, unit="tok", unit_scale=True, disable=not amount, desc=title(arm), mininterval=2) as bar:
@@ -328,9 +328,9 @@ def planned_work(arm: Arm) -> int:
     work = (len(wanted.corpora) * wanted.windows + wanted.pairs) * wanted.length
     work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
     if arm.tuning and arm.instructions:
-        work += TRAINING_WORK * arm.tuning.steps * arm.tuning.batch * arm.instructions.length
+        work += TRAINING_WORK * arm.tuning.last * arm.tuning.batch * arm.instructions.length
     if arm.data:
         work += GENERATION_WORK * arm.data.count * arm.data.length
     if arm.training and arm.data:
-        work += TRAINING_WORK * arm.training.steps * arm.training.batch * arm.data.length
+        work += TRAINING_WORK * arm.training.last * arm.training.batch * arm.data.length
     return work

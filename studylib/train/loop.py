@@ -73,7 +73,7 @@ class _InOrder(Trainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed at its end, Trainer takes one more step: findings/trainer-resumed-at-its-end-steps-again.sh
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.budget.last:
             super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial=None) -> str:
@@ -127,9 +127,11 @@ class _Watch(TrainerCallback):
         self.budget, self.tokens_per_step, self.held_out_loss = budget, tokens_per_step, held_out_loss
         self.keep, self.progress, self.saved = keep, progress, time.monotonic()
 
-    def measure(self, state) -> None:
-        if self.held_out_loss is not None:
-            state.log_history.append({"step": state.global_step, "held_out_loss": self.held_out_loss()})
+    def measure(self, state) -> float:
+        if self.held_out_loss is None:
+            return math.nan
+        state.log_history.append({"step": state.global_step, "held_out_loss": (loss := self.held_out_loss())})
+        return loss
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self.progress(state.global_step * self.tokens_per_step)
@@ -143,10 +145,11 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.progress(self.tokens_per_step)
+        given_up = False
         if self.budget.measured_at(state.global_step):
-            self.measure(state)
-        if state.global_step == state.max_steps:
-            control.should_save = self.keep
+            given_up = self.budget.given_up(state.global_step, self.measure(state))
+        if given_up or state.global_step == self.budget.last:
+            control.should_save, control.should_training_stop = self.keep, True
         elif time.monotonic() - self.saved > CHECKPOINT_SECONDS:
             control.should_save, self.saved = True, time.monotonic()
 
@@ -320,7 +323,7 @@ def _is_of(checkpoint: Path, budget: Budget) -> bool:
     owner = (checkpoint / OWNER).read_text() if (checkpoint / OWNER).exists() else ""
     return (
         owner == f"{checkpoint.parent.name}/{checkpoint.name}\n"
-        and state["global_step"] <= budget.steps
+        and state["global_step"] <= budget.last
         and state["max_steps"] in (budget.steps, *budget.extended_from)
         and state["train_batch_size"] == budget.batch
     )

@@ -18,7 +18,7 @@ def tried(make_record):
             dataclasses.replace(
                 record,
                 arm=with_rate(record.arm, Rate(*rate)),
-                curve=[{"step": 4, "tokens": 9, "loss": loss}],
+                curve=[{"step": record.arm.tuning.last, "tokens": 9, "loss": loss}],
                 status="finished" if loss is not None else "diverged",
             )
             for rate, loss in losses.items()
@@ -41,6 +41,18 @@ def test_the_title_says_how_far_the_chosen_rates_lie_apart(tried):
     (joined,) = (line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3 and
                  line.get_ydata()[0] == 2.3)  # fmt: skip
     assert list(joined.get_xdata()) == [1e-3, 3e-3, 1e-2]  # of one rate for the grid
+
+
+def test_what_was_given_up_is_a_cross_and_no_choice(tried):
+    first, *others = tried[:4]
+    early = dataclasses.replace(first.arm, tuning=dataclasses.replace(first.arm.tuning, steps=16, stop=8))
+    given_up = dataclasses.replace(first, arm=early, curve=[{"step": 4, "tokens": 9, "loss": 1.0}])
+    figure = figures.searched_rates([given_up, *others])
+    (ax,) = figure.axes
+    crosses = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "x"]
+    assert crosses == [[[1e-3, ax.get_ylim()[1]]]]
+    assert [tuple(line.get_xydata()[0]) for line in ax.lines if line.get_markersize() == 11] == [(0.003, 2.0)]
+    assert "given up after a quarter" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_where_all_diverged_the_figure_says_so(tried):

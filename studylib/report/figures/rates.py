@@ -19,18 +19,20 @@ if TYPE_CHECKING:
     from studylib.study import Record
 
 PANELS_A_ROW = 4
+GIVEN_UP = {"ls": "", "marker": "x", "ms": 6}
 ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends, or half as much above one that was chosen
-Tried = Mapping[Rate, float]
+Tried = Mapping[Rate, float | None]  # None: given up
 
 
 def searched_rates(records: "Sequence[Record]") -> Figure:
     """Validation loss over the learning rate of each training that a search tried, a panel for each width and grid.
 
-    A line joins the rates that were tried with one rate for the grid; the other rates for the grid stand alone.
+    A line joins the rates that were tried with one rate for the grid; the other rates for the grid stand alone. What
+    was given up early is a cross at the upper edge.
     """
     from studylib.study import rate_of, validation_loss  # torch
 
-    panels: dict[str, dict[str, dict[Rate, float]]] = defaultdict(lambda: defaultdict(dict))
+    panels: dict[str, dict[str, dict[Rate, float | None]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         arm = record.arm
         case = rate_case(arm.method, arm.bits, arm.format, arm.scheme).removeprefix(arm.method).strip()
@@ -55,30 +57,38 @@ def searched_rates(records: "Sequence[Record]") -> Figure:
         found = {method: None for methods in panels.values() for method in methods}
         handles = [Line2D([], [], **marker_style(name), label=method_title(name)) for name in found]
         handles.append(Line2D([], [], ls="", marker="o", mfc="none", color="#000000", ms=11, label="chosen"))
+        if any(loss is None for methods in panels.values() for tried in methods.values() for loss in tried.values()):
+            handles.append(Line2D([], [], color="#000000", **GIVEN_UP, label="given up after a quarter"))
         figure.legend(handles=handles, loc="outside lower center", ncols=7)
         set_title(figure, _title(panels))
     return figure
 
 
 def _finite(tried: Tried) -> dict[Rate, float]:
-    return {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+    return {rate: loss for rate, loss in tried.items() if loss is not None and math.isfinite(loss)}
 
 
 def _chosen(tried: Tried) -> Rate:
-    return min(tried, key=lambda rate: tried[rate])
+    finite = _finite(tried)
+    return min(finite, key=lambda rate: finite[rate])
 
 
 def _draw(ax: Axes, method: str, tried: Tried, top: float) -> None:
     style = marker_style(method)
-    grids = [rate.grid_rate for rate in tried]
+    ended = {rate: loss for rate, loss in tried.items() if loss is not None}
+    grids = [rate.grid_rate for rate in ended]
     usual = max(grids, key=grids.count)
-    line = sorted((rate.learning_rate, min(loss, top)) for rate, loss in tried.items() if rate.grid_rate == usual)
+    line = sorted((rate.learning_rate, min(loss, top)) for rate, loss in ended.items() if rate.grid_rate == usual)
     ax.plot(*zip(*line, strict=True), **style, ms=5.5, lw=1)
-    others = [(rate.learning_rate, min(loss, top)) for rate, loss in tried.items() if rate.grid_rate != usual]
+    others = [(rate.learning_rate, min(loss, top)) for rate, loss in ended.items() if rate.grid_rate != usual]
     if others:
         ax.plot(*zip(*others, strict=True), **style, ms=4, ls="")
-    best = _chosen(tried)
-    ax.plot(best.learning_rate, tried[best], marker="o", mfc="none", color="#000000", ms=11)
+    given_up = [rate.learning_rate for rate in tried if rate not in ended]
+    if given_up:
+        ax.plot(given_up, [top] * len(given_up), **style | GIVEN_UP)
+    if best := _finite(tried):
+        chosen = _chosen(tried)
+        ax.plot(chosen.learning_rate, best[chosen], marker="o", mfc="none", color="#000000", ms=11)
 
 
 def _title(panels: Mapping[str, Mapping[str, Tried]]) -> str:
