@@ -350,6 +350,16 @@ class Evaluation:
         check_whole("pairs", self.pairs, 0)
         check_known("source", self.source, TASK_SOURCES)
 
+    @property
+    def of_text(self) -> "Evaluation":
+        """Without the pairs."""
+        return dataclasses.replace(self, pairs=0)
+
+    @property
+    def of_pairs(self) -> "Evaluation":
+        """The pairs alone."""
+        return dataclasses.replace(NOTHING, pairs=self.pairs)
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -432,7 +442,8 @@ class Profile:
     interval over runs. few_shot: tasks that the headline settings are scored on as well. group: weights that share a
     scale where a method needs such groups. terms: those of the papers, where they are to be each method's own; what
     they do not cover is fine-tuned with `tuning`, at the method's share of its rate. rates: those that were chosen for
-    settings (see methods.rate_case), in the place of all others."""
+    settings (see methods.rate_case), in the place of all others. apart: whether what is fine-tuned is scored on its
+    responses alone and the rest on text and tasks alone, full precision on both: no more than claims are judged by."""
 
     sampling: Sampling
     training: Training
@@ -445,9 +456,11 @@ class Profile:
     decoding: Decoding = DECODING
     rates: tuple[tuple[str, Rate], ...] = ()
     terms: tuple[Terms, ...] = ()
+    apart: bool = False
 
     def __post_init__(self) -> None:
         check_parts(self)
+        check_flag("apart", self.apart)
         check_several("seeds", self.seeds, check_seed)
         if not self.seeds:
             raise ValueError("seeds: () is not allowed; use one or more")

@@ -44,6 +44,7 @@ from studylib.methods import (
     order,
     seedless,
     setting,
+    usual_evaluation,
     usual_training,
     usual_tuning,
 )
@@ -140,10 +141,12 @@ def _gathered(records: tuple[Record, ...]) -> Cells:
             unique.append(record)
     wholes: list[tuple[str, Callable[[Arm], Any]]] = [
         ("model", lambda arm: arm.model),
-        ("evaluation", lambda arm: _shared(arm.evaluation)),
+        ("evaluation", lambda arm: _text(arm.evaluation)),
+        ("evaluation", lambda arm: _tasks(arm.evaluation)),
+        ("evaluation", lambda arm: arm.evaluation.pairs),
     ]
     for what, value_of in wholes:
-        values = list(dict.fromkeys(value_of(record.arm) for record in unique))
+        values = list(filter(None, dict.fromkeys(value_of(record.arm) for record in unique)))
         if len(values) > 1:
             raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
     grouped: dict[Setting, list[Record]] = {}
@@ -160,6 +163,17 @@ def _gathered(records: tuple[Record, ...]) -> Cells:
         )
         for own, group in grouped.items()
     }
+
+
+def _text(evaluation: Evaluation) -> Any:
+    """Which windows of which corpora are scored; None where none are."""
+    return (evaluation.corpora, evaluation.windows, evaluation.length) if evaluation.corpora else None
+
+
+def _tasks(evaluation: Evaluation) -> Any:
+    """Which items of which zero-shot tasks are scored; None where none are."""
+    tasks = _shared(evaluation).tasks
+    return (tasks, evaluation.items, evaluation.source) if tasks else None
 
 
 def _shared(evaluation: Evaluation) -> Evaluation:
@@ -201,12 +215,13 @@ def _is_found(record: Record) -> bool:
 
 def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
     """Whether the arm is one of the model that differs from the budget's own in what settings name, and no more."""
-    if arm.model != model or _shared(arm.evaluation) != _shared(budget.evaluation):
-        return False
-    training, tuning = budget.training, budget.tuning
+    evaluation, training, tuning = budget.evaluation, budget.training, budget.tuning
     if arm.method in METHODS:
+        evaluation = usual_evaluation(budget, arm.method)
         case = arm.method, arm.bits, arm.format, arm.scheme
         training, tuning = usual_training(budget, case), usual_tuning(budget, case)
+    if arm.model != model or _shared(arm.evaluation) != _shared(evaluation):
+        return False
     data: Any = budget.sampling
     if isinstance(arm.data, RealText):
         data = RealText(arm.data.corpus, data.count, data.length)
@@ -440,13 +455,19 @@ def _spreads(measure: Measure, records: tuple[Record, ...]) -> dict[str, Spread]
 
 
 def usual_measures(records: Sequence[Record]) -> list[Measure]:
-    """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; empty if nothing finished."""
+    """Perplexity on each corpus and, where zero-shot tasks were run, their mean accuracy; only what was scored."""
     return perplexities(records) + accuracies(records)
+
+
+def covering(measures: Sequence[Measure], records: Sequence[Record]) -> list[Measure]:
+    """Those that all finished records were scored on."""
+    cells = [cell for cell in gather(records).values() if cell.records]
+    return [measure for measure in measures if all(map(measure.covers, cells))]
 
 
 def perplexities(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus."""
-    record = _finished(records)
+    record = _finished([record for record in records if record.arm.evaluation.corpora])
     if record is None:
         return []
     found = []
@@ -459,10 +480,10 @@ def perplexities(records: Sequence[Record]) -> list[Measure]:
 
 def accuracies(records: Sequence[Record]) -> list[Measure]:
     """The mean accuracy on the zero-shot tasks."""
-    record = _finished(records)
-    tasks = [] if record is None else [task for task in record.arm.evaluation.tasks if task in ZERO_SHOT]
-    if record is None or not tasks:
+    record = _finished([record for record in records if _tasks(record.arm.evaluation)])
+    if record is None:
         return []
+    tasks = [task for task in record.arm.evaluation.tasks if task in ZERO_SHOT]
     short = accuracy_title(tasks)
     title = short + (f" on {len(tasks)} zero-shot tasks" if len(tasks) > 1 else "")
     return [replace(_accuracy("mean", title, tasks, record), short=short)]

@@ -12,6 +12,7 @@ from .arms import (
     seedless,
     setting,
     title,
+    usual_evaluation,
     usual_training,
     usual_tuning,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "setting",
     "title",
     "unrepacked",
+    "usual_evaluation",
     "usual_training",
     "usual_tuning",
 ]

@@ -25,6 +25,7 @@ from studylib.config import (
     Arm,
     BitWidths,
     Budget,
+    Evaluation,
     Format,
     Profile,
     Rate,
@@ -112,14 +113,14 @@ def build_arm(
     terms = budget.terms_of(method, _base(method, format))
     usual = terms.adapter if terms else own.usual_adapter()
     parts["format"], parts["adapter"] = format, usual if adapter is None else adapter
-    arm = Arm(model, method, bits, budget.evaluation, scheme, **parts, merge=merge)
+    arm = Arm(model, method, bits, usual_evaluation(budget, method), scheme, **parts, merge=merge)
     own.check(arm)
     if bits in own.few_shot_at and not Setting.of(arm).changes:
-        scored = budget.evaluation.tasks
+        scored = arm.evaluation.tasks
         few_shot = tuple(
             task for task in budget.few_shot if (own.few_shot is None or task in own.few_shot) and task not in scored
         )
-        evaluation = dataclasses.replace(budget.evaluation, tasks=scored + few_shot)
+        evaluation = dataclasses.replace(arm.evaluation, tasks=scored + few_shot)
         return dataclasses.replace(arm, evaluation=evaluation)
     return arm
 
@@ -135,6 +136,14 @@ def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> 
 def _base(method: str, format: Format | None) -> Format | None:
     """The format that is trained on; LoRA's says only what it is rounded to afterwards."""
     return format if method in METHODS and "format" in METHODS[method].needs else None
+
+
+def usual_evaluation(budget: Profile, method: str) -> Evaluation:
+    """What a budget scores the arms of a method on."""
+    own = find(method)
+    if not budget.apart or not (own.rounds or own.needs):  # full precision is what all are compared with
+        return budget.evaluation
+    return budget.evaluation.of_pairs if "tuning" in own.needs else budget.evaluation.of_text
 
 
 def usual_training(budget: Profile, case: Case) -> Training:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, markdown, number, write_whole
+from studylib.config import Arm, Evaluation, markdown, number, write_whole
 from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
 from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
@@ -67,8 +67,8 @@ def write_report(
         model=Path(name).name if Path(name).is_absolute() else name,
         note=records[0].provenance["model"]["note"],
         text={"beginning": "", "date": ""} | records[0].provenance.get("text", {}),
-        arm=records[0].arm,
-        corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
+        scored=_scored(records),
+        corpora=[corpus_title(corpus) for corpus in _scored(records).corpora],
         trained=_plainest([record.arm for record in records if record.arm.training]),
         tuned=_plainest([record.arm for record in records if record.arm.tuning]),
         seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
@@ -110,6 +110,12 @@ def write_report(
     path = output / "report.html"
     write_whole(path, page)
     return path
+
+
+def _scored(records: Sequence[Record]) -> Evaluation:
+    """Of what the arms are scored on, the most that one of them is."""
+    wanted = [record.arm.evaluation for record in records]
+    return max(wanted, key=lambda own: sum(map(bool, (own.corpora, own.tasks, own.pairs))))
 
 
 def _plainest(arms: Sequence[Arm]) -> Arm | None:
@@ -219,11 +225,11 @@ def _cost(cell: Cell) -> dict[str, str]:
 
 def _sources(records: Sequence[Record]) -> dict[str, str]:
     """The weights and corpora, by their hashes."""
-    corpora = records[0].arm.evaluation.corpora
+    corpora, on_text = _scored(records).corpora, [record for record in records if record.arm.evaluation.corpora]
     return {
         "Weights": _all_values(records, "model", "name"),
         "Weights, SHA-256": _all_values(records, "model", "sha256"),
-        **{f"{corpus_title(corpus)}, SHA-256": _all_values(records, "corpora", corpus) for corpus in corpora},
+        **{f"{corpus_title(corpus)}, SHA-256": _all_values(on_text, "corpora", corpus) for corpus in corpora},
     }
 
 

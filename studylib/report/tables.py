@@ -85,11 +85,12 @@ def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -
     }
     for measure in main:
         names = [measure.name, f"{measure.name}/low", f"{measure.name}/high"]
-        found = measure.interval(identity, cell) if cell.records else None
+        found = measure.interval(identity, cell) if measure.covers(cell) else None
         row |= dict(zip(names, (found.estimate, found.low, found.high) if found else (np.nan,) * 3, strict=True))
         if several:
             names = [f"{measure.name}/lowest_seed", f"{measure.name}/highest_seed"]
-            row |= dict(zip(names, measure.over_seeds(identity, cell) or (np.nan, np.nan), strict=True))
+            seeds = measure.over_seeds(identity, cell) if measure.covers(cell) else None
+            row |= dict(zip(names, seeds or (np.nan, np.nan), strict=True))
     for task in tasks:
         row[task.name] = task.value(identity, cell) if task.covers(cell) else np.nan
     minutes = [record.cost["seconds"]["train"] / 60 for record in cell.records if "train" in record.cost["seconds"]]
@@ -132,6 +133,8 @@ def readable(board: "pd.DataFrame", tasks: bool = True) -> "pd.DataFrame":
 def _cell(row: "pd.Series", name: str, form: Callable[[float], str]) -> str:
     if not row["seeds"]:
         return "diverged"
+    if np.isnan(row[name]):
+        return EMPTY
     text = f"{form(row[name])} [{form(row[f'{name}/low'])}, {form(row[f'{name}/high'])}]"
     lowest = row.get(f"{name}/lowest_seed", np.nan)
     return text if np.isnan(lowest) else f"{text}, seeds {form(lowest)} to {form(row[f'{name}/highest_seed'])}"

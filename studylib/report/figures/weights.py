@@ -32,6 +32,7 @@ from studylib.evidence import (
     Cell,
     Measure,
     accuracies,
+    covering,
     decoding_measures,
     frontier,
     gather,
@@ -79,8 +80,9 @@ NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
 
 def tuning_panels(records: Sequence[Record]) -> list[Measure]:
-    """What a fine-tuned model is judged by: the responses it has not seen, what it forgot, and the tasks."""
-    return response_measures(records) + perplexities(records)[:1] + accuracies(records)
+    """What a fine-tuned model is judged by, as far as all were scored on it: the responses it has not seen, what it
+    forgot, and the tasks."""
+    return covering(response_measures(records) + perplexities(records)[:1] + accuracies(records), records)
 
 
 def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
