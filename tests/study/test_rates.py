@@ -103,7 +103,7 @@ def test_a_search_half_way_would_have_chosen_as_well_as_one_to_the_end():
             lambda rate, records=records, unknown=unknown: (
                 rates.validation_losses(records[rate])[:3] if rate in records else unknown
             ),
-            rates.with_rate(first.arm, min(records, key=lambda rate: records[rate].curve[2]["loss"])),
+            first.arm,
         )
         losses = [validation_loss(record) for record in records.values()]
         behind[case] = validation_loss(records[chosen]) / min(losses) - 1
