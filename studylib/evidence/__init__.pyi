@@ -13,6 +13,7 @@ from .measures import (
     frontier,
     gather,
     identity,
+    kind_of,
     megabytes,
     of_profile,
     perplexities,
@@ -23,8 +24,9 @@ from .measures import (
     usual_measures,
     won_back,
 )
-from .order import claims_first
+from .order import Plan, Prospect, claims_first
 from .rules import SHARE
+from .spread import ENOUGH
 from .statistics import EXCESS, LEVEL, POWER, Array, Interval, Scale, paired_bootstrap
 from .verdicts import (
     FAMILY,
@@ -40,11 +42,13 @@ from .verdicts import (
     Effect,
     Finding,
     PaperNumber,
+    decide,
     judge,
 )
 
 __all__ = [
     "CONTEXT",
+    "ENOUGH",
     "EXCESS",
     "FAMILY",
     "FULL",
@@ -69,16 +73,20 @@ __all__ = [
     "Interval",
     "Measure",
     "PaperNumber",
+    "Plan",
+    "Prospect",
     "Scale",
     "accuracies",
     "accuracy_title",
     "against_papers",
     "claims_first",
+    "decide",
     "decoding_measures",
     "frontier",
     "gather",
     "identity",
     "judge",
+    "kind_of",
     "l4q",
     "llm_qat",
     "megabytes",

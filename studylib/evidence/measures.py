@@ -104,7 +104,7 @@ class Cell:
     def kind(self) -> str:
         """What seeds draw for its training, by which runs of it differ; cells of a kind share what is known of that.
         "": nothing is trained. What other calibration text would give is not counted."""
-        return "pairs" if self.arm.tuning else "text" if self.arm.training else ""
+        return kind_of(self.arm)
 
     @property
     def seeds(self) -> list[int]:
@@ -117,6 +117,11 @@ class Cell:
 
 
 Cells = dict[Setting, Cell]
+
+
+def kind_of(arm: Arm) -> str:
+    """What seeds draw for the arm's training (see Cell.kind)."""
+    return "pairs" if arm.tuning else "text" if arm.training else ""
 
 
 def gather(records: Sequence[Record]) -> Cells:

@@ -8,8 +8,8 @@ from pathlib import Path
 from studylib.config import BESIDE, NOTHING, Arm, Rate
 from studylib.methods import Setting, find, rate_case
 from studylib.study import schedule
+from studylib.study.pace import planned_work
 from studylib.study.records import Record, Store, arm_key
-from studylib.study.run import planned_work
 
 FACTOR = math.sqrt(10)  # from one rate that is tried to the next
 GRID_RATE = 0.003  # that the search for a grid's rate begins with where a budget has none: a share of its scales a step
