@@ -24,7 +24,7 @@ from .measures import (
     usual_measures,
     won_back,
 )
-from .order import Plan, Prospect, claims_first
+from .order import Plan, Prospect, claims_first, lacking_measures
 from .rules import SHARE
 from .spread import ENOUGH
 from .statistics import EXCESS, LEVEL, POWER, Array, Interval, Scale, paired_bootstrap
@@ -88,6 +88,7 @@ __all__ = [
     "judge",
     "kind_of",
     "l4q",
+    "lacking_measures",
     "llm_qat",
     "megabytes",
     "of_profile",

@@ -505,6 +505,13 @@ def response_measures(records: Sequence[Record]) -> list[Measure]:
     return [with_spreads(own, records)]
 
 
+def lacks(primary: Callable[[Sequence[Record]], list[Measure]], evaluation: Evaluation) -> str:
+    """What arms that are scored so cannot give a measure of text or responses, in words; "" where they can."""
+    if primary is response_measures and not evaluation.pairs:
+        return "no held-out pairs"
+    return "no corpora" if primary is text_measures and not evaluation.corpora else ""
+
+
 def normality(records: Sequence[Record]) -> list[Measure]:
     """The share of neurons whose weights fail a test for normality; empty where no arm has it."""
     record = next((record for record in records if "non_normal" in record.scores), None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from studylib.config import Arm
-from studylib.evidence.measures import kind_of
+from studylib.evidence.measures import kind_of, lacks
 from studylib.evidence.spread import ENOUGH, degrees
 from studylib.evidence.verdicts import UNDECIDED, Claim, Finding
 from studylib.methods import Setting
@@ -42,6 +42,23 @@ def claims_first(
         plan.add(bundle)
     plan.add_unknown()
     return list(plan.chosen) if alone else [*plan.chosen, *plan.rest()]
+
+
+def lacking_measures(claims: Iterable[Claim], arms: Iterable[Arm]) -> dict[str, list[str]]:
+    """Of the claims whose arms are all among these, those that what the arms are scored on cannot give its measure:
+    what is missing, and the claims' ids."""
+    evaluations = {Setting.of(arm): arm.evaluation for arm in arms}
+    found: dict[str, list[str]] = defaultdict(list)
+    for claim in claims:
+        if not claim.needs or not evaluations.keys() >= set(claim.needs):
+            continue
+        evaluation = evaluations[claim.needs[0]]
+        what = lacks(claim.primary, evaluation)
+        if not what and len(evaluation.corpora) < 2 and any("data.corpus" in dict(own.changes) for own in claim.needs):
+            what = "no corpus but the one that is trained on"
+        if what:
+            found[what].append(claim.id)
+    return dict(found)
 
 
 @dataclass(frozen=True)
@@ -82,12 +99,16 @@ class Plan:
     def add(self, arms: Iterable[Arm]) -> None:
         self.chosen |= dict.fromkeys(arms)
 
-    def add_first_seeds(self) -> None:
+    def first_seeds(self) -> list[Arm]:
+        """One arm, of the least seed, of each setting that has no record."""
         first: dict[Setting, Arm] = {}
         for arm, own in self.settings.items():
             if own not in self.tried and (own not in first or arm.seed < first[own].seed):
                 first[own] = arm
-        self._add_cheapest_first(self.claims, list(first.values()))
+        return list(first.values())
+
+    def add_first_seeds(self) -> None:
+        self._add_cheapest_first(self.claims, self.first_seeds())
 
     def add_unknown(self) -> None:
         """Further seeds of the claims that were not judged, or of whose errors nothing is known."""
@@ -105,7 +126,8 @@ class Plan:
         """
         before = self._chances(self.claims, ())
         undecided = [claim for claim in self.claims if before[claim.id] is not None]
-        best, most = [], 0.0
+        best: list[Arm] = []
+        most = 0.0
         for bundle in [bundle for claim in undecided for bundle in self._bundles(claim, undecided)]:
             chances = self._chances(undecided, bundle)
             gain = sum((chances[claim.id] or 0.0) - (before[claim.id] or 0.0) for claim in undecided)
@@ -116,10 +138,12 @@ class Plan:
 
     def prospect(self, claim: Claim) -> Prospect:
         """What it takes to answer one claim, as `decisive` has it for it alone: the bundle with the best chance for its
-        work; all that it reads where nothing is known yet."""
-        unread = [arm for arm in self._waiting(claim) if self.settings[arm] not in self.tried]
-        if unread or self._is_unknown(claim):
-            return self._prospect(self._waiting(claim), None)
+        work; where nothing is known yet, all that it reads and what its degrees of freedom lack."""
+        waiting = self._waiting(claim)
+        if self._is_unknown(claim) or any(self.settings[arm] not in self.tried for arm in waiting):
+            kinds = {kind for own in (*claim.needs, *claim.optional) if (kind := self.kinds.get(own))}
+            filled = [arm for kind in sorted(kinds) for arm in self._fill(kind, waiting, [claim])]
+            return self._prospect([*waiting, *filled], None)
         offers = [
             self._prospect(bundle, self._chances([claim], bundle)[claim.id]) for bundle in self._bundles(claim, [claim])
         ]

@@ -83,7 +83,8 @@ class Entry:
 class Growing:
     """The ledger while arms are carried out: called after some, it tells the verdicts that are new.
 
-    told: gets a line for each. show: gets all records, where a verdict was told and the last time is PAUSE seconds ago.
+    claims: those that are judged. told: gets a line for each. show: gets all records, where a verdict was told and the
+    last time is PAUSE seconds ago.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Growing:
         load: Callable[[Arm], Record | None],
         told: Callable[[str], None],
         show: Callable[[list[Record]], None],
+        claims: Iterable[Claim] = tuple(CLAIMS.values()),
     ):
         self.waiting, self.load, self.told, self.show = list(arms), load, told, show
+        self.claims = list(claims)
         self.records: list[Record] = []
         self.findings: dict[str, Finding] = {}  # by claim: what the records say, of those whose arms are there
         self.verdicts: dict[str, str] = {}  # those that were told
@@ -119,7 +122,7 @@ class Growing:
         kinds = {Setting.of(record.arm): kind_of(record.arm) for record in self.records}
         settings = {Setting.of(arm) for arm in new}
         told = {kinds[own] for own in settings} - {""}
-        for claim in CLAIMS.values():
+        for claim in self.claims:
             if claim.test is None or not kinds.keys() >= set(claim.needs):
                 continue
             read = {*claim.needs, *claim.optional}

@@ -21,7 +21,7 @@ FORWARD = 1e-11  # seconds that a forward pass takes, a token and parameter, bef
 BESIDES = 400  # forward tokens that an arm takes beside its phases: to load, check and save
 SHORT = 0.01  # seconds: no phase is told to be shorter
 ROUNDING = 0.05  # of an evaluation's time: to round weights, without text to calibrate on
-FORM = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"  # of the bar: its percentage is of the time
+FORM = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"  # of the bar: its percentage is of the time
 MOMENT = 2.0  # seconds between two states of it
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average
 
@@ -62,11 +62,15 @@ class Pace:
     def __init__(self, records: Iterable[Record] = ()):
         self.seen: dict[tuple[str, ...], list[float]] = defaultdict(list)  # logarithms of seconds a forward token
         self.made: set[tuple[str, Any]] = set()
+        self.shown: set[str] = set()  # keys of records
         for record in records:
             self.learn(record)
 
     def learn(self, record: Record) -> None:
         """Take what a record's arm took; what it made for others as well is there for them from now on."""
+        if record.key in self.shown:
+            return
+        self.shown.add(record.key)
         seconds = record.cost["seconds"]
         for phase, count in tokens(record.arm).items():
             shared = _shared(phase, record.arm)
@@ -159,14 +163,14 @@ class Clock:
         self.shown = time.monotonic()
         gone, left = self.shown - self.begun, self.left
         self.bar.n = gone / (gone + left) if left else 1.0
-        self.bar.set_postfix_str(f"about {time_text(left)} left" if left else "done")
+        self.bar.set_postfix_str(f"{time_text(left)} left" if left else "done")
 
 
 def time_text(seconds: float) -> str:
-    """As people say it: "under a minute", "12 min", "3.5 h"."""
+    """As people say it: "under a minute", "about 12 min", "about 3.5 h"."""
     if seconds < 60:
         return "under a minute"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+    return f"about {seconds / 60:.0f} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
 
 
 def _shared(phase: str, arm: Arm) -> tuple[str, Any] | None:

@@ -52,19 +52,30 @@ def validation_loss(record: Record) -> float:
 
 
 def search(
-    arms: Sequence[Arm], results: str | Path, jobs: int = 1, told: Callable[[str, Rate], None] = lambda case, rate: None
+    arms: Sequence[Arm],
+    results: str | Path,
+    jobs: int = 1,
+    told: Callable[[str, Rate], None] = lambda case, rate: None,
+    until: float = math.inf,
 ) -> tuple[dict[str, Rate], list[Record]]:
     """The rate of least validation loss for each setting of `arms`, and the records of all that were tried.
 
     From the arm's own rate upwards by FACTOR while the loss falls, else downwards; where a grid is learned, its rate in
     the same way after that. Every method, width and grid is searched alike, each arm with its whole budget. What is
     tried is kept as records: a search that is stopped goes on, and one that is done costs nothing.
+    until: the time (as time.time has it) after which nothing further is tried; then the settings that are not done have
+    no rate.
     """
+    store = Store(results)
     walks = {case: _walk(arm) for case, arm in cases(arms).items()}
     asked = {case: next(walk) for case, walk in walks.items()}
     chosen, records = {}, {}
     while asked:
-        for record in schedule.run(list(asked.values()), results, jobs=jobs):
+        tried = sorted(asked.values(), key=planned_work, reverse=True)
+        schedule.compute(schedule.missing_arms(tried, store), results, jobs=jobs, until=until)
+        if schedule.missing_arms(tried, store):
+            break
+        for record in schedule.run(tried, results):
             records[record.key] = record
         for case, arm in list(asked.items()):
             try:

@@ -59,15 +59,14 @@ def compute(
 ) -> None:
     """Carry out arms in the order in which they are given, as `run` does.
 
-    next_arms: given what waits after each arm of this process, it says what of that comes now, in which order; helper
-    processes, which finish others meanwhile, take it on. until: the time (as time.time has it) after which no further
-    arm is begun. pace: what is known of how long arms take.
+    next_arms: given what waits, first of all and after each arm of this process, it says what of that comes now, in
+    which order; helper processes, which finish others meanwhile, take it on. until: the time (as time.time has it)
+    after which no further arm is begun. pace: what is known of how long arms take.
     """
     store = Store(results)
     shared = [arm for arm in missing if _is_known_elsewhere(arm)]
     further = min(jobs - 1, len(shared), max(0, len(missing) - 1))
     turns = helpers.Turns(len(shared))
-    turns.set(range(len(shared)))
     place = {arm: at for at, arm in enumerate(shared)}
 
     def then(waiting: list[Arm]) -> list[Arm]:
@@ -75,13 +74,14 @@ def compute(
         turns.set(place[arm] for arm in chosen if arm in place)
         return chosen
 
+    turn = then(list(missing))
     with (
         _sharing_threads(further, turns, shared, results, keep_checkpoints, until),
         Clock(pace or Pace(), further + 1, hidden=not missing) as clock,
         contextlib.ExitStack() as afterwards,
     ):
         afterwards.callback(gc.unfreeze)
-        _carry_out_all(missing, store, keep_checkpoints, until, then, clock)
+        _carry_out_all(missing, turn, store, keep_checkpoints, until, then, clock)
 
 
 def check_all(arms: Sequence[Arm], results: str | Path) -> None:
@@ -137,23 +137,27 @@ def _help(
         return [arms[at] for at in turns.get() if arms[at] in left]
 
     try:
-        _carry_out_all(then(list(arms)), Store(results), keep_checkpoints, until, then)
+        _carry_out_all(arms, then(list(arms)), Store(results), keep_checkpoints, until, then)
     except (OSError, ValueError) as error:
         tell(f"a helper process stops: {error}")
 
 
 def _carry_out_all(
     arms: Sequence[Arm],
+    turn: list[Arm],
     store: Store,
     keep_checkpoints: bool,
     until: float,
     then: Callable[[list[Arm]], list[Arm]],
     clock: Clock | None = None,
 ) -> None:
-    """Every arm once: first those that no other process is working on. then: what comes now of those that wait."""
+    """Those of `arms` whose turn it is, each once: first those that no other process is working on.
+
+    turn: what comes now; then: what does afterwards, of those that wait.
+    """
     keep_freed_memory()
     clock = clock or Clock(Pace(), hidden=True)
-    waiting, turn = list(arms), list(arms)
+    waiting = list(arms)
     while turn and time.time() < until:
         with _locked(turn, store) as arm:
             waiting.remove(arm)

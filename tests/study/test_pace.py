@@ -69,8 +69,8 @@ def test_the_bar_tells_what_is_left(monkeypatch, capsys, make_record):
 def test_times_are_told_as_people_say_them():
     assert [time_text(seconds) for seconds in (5, 60, 1500, 5400, 12600)] == [
         "under a minute",
-        "1 min",
-        "25 min",
-        "1.5 h",
-        "3.5 h",
+        "about 1 min",
+        "about 25 min",
+        "about 1.5 h",
+        "about 3.5 h",
     ]
