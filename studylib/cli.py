@@ -567,7 +567,8 @@ def _compute(
     for claim in claims if outlook else ():
         finding = told.findings.get(claim.id)
         print(deciding.outlook(claim, plan, finding, prospects[claim.id], options.jobs), flush=True)
-    first = [[arm for arm in own.arms if arm in set(plan.first_seeds())] or own.arms for own in prospects.values()]
+    seeds = {plan.arms[at] for at in plan.first_seeds()}
+    first = [[arm for arm in own.arms if arm in seeds] or own.arms for own in prospects.values()]
     least = min((sum(map(seconds, own)) for own in first if own), default=0) / options.jobs
     if planned and time.time() + least > study.until:
         _say(

@@ -26,9 +26,9 @@ def claims_first(
 ) -> list[Arm]:
     """The arms, each once, in five parts:
 
-    1. One seed of every arm that a claim reads, claim by claim: what is answered with the least further work first.
-    2. Further seeds where they may decide a claim, by decisions to be expected for the work (see `Plan.decisive`).
-    3. Further seeds of claims of which nothing is known yet, seed by seed, the cheapest first.
+    1. What may decide claims, by the decisions to be expected for the work (see `Plan.decisive`).
+    2. One seed of every other arm that a claim reads, claim by claim, the cheapest first.
+    3. Further seeds of claims of whose errors nothing is known, seed by seed, the cheapest first.
     4. One seed of the arms that no claim reads, those that take longest first.
     5. The further seeds that are left: first of arms that a claim reads.
 
@@ -37,11 +37,11 @@ def claims_first(
     A claim whose arms are neither there nor among these is left out. alone: parts 1 to 3 only.
     """
     plan = Plan(arms, claims, work, records, findings or {})
-    plan.add_first_seeds()
     for bundle in iter(plan.decisive, []):
         plan.add(bundle)
+    plan.add_first_seeds()
     plan.add_unknown()
-    return list(plan.chosen) if alone else [*plan.chosen, *plan.rest()]
+    return [plan.arms[at] for at in (plan.chosen if alone else [*plan.chosen, *plan.rest()])]
 
 
 def lacking_measures(claims: Iterable[Claim], arms: Iterable[Arm]) -> dict[str, list[str]]:
@@ -72,7 +72,10 @@ class Prospect:
 
 
 class Plan:
-    """Arms that are to be carried out, those that were chosen so far, and what is known of the claims."""
+    """Arms that are to be carried out, those that were chosen so far, and what is known of the claims.
+
+    Arms and settings are told by their places in `arms` and `settings`.
+    """
 
     def __init__(
         self,
@@ -82,173 +85,214 @@ class Plan:
         records: Sequence[Record],
         findings: Mapping[str, Finding],
     ):
-        self.settings = {arm: Setting.of(arm) for arm in dict.fromkeys(arms)}
-        self.work = {arm: work(arm) for arm in self.settings}
+        self.arms = list(dict.fromkeys(arms))
+        self.work = [work(arm) for arm in self.arms]
         self.findings = findings
-        self.there: dict[Setting, set[int]] = defaultdict(set)
-        self.kinds = {own: kind_of(arm) for arm, own in self.settings.items()}
+        settings: dict[Setting, int] = {}
+        self.kinds: list[str] = []
+        self.there: dict[int, set[int]] = defaultdict(set)  # the seeds of finished records
+
+        def place(arm: Arm) -> int:
+            own = Setting.of(arm)
+            if own not in settings:
+                settings[own] = len(settings)
+                self.kinds.append(kind_of(arm))
+            return settings[own]
+
+        self.own = [place(arm) for arm in self.arms]
+        self.tried: set[int] = set()
         for record in records:
-            own = Setting.of(record.arm)
-            self.kinds[own] = kind_of(record.arm)
+            self.tried.add(at := place(record.arm))
             if record.finished:
-                self.there[own].add(record.arm.seed)
-        self.tried = {Setting.of(record.arm) for record in records}
-        self.claims = [claim for claim in claims if claim.needs and self.kinds.keys() >= set(claim.needs)]
-        self.chosen: dict[Arm, None] = {}
+                self.there[at].add(record.arm.seed)
+        self.claims = [claim for claim in claims if claim.needs and settings.keys() >= set(claim.needs)]
+        self.needs = {claim.id: {settings[own] for own in claim.needs} for claim in self.claims}
+        self.read = {
+            claim.id: {settings[own] for own in (*claim.needs, *claim.optional) if own in settings}
+            for claim in self.claims
+        }
+        self.chosen: dict[int, None] = {}
 
-    def add(self, arms: Iterable[Arm]) -> None:
-        self.chosen |= dict.fromkeys(arms)
+    def add(self, places: Iterable[int]) -> None:
+        self.chosen |= dict.fromkeys(places)
 
-    def first_seeds(self) -> list[Arm]:
+    def first_seeds(self) -> list[int]:
         """One arm, of the least seed, of each setting that has no record."""
-        first: dict[Setting, Arm] = {}
-        for arm, own in self.settings.items():
-            if own not in self.tried and (own not in first or arm.seed < first[own].seed):
-                first[own] = arm
+        first: dict[int, int] = {}
+        for at, own in enumerate(self.own):
+            if own not in self.tried and (own not in first or self.arms[at].seed < self.arms[first[own]].seed):
+                first[own] = at
         return list(first.values())
 
     def add_first_seeds(self) -> None:
         self._add_cheapest_first(self.claims, self.first_seeds())
 
     def add_unknown(self) -> None:
-        """Further seeds of the claims that were not judged, or of whose errors nothing is known."""
-        claims = [claim for claim in self.claims if self._is_unknown(claim)]
-        for seed in sorted({arm.seed for arm in self.settings}):
-            self._add_cheapest_first(claims, [arm for arm in self.settings if arm.seed == seed])
+        """Further seeds of the claims that are not judged, or of whose errors nothing is known."""
+        claims = [claim for claim in self.claims if self._is_new(claim) or self._has_no_errors(claim)]
+        for seed in sorted({arm.seed for arm in self.arms}):
+            self._add_cheapest_first(claims, [at for at, arm in enumerate(self.arms) if arm.seed == seed])
 
-    def decisive(self) -> list[Arm]:
-        """The further seeds of which most decisions are to be expected for their work, of what is not chosen yet; none
-        where less than WORTH is to be expected of any.
+    def decisive(self) -> list[int]:
+        """The arms of which most decisions are to be expected for their work, of what is not chosen yet; none where
+        less than WORTH is to be expected of any.
 
-        They are one to all further seeds of a claim's trained arms; where too few runs say how far runs lie apart,
-        those of other arms of the kind as well, which give the missing degrees of freedom soonest. What is to be
-        expected is the sum of the chances of all undecided claims (see Outcome.chance), which share arms and degrees.
+        They are one seed of each arm of a claim, or one to all further seeds of the trained ones; where too few runs
+        say how far runs lie apart, those of other arms of the kind as well, which give the missing degrees of freedom
+        soonest. What is to be expected is the sum over all claims that have no word, for they share arms and degrees:
+        the chance of each (see Outcome.chance), and 1 for one that is not judged yet, once each of its arms has a run.
         """
         before = self._chances(self.claims, ())
-        undecided = [claim for claim in self.claims if before[claim.id] is not None]
-        best: list[Arm] = []
+        open_claims = [claim for claim in self.claims if before[claim.id] is not None]
+        turns = self._turns(open_claims)
+        best: list[int] = []
         most = 0.0
-        for bundle in [bundle for claim in undecided for bundle in self._bundles(claim, undecided)]:
-            chances = self._chances(undecided, bundle)
-            gain = sum((chances[claim.id] or 0.0) - (before[claim.id] or 0.0) for claim in undecided)
-            rate = gain / max(1e-9, sum(self.work[arm] for arm in bundle))
-            if gain >= WORTH and rate > most:
-                best, most = bundle, rate
+        for bundle in {tuple(bundle) for claim in open_claims for bundle in self._bundles(claim, turns)}:
+            chances = self._chances(open_claims, bundle)
+            gain = sum((chances[claim.id] or 0.0) - (before[claim.id] or 0.0) for claim in open_claims)
+            rate = gain / max(1e-9, sum(self.work[at] for at in bundle))
+            if gain >= WORTH and (rate, sorted(best)) > (most, sorted(bundle)):
+                best, most = list(bundle), rate
         return best
 
     def prospect(self, claim: Claim) -> Prospect:
         """What it takes to answer one claim, as `decisive` has it for it alone: the bundle with the best chance for its
         work; where nothing is known yet, all that it reads and what its degrees of freedom lack."""
-        waiting = self._waiting(claim)
-        if self._is_unknown(claim) or any(self.settings[arm] not in self.tried for arm in waiting):
-            kinds = {kind for own in (*claim.needs, *claim.optional) if (kind := self.kinds.get(own))}
-            filled = [arm for kind in sorted(kinds) for arm in self._fill(kind, waiting, [claim])]
-            return self._prospect([*waiting, *filled], None)
+        turns = self._turns([claim])
+        if self._is_new(claim) or self._has_no_errors(claim):
+            waiting = self._waiting(claim)
+            kinds = sorted({self.kinds[own] for own in self.read[claim.id]} - {""})
+            return self._prospect([*waiting, *(at for kind in kinds for at in self._fill(kind, waiting, turns))], None)
         offers = [
-            self._prospect(bundle, self._chances([claim], bundle)[claim.id]) for bundle in self._bundles(claim, [claim])
+            self._prospect(bundle, self._chances([claim], bundle)[claim.id]) for bundle in self._bundles(claim, turns)
         ]
         return max(offers, key=lambda own: (own.chance or 0.0) / max(1e-9, own.work), default=Prospect((), 0.0, 0.0))
 
-    def degrees(self, extra: Collection[Arm] = ()) -> dict[str, float]:
-        """The degrees of freedom of each kind of cell, with what is chosen and these."""
-        seeds = self._seeds(extra)
-        kinds = dict.fromkeys(kind for kind in self.kinds.values() if kind)
-        return {kind: degrees([own for at, own in seeds.items() if self.kinds[at] == kind]) for kind in kinds}
+    def degrees(self, extra: Collection[int] = ()) -> dict[str, float]:
+        """The degrees of freedom of each kind of cell, with what is chosen and these arms."""
+        seeds: dict[str, list[set[int]]] = {kind: [] for kind in self.kinds if kind}
+        for own, runs in self._seeds(extra).items():
+            if self.kinds[own] and len(runs) > 1:
+                seeds[self.kinds[own]].append(runs)
+        return {kind: degrees(runs) for kind, runs in seeds.items()}
 
-    def rest(self) -> list[Arm]:
-        left = [arm for arm in self.settings if arm not in self.chosen]
-        read = {own for claim in self.claims for own in (*claim.needs, *claim.optional)}
-        least: dict[Setting, int] = {}
-        for arm in self.settings:
-            own = self.settings[arm]
-            least[own] = min(arm.seed, least.get(own, arm.seed))
+    def lacking(self, claim: Claim) -> int:
+        """How many of the arms that a claim needs have no record."""
+        return len(self.needs[claim.id] - self.tried)
 
-        def part(arm: Arm) -> tuple[bool, bool, int, float]:
-            own = self.settings[arm]
-            further = own in self.tried or arm.seed > least[own]
-            return further, own not in read, arm.seed if further else 0, -self.work[arm]
+    def rest(self) -> list[int]:
+        """All that is not chosen: first one seed of each arm."""
+        read: set[int] = set().union(*self.read.values())
+        least: dict[int, int] = {}
+        for at, own in enumerate(self.own):
+            least[own] = min(self.arms[at].seed, least.get(own, self.arms[at].seed))
 
-        return sorted(left, key=part)
+        def part(at: int) -> tuple[bool, bool, int, float]:
+            own, seed = self.own[at], self.arms[at].seed
+            further = own in self.tried or seed > least[own]
+            return further, own not in read, seed if further else 0, -self.work[at]
 
-    def _is_unknown(self, claim: Claim) -> bool:
+        return sorted((at for at in range(len(self.arms)) if at not in self.chosen), key=part)
+
+    def _is_new(self, claim: Claim) -> bool:
+        """Whether not all of its arms have a record, so that nothing is known of it."""
+        return not claim.untested and (bool(self.lacking(claim)) or claim.id not in self.findings)
+
+    def _has_no_errors(self, claim: Claim) -> bool:
         finding = self.findings.get(claim.id)
-        if finding is None or self.tried.isdisjoint(claim.needs) or not self.tried.issuperset(claim.needs):
-            return True
-        return bool(finding.verdict == UNDECIDED and finding.outcome and self._chances([claim], ())[claim.id] is None)
+        if finding is None or finding.verdict != UNDECIDED or finding.outcome is None:
+            return False
+        return self._chances([claim], ())[claim.id] is None
 
-    def _waiting(self, claim: Claim) -> list[Arm]:
-        read = {*claim.needs, *claim.optional}
-        return [arm for arm, own in self.settings.items() if own in read and arm not in self.chosen]
+    def _waiting(self, claim: Claim) -> list[int]:
+        read = self.read[claim.id]
+        return [at for at, own in enumerate(self.own) if own in read and at not in self.chosen]
 
-    def _add_cheapest_first(self, claims: Iterable[Claim], arms: Collection[Arm]) -> None:
-        allowed, left = set(arms), list(claims)
+    def _add_cheapest_first(self, claims: Iterable[Claim], places: Iterable[int]) -> None:
+        allowed, left = set(places), list(claims)
         while left:
-            lacks = [[arm for arm in self._waiting(claim) if arm in allowed] for claim in left]
-            cheapest = min(range(len(left)), key=lambda at: sum(self.work[arm] for arm in lacks[at]))
+            lacks = [[at for at in self._waiting(claim) if at in allowed] for claim in left]
+            cheapest = min(range(len(left)), key=lambda own: sum(self.work[at] for at in lacks[own]))
             self.add(lacks[cheapest])
             del left[cheapest]
 
-    def _seeds(self, extra: Collection[Arm]) -> dict[Setting, set[int]]:
+    def _seeds(self, extra: Collection[int]) -> dict[int, set[int]]:
+        """The seeds of each setting, with what is chosen and these."""
         found = {own: set(seeds) for own, seeds in self.there.items()}
-        for arm in (*self.chosen, *extra):
-            found.setdefault(self.settings[arm], set()).add(arm.seed)
+        for at in (*self.chosen, *extra):
+            found.setdefault(self.own[at], set()).add(self.arms[at].seed)
         return found
 
-    def _chances(self, claims: Iterable[Claim], extra: Collection[Arm]) -> dict[str, float | None]:
-        """That each claim is decided with what is chosen and these; None for one that has its word or is unknown."""
+    def _chances(self, claims: Iterable[Claim], extra: Collection[int]) -> dict[str, float | None]:
+        """That each claim is decided with what is chosen and these; None where it has its word, or no errors."""
         seeds, free = self._seeds(extra), self.degrees(extra)
         found: dict[str, float | None] = {}
         for claim in claims:
-            finding = self.findings.get(claim.id)
+            finding, read = self.findings.get(claim.id), self.read[claim.id]
             found[claim.id] = None
-            if finding is None or finding.verdict != UNDECIDED or finding.outcome is None:
-                continue
-            own = [each for each in (*claim.needs, *claim.optional) if self.kinds.get(each) and self.there.get(each)]
-            then, now = (sum(1 / len(runs[each]) for each in own) for runs in (seeds, self.there))
-            found[claim.id] = finding.outcome.chance(then / now if own else 1.0, free)
+            if self._is_new(claim):
+                kinds = {self.kinds[own] for own in read} - {""}
+                runs = seeds.keys() >= self.needs[claim.id] and all(free[kind] >= ENOUGH for kind in kinds)
+                found[claim.id] = float(runs)
+            elif finding and finding.verdict == UNDECIDED and finding.outcome:
+                own = [each for each in read if self.kinds[each] and self.there.get(each)]
+                then, now = (sum(1 / len(runs[each]) for each in own) for runs in (seeds, self.there))
+                found[claim.id] = finding.outcome.chance(then / now if own else 1.0, free)
         return found
 
-    def _bundles(self, claim: Claim, undecided: Sequence[Claim]) -> list[list[Arm]]:
-        """One to all further seeds of a claim's trained arms, each with what brings the degrees of freedom that lack;
-        without those that cannot."""
-        arms = [arm for arm in self._waiting(claim) if self.kinds[self.settings[arm]]]
-        outcome = self.findings[claim.id].outcome
-        measured = outcome.measured if outcome else frozenset()
+    def _bundles(self, claim: Claim, turns: Mapping[str, Sequence[int]]) -> list[list[int]]:
+        """What may decide a claim, each with what brings the degrees of freedom that lack, without those that cannot:
+        one seed of its arms, or one to all further seeds of the trained ones as well."""
+        waiting = self._waiting(claim)
+        first = {at for at in self.first_seeds() if at in waiting} if self.lacking(claim) else set()
+        trained = [at for at in waiting if self.kinds[self.own[at]] and at not in first]
+        finding = self.findings.get(claim.id)
+        outcome = finding.outcome if finding else None
+        kinds = outcome.measured if outcome else {self.kinds[own] for own in self.read[claim.id]} - {""}
         found = []
-        for last in [None, *sorted({arm.seed for arm in arms})]:
-            bundle = [arm for arm in arms if last is not None and arm.seed <= last]
-            for kind in sorted(measured):
-                bundle += self._fill(kind, bundle, undecided)
-            if bundle and all(self.degrees(bundle).get(kind, 0) >= ENOUGH for kind in measured):
+        for last in [None, *sorted({self.arms[at].seed for at in trained})]:
+            bundle = [at for at in waiting if at in first]
+            bundle += [at for at in trained if last is not None and self.arms[at].seed <= last]
+            for kind in sorted(kinds):
+                bundle += self._fill(kind, bundle, turns)
+            free = self.degrees(bundle)
+            if bundle and all(free.get(kind, 0) >= ENOUGH for kind in kinds):
                 found.append(bundle)
         return found
 
-    def _fill(self, kind: str, bundle: Sequence[Arm], undecided: Sequence[Claim]) -> list[Arm]:
-        """The arms that bring a kind to ENOUGH degrees of freedom soonest: further seeds of arms that are there, those
-        that undecided claims read before others, then arms with all their seeds; the cheapest first."""
-        read = {own for claim in undecided for own in (*claim.needs, *claim.optional)}
-        seeds = self._seeds(bundle)
-        taken = {*self.chosen, *bundle}
-        left = [arm for arm, own in self.settings.items() if self.kinds[own] == kind and arm not in taken]
-        whole: dict[Setting, float] = defaultdict(float)
-        for arm in left:
-            whole[self.settings[arm]] += self.work[arm]
+    def _turns(self, open_claims: Sequence[Claim]) -> dict[str, list[int]]:
+        """The arms of each kind, in the order in which they bring degrees of freedom: further seeds of arms that are
+        there, then arms with all their seeds; first those that open claims read, the cheapest before others."""
+        read: set[int] = set().union(*(self.read[claim.id] for claim in open_claims))
+        seeds = self._seeds(())
+        whole: dict[int, float] = defaultdict(float)
+        left = [at for at in range(len(self.arms)) if self.kinds[self.own[at]] and at not in self.chosen]
+        for at in left:
+            whole[self.own[at]] += self.work[at]
 
-        def turn(arm: Arm) -> tuple[bool, bool, int, float, str]:
-            own = self.settings[arm]
+        def turn(at: int) -> tuple[bool, bool, float, int, int]:
+            own, seed = self.own[at], self.arms[at].seed
             if own in seeds:
-                return False, own not in read, arm.seed, self.work[arm], ""
-            return True, own not in read, 0, whole[own], own.title
+                return False, own not in read, self.work[at], seed, own
+            return True, own not in read, whole[own], own, seed
 
-        alike = {own: runs for own, runs in seeds.items() if self.kinds[own] == kind}
-        found: list[Arm] = []
-        for arm in sorted(left, key=turn):
-            if degrees(list(alike.values())) >= ENOUGH:
-                break
-            alike.setdefault(self.settings[arm], set()).add(arm.seed)
-            found.append(arm)
+        found: dict[str, list[int]] = defaultdict(list)
+        for at in sorted(left, key=turn):
+            found[self.kinds[self.own[at]]].append(at)
         return found
 
-    def _prospect(self, arms: Iterable[Arm], chance: float | None) -> Prospect:
-        own = tuple(arms)
-        return Prospect(own, sum(self.work[arm] for arm in own), chance)
+    def _fill(self, kind: str, bundle: Sequence[int], turns: Mapping[str, Sequence[int]]) -> list[int]:
+        """The arms that, with a bundle, bring a kind to ENOUGH degrees of freedom soonest, as far as there are any."""
+        seeds = {own: runs for own, runs in self._seeds(bundle).items() if self.kinds[own] == kind}
+        taken, found = set(bundle), []
+        for at in turns.get(kind, ()):
+            if degrees(list(seeds.values())) >= ENOUGH:
+                break
+            if at not in taken:
+                seeds.setdefault(self.own[at], set()).add(self.arms[at].seed)
+                found.append(at)
+        return found
+
+    def _prospect(self, places: Iterable[int], chance: float | None) -> Prospect:
+        own = list(places)
+        return Prospect(tuple(self.arms[at] for at in own), sum(self.work[at] for at in own), chance)

@@ -58,9 +58,10 @@ def pool(arms: Mapping[object, Runs]) -> Spread | None:
     several = {arm: runs for arm, runs in arms.items() if len(runs) > 1}
     seeds = sorted({seed for runs in several.values() for seed in runs})
     repeats = sum(len(runs) - 1 for runs in several.values())
-    if not several or degrees(list(several.values())) <= 0:
+    total = degrees(list(several.values()))
+    if total <= 0:
         return None
-    kept = degrees(list(several.values())) / repeats  # of each arm's degrees of freedom
+    kept = total / repeats  # of each arm's degrees of freedom
     of_seeds = _of_seeds(several, seeds) if len(several) > 1 else dict.fromkeys(seeds, 0.0)
     own, losses = {}, []
     for arm, runs in several.items():
@@ -72,7 +73,7 @@ def pool(arms: Mapping[object, Runs]) -> Spread | None:
     line, prior = _trend(np.array(losses), variances, frees)
     common = float(np.var(list(of_seeds.values()), ddof=1)) - float(np.mean(variances)) / len(several)
     shared = max(0.0, common), float(len(seeds) - 1)
-    return Spread(line, (min(losses), max(losses)), prior, float(frees.sum()), own, shared)
+    return Spread(line, (min(losses), max(losses)), prior, float(total), own, shared)
 
 
 def _of_seeds(arms: Mapping[object, Runs], seeds: list[int]) -> dict[int, float]:

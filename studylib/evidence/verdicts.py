@@ -204,8 +204,8 @@ class Outcome:
         known of the errors of one.
 
         share: what they leave of the variance between runs. free: the degrees of freedom that each kind of cell has
-        then; a part rests undecided on one that has not ENOUGH. Where a kind had no two runs, its variance counts as
-        none: the chance is the most that it can be.
+        then; a part rests undecided on one that has not ENOUGH. Where a kind has not ENOUGH yet, its variance between
+        runs counts as none, so that the chance is 1 or 0: by where the estimate lies, and its errors over items.
         """
         ways = sum(len(part.ends) for part in self.parts)
         found = []
@@ -216,6 +216,8 @@ class Outcome:
             if any(free.get(kind, 0) < ENOUGH for kind in kinds & self.measured):
                 found.append((0.0, 0.0, 0.0))
                 continue
+            if kinds & self.waiting:
+                part = replace(part, interval=part.interval.with_runs(0.0, math.inf))
             own = (part.interval.runs[1] + 1) / share - 1  # where it rests on the runs of its own arms alone
             then = part.interval.with_runs(share, min((free[kind] for kind in kinds & free.keys()), default=own))
             found.append(part.chances(then, max(1, ways)))

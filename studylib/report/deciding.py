@@ -60,9 +60,8 @@ def outlook(claim: Claim, plan: Plan, finding: Finding | None, prospect: Prospec
 
 
 def _missing(claim: Claim, plan: Plan, finding: Finding | None) -> str:
-    unread = [own for own in claim.needs if own not in plan.tried]
-    if unread:
-        return f"{len(unread)} of {len(claim.needs)} arms were not run. "
+    if lacking := plan.lacking(claim):
+        return f"{lacking} of {len(claim.needs)} arms were not run. "
     if finding and finding.outcome and finding.outcome.waiting:
         free = plan.degrees()
         least = min(free.get(kind, 0) for kind in finding.outcome.waiting)
@@ -75,8 +74,7 @@ def _chance(plan: Plan, finding: Finding | None, prospect: Prospect) -> str:
     if prospect.chance is None:
         return "The chance of a decision is known when each arm was run once, and of some with two seeds."
     outcome = finding.outcome if finding else None
-    unknown = outcome and any(plan.degrees().get(kind, 0) <= 0 for kind in outcome.measured)
-    most = " at most, for nothing is known yet of how far runs lie apart" if unknown else ""
+    most = " at most, if runs do not lie apart, of which too little is known yet" if outcome and outcome.waiting else ""
     return f"Chance of a decision: {percent(prospect.chance)}{most}."
 
 

@@ -98,8 +98,9 @@ def test_the_degrees_of_freedom_that_lack_are_brought_by_what_gives_them_soonest
     there = [make_record(each.method, each.bits) for each in (RTN, QAT, *others)]
     arms = [*more, *runs(*others, QAT)]
     plan = Plan(arms, CLAIMS[:1], lambda each: 1, there, known)
-    found = plan.decisive()
-    assert set(found) >= set(runs(QAT)) and plan.degrees(found)["text"] == ENOUGH == 20
+    places = plan.decisive()
+    found = [plan.arms[at] for at in places]
+    assert set(found) >= set(runs(QAT)) and plan.degrees(places)["text"] == ENOUGH == 20
     first = [each for each in found if Setting.of(each) in {Setting.of(other) for other in more}]
     assert set(found) - set(first) == set(runs(*others, QAT))  # those give 2 of 3 arms, these all
     assert len({Setting.of(each) for each in first}) == 3 and plan.prospect(CLAIMS[0]).chance > 0.9
