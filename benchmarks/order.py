@@ -1,15 +1,16 @@
 """When claims are decided, and what the bar tells of the time left, by replaying the reference records: no training.
 
 An arm takes what `study.pace` learns from all records of its method, and two are carried out at a time; so often, and
-in the order that `evidence.claims_first` gives, the records of the reference come in, and claims are judged by those
-that are there. "in turn" has each seed of all claims before the next; "decisive" has further seeds where they may
-decide a claim. The time left is told by what the records themselves took, one after the other.
+in their order, the records of the reference come in, and claims are judged by those that are there. "in turn" has each
+seed of all claims before the next; "decisive" has what `evidence.claims_first` expects most decisions of. The time left
+is told by what the records themselves took, one after the other.
 """
 
 import json
 from pathlib import Path
 
 from studylib.evidence import NOT_TESTED, UNDECIDED, claims_first
+from studylib.methods import Setting
 from studylib.report.ledger import CLAIMS, Growing
 from studylib.study import Pace, read_records
 from studylib.study.machine import environment
@@ -25,14 +26,28 @@ def decided(findings):
     return sorted(name for name, found in findings.items() if found.verdict not in (UNDECIDED, NOT_TESTED))
 
 
+def in_turn(arms, seconds):
+    """As it was: all claims with one seed before any has the next, the cheapest first; then the rest, the longest
+    first."""
+    own, chosen = {arm: Setting.of(arm) for arm in arms}, {}
+    for seed in sorted({arm.seed for arm in arms}):
+        left = [claim for claim in CLAIMS.values() if claim.needs and set(claim.needs) <= set(own.values())]
+        while left:
+            read = [{*claim.needs, *claim.optional} for claim in left]
+            lacks = [[a for a in arms if own[a] in wanted and a.seed == seed and a not in chosen] for wanted in read]
+            at = min(range(len(left)), key=lambda at: sum(map(seconds, lacks[at])))
+            chosen |= dict.fromkeys(lacks[at])
+            del left[at]
+    return [*chosen, *sorted((arm for arm in arms if arm not in chosen), key=seconds, reverse=True)]
+
+
 def replay(records, seconds, decisive):
     """Minutes, and the claims that are decided then, from the first arm to the last."""
-    by_arm, order = {record.arm: record for record in records}, None
-    there = {}
+    by_arm, there = {record.arm: record for record in records}, {}
     growing = Growing(list(by_arm), there.get, lambda line: None, lambda records: None)
     growing()
     left, gone, found = list(by_arm), 0.0, [(0.0, decided(growing.findings))]
-    order = claims_first(left, CLAIMS.values(), seconds)
+    order = in_turn(left, seconds)
     while left:
         if decisive:
             order = claims_first(left, CLAIMS.values(), seconds, growing.records, growing.findings)
@@ -82,9 +97,9 @@ def main():
     result = {"what": __doc__, "arms at a time": TOGETHER, "decided": {}, "left": {}, "environment": environment()}
     for title, seeds in (("one seed", (0,)), ("three seeds", (0, 1, 2))):
         chosen = [record for record in records if record.arm.seed in seeds]
-        order = claims_first([record.arm for record in chosen], CLAIMS.values(), takes.get)
+        order = in_turn([record.arm for record in chosen], takes.get)
         result["left"][title] = spans(told(chosen, order))
-        for name, decisive in (("in turn", False), ("decisive", True)) if len(seeds) > 1 else (("in turn", False),):
+        for name, decisive in (("in turn", False), ("decisive", True)):
             found = replay(chosen, takes.get, decisive)
             last = found[-1][1]
             when = next(minutes for minutes, claims in found if set(claims) >= set(last))

@@ -21,6 +21,7 @@ from .measures import (
     speedup,
     task_measures,
     text_measures,
+    training_times,
     usual_measures,
     won_back,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "speedup",
     "task_measures",
     "text_measures",
+    "training_times",
     "usual_measures",
     "won_back",
 ]

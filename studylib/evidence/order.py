@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from studylib.config import Arm
-from studylib.evidence.measures import kind_of, lacks
+from studylib.evidence.measures import kind_of, lacks, training_times
 from studylib.evidence.spread import ENOUGH, degrees
 from studylib.evidence.verdicts import UNDECIDED, Claim, Finding
 from studylib.methods import Setting
@@ -157,7 +157,10 @@ class Plan:
 
     def prospect(self, claim: Claim) -> Prospect:
         """What it takes to answer one claim, as `decisive` has it for it alone: the bundle with the best chance for its
-        work; where nothing is known yet, all that it reads and what its degrees of freedom lack."""
+        work; where nothing is known yet, all that it reads and what its degrees of freedom lack; nothing for one whose
+        arms are neither there nor among these."""
+        if claim.id not in self.read:
+            return Prospect((), 0.0, 0.0)
         turns = self._turns([claim])
         if self._is_new(claim) or self._has_no_errors(claim):
             waiting = self._waiting(claim)
@@ -196,7 +199,8 @@ class Plan:
 
     def _is_new(self, claim: Claim) -> bool:
         """Whether not all of its arms have a record, so that nothing is known of it."""
-        return not claim.untested and (bool(self.lacking(claim)) or claim.id not in self.findings)
+        judged = claim.id in self.findings and not self.lacking(claim)
+        return not judged and claim.primary is not training_times  # which few machines can tell
 
     def _has_no_errors(self, claim: Claim) -> bool:
         finding = self.findings.get(claim.id)

@@ -12,6 +12,7 @@ from studylib.evidence import (
     Plan,
     Prospect,
     lacking_measures,
+    training_times,
 )
 from studylib.methods import Setting
 from studylib.report.ledger import CLAIMS
@@ -29,9 +30,10 @@ def named(names: Iterable[str]) -> list[Claim]:
 
 def why_not(claim: Claim, arms: Sequence[Arm]) -> str:
     """Why a claim cannot be tested by carrying out these arms, and what would; "" where it can."""
-    if claim.untested and (claim.test is None or environment()["hardware"]["accelerator"] is None):
-        return claim.untested
     missing = set(claim.needs) - {Setting.of(arm) for arm in arms}
+    alone = claim.primary is training_times and environment()["hardware"]["accelerator"] is None
+    if claim.test is None or (claim.untested and missing) or alone:
+        return claim.untested
     if missing:
         return f"{listed([own.title for own in claim.needs if own in missing])} is no arm of these notebooks"
     read = {*claim.needs, *claim.optional}

@@ -18,6 +18,7 @@ from studylib.study.records import SHARED, Record
 # What a token of each phase costs, in forward passes of a token: medians of the reference records, to one digit.
 COSTS = {"data": 3.0, "quantize": 3.0, "train": 3.0, "evaluate": 1.0, "decode": 300.0, "besides": 1.0}
 FORWARD = 1e-11  # seconds that a forward pass takes, a token and parameter, before any is measured: two cores with bf16
+SMALL = 50_000_000  # parameters more that a token takes as long as, of whatever model
 BESIDES = 400  # forward tokens that an arm takes beside its phases: to load, check and save
 SHORT = 0.01  # seconds: no phase is told to be shorter
 ROUNDING = 0.05  # of an evaluation's time: to round weights, without text to calibrate on
@@ -108,7 +109,7 @@ class Pace:
         return sum(sum(phases.values()) for phases in self.all_of(arms))
 
     def _a_token(self, arm: Arm, phase: str) -> float:
-        rate = math.log(FORWARD * _parameters(arm.model))
+        rate = math.log(FORWARD * (_parameters(arm.model) + SMALL))
         for names in (), (phase,), (phase, arm.method):
             own = self.seen[names]
             rate = (sum(own) + rate) / (len(own) + 1)

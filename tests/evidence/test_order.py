@@ -106,6 +106,7 @@ def test_the_degrees_of_freedom_that_lack_are_brought_by_what_gives_them_soonest
     assert len({Setting.of(each) for each in first}) == 3 and plan.prospect(CLAIMS[0]).chance > 0.9
     few = Plan(arms[-4:], CLAIMS[:1], lambda each: 1, there, known)
     assert few.decisive() == [] and few.prospect(CLAIMS[0]) == Prospect((), 0.0, 0.0)  # too few for any chance
+    assert [few.prospect(each) for each in CLAIMS[3:]] == 2 * [Prospect((), 0.0, 0.0)]
 
 
 def test_the_chance_of_a_decision_is_how_often_further_runs_decide():
