@@ -36,7 +36,7 @@ def test_what_was_measured_of_a_method_says_what_its_arms_take(make_record):
     assert known.of(RTN)["quantize"] == pytest.approx(0.5, rel=0.1)
     # Another method takes about as long to score, and its training COSTS times as long a token.
     assert known.of(OTHER)["evaluate"] == pytest.approx(6.0, rel=0.1)
-    assert known.of(OTHER)["train"] > 100 * begun["train"]
+    assert known.of(OTHER)["train"] > 5 * begun["train"]
 
 
 def test_what_arms_share_is_made_once(make_record):
