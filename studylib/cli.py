@@ -1,7 +1,8 @@
-"""The command `study`: run notebooks in batch, list, show, export, verify and clear results, report, plan memory."""
+"""The command `study`: run notebooks, decide claims, list, show, export, verify and clear results, plan memory."""
 
 import argparse
 import atexit
+import contextlib
 import gc
 import json
 import math
@@ -12,13 +13,15 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from studylib.config import Arm
-    from studylib.study import Record
+    from studylib.evidence import Claim, Finding
+    from studylib.study import Record, Store
 
 atexit.register(gc.freeze)  # else the collector walks through all libraries at the exit, for two seconds
 
@@ -26,11 +29,12 @@ REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 SEARCH = "search"  # in the place of a file of rates
 PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
+SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
-    "output": "--results, in which each run has its folder"
+    "output": "--output, or --results, in which each run has its folder"
 }  # notebook parameters that `study run` sets from its own options
 
 
@@ -41,32 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="numbers or names (default: all)"
     )
-    run.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
-    run.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
-    run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
     run.add_argument(
-        "--rates",
-        default="",
-        metavar="FILE",
-        help=f"learning rates that `study rates` chose, or `{SEARCH}` to choose them first (default: the committed)",
-    )
-    _jobs(run)
-    run.add_argument(
-        "--minutes",
-        type=float,
-        metavar="N",
-        help="begin no further arm after so long, and write the page of what is there",
-    )
-    run.add_argument(
-        "--set",
+        "--target-claims",
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=VALUE",
-        help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
+        metavar="ID",
+        help="only arms that these claims read, further seeds only where they may decide one, e.g. C1 A3",
     )
-    _budget(run)
-    _results(run)
+    run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
+    _computing(run)
+    decide = commands.add_parser("decide", help="spend time on the claims that are named, and tell their verdicts")
+    decide.add_argument("claims", nargs="+", metavar="CLAIM", help="as the ledger names them, e.g. C1 A3")
+    decide.add_argument(
+        "--seeds", type=int, nargs="+", default=[], metavar="N", help=f"to take from (default: 0 to {SEEDS - 1})"
+    )
+    _computing(decide)
     rates = commands.add_parser("rates", help="search the learning rates of a model and write them to a file")
     rates.add_argument(
         "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="whose arms (default: all)"
@@ -123,6 +117,36 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--sequence", type=int, default=512, metavar="TOKENS", help="their length (default: 512)")
     plan.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
     return parser
+
+
+def _computing(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that carry out arms and write the page."""
+    parser.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
+    parser.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
+    parser.add_argument(
+        "--rates",
+        default="",
+        metavar="FILE",
+        help=f"learning rates that `study rates` chose, or `{SEARCH}` to choose them first (default: the committed)",
+    )
+    _jobs(parser)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="begin no further arm after so long, and write the page of what is there",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
+    )
+    _budget(parser)
+    parser.add_argument("--output", type=_path, metavar="FOLDER", help="of the page (default: in --results)")
+    _results(parser)
 
 
 def _path(text: str) -> Path:
@@ -195,11 +219,40 @@ def _say(what: object) -> None:
     print("study:", *str(what).splitlines(), file=sys.stderr)
 
 
-def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+@dataclass
+class _Study:
+    """What `study run` and `study decide` were asked for, checked."""
+
+    options: argparse.Namespace
+    command: str
+    until: float
+    model: str
+    output: Path
+    notebooks: list[Path]
+    assigned: dict[Path, dict[str, Any]]
+    store: "Store"
+
+    @property
+    def shared(self) -> list[Path]:
+        """The notebooks whose arms are computed together, before any is executed."""
+        return [notebook for notebook in self.notebooks if "jobs" in self.assigned[notebook]]
+
+    def show(self, records: "list[Record]") -> None:
+        """Write the page while arms are carried out."""
+        from studylib.report import page
+
+        page.write_report(self.output, records, [], self.command, self.options.budget_mb, live=True)
+
+    def left(self, what: str) -> None:
+        _say(f"after {self.options.minutes:g} minutes {what}; the same command goes on from here")
+
+
+def _study(options: argparse.Namespace, arguments: list[str], names: list[str], seeds: list[int]) -> "_Study | None":
+    """Everything checked, and the rates searched where that was asked for; None where the minutes were over then."""
     from studylib.config import budgets as profiles
-    from studylib.config import find_rates
+    from studylib.config import find_rates, listed
     from studylib.data import models
-    from studylib.report import ledger, page, recipes, tables
+    from studylib.report import recipes
     from studylib.study import Store, schedule
     from studylib.study import notebooks as batch
 
@@ -207,7 +260,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     recipes.check_budget(options.budget_mb)
     budget = profiles.profile(options.profile)
     schedule.check_jobs(options.jobs)
-    notebooks = batch.find_notebooks(options.notebooks)
+    notebooks = batch.find_notebooks(names)
     further = {}
     for text in options.set:
         name, separator, value = text.partition("=")
@@ -218,7 +271,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         further[name] = _value(text, value)
     results = options.results.resolve()
     model = models.absolute_name(options.model)
-    output = results / f"{options.profile}-{_folder_name(model)}"
+    output = (options.output or results / f"{options.profile}-{_folder_name(model)}").resolve()
     parameters = {
         "model": model,
         "profile": options.profile,
@@ -227,7 +280,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     } | further
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
     if options.seeds or "seeds" in taken:
-        parameters["seeds"] = options.seeds or list(budget.seeds)
+        parameters["seeds"] = seeds or list(budget.seeds)
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
     searches = "rates" in taken and options.rates == SEARCH
@@ -236,49 +289,106 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         parameters["rates"] = str(Path(options.rates).resolve())
     assigned = batch.assign_parameters(notebooks, parameters)
     models.load_config(options.model)
-    store = Store(results)  # only now: what is refused leaves no folder
-    if searches:
-        trained = [notebook for notebook in notebooks if "rates" in batch.default_parameters(notebook)]
-        arms = [arm for notebook in trained for arm in batch.wanted_arms(notebook, assigned[notebook])]
-        output.mkdir(parents=True, exist_ok=True)
-        parameters["rates"] = str(output / "rates.json")
-        _search(arms, model, options.profile, results, options.jobs, output / "rates.json")
-        assigned = batch.assign_parameters(notebooks, parameters)
-    elif "rates" in taken and not find_rates(model, options.profile, options.rates):
-        print(f"learning rates are each method's usual ones; --rates {SEARCH} chooses them first", file=sys.stderr)
-
     command = shlex.join(["study", *arguments])
-    shared = [notebook for notebook in notebooks if "jobs" in assigned[notebook]]
+    # Only now: what is refused leaves no folder.
+    found = _Study(options, command, until, model, output, notebooks, assigned, Store(results))
+    usual = "rates" in taken and not searches and not find_rates(model, options.profile, options.rates)
+    trained = [arm for arm in _arms(notebooks, assigned) if arm.budget] if searches or usual else []
+    file = output / "rates.json"
+    if searches and trained:
+        output.mkdir(parents=True, exist_ok=True)
+        if not _search(trained, model, options.profile, results, options.jobs, file, until=until):
+            found.left("learning rates are still searched")
+            return None
+    elif searches:
+        print(f"no arm of {listed([n.stem for n in notebooks])} is trained: no rates to search", file=sys.stderr)
+    elif trained:
+        print(f"learning rates are each method's usual ones; --rates {SEARCH} chooses them first", file=sys.stderr)
+    if searches and file.exists():
+        found.assigned = batch.assign_parameters(notebooks, parameters | {"rates": str(file)})
+    return found
+
+
+def _arms(notebooks: Sequence[Path], assigned: dict[Path, dict[str, Any]]) -> "list[Arm]":
+    """Those of all notebooks that can say what they are: the others say what is wrong when they are executed."""
+    from studylib.study import notebooks as batch
+
+    found: list[Arm] = []
+    for notebook in notebooks:
+        with contextlib.suppress(Exception):
+            found += batch.wanted_arms(notebook, assigned[notebook])
+    return found
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.report import deciding, ledger, page, recipes, tables
+    from studylib.study import notebooks as batch
+
+    targets = deciding.named(options.target_claims)
+    study = _study(options, arguments, options.notebooks, options.seeds)
+    if study is None:
+        return 0
+    notebooks, shared = study.notebooks, study.shared
     lacking: list[Path] = []
-    if len(shared) > 1 or options.minutes:
-
-        def show(records: "list[Record]") -> None:
-            page.write_report(output, records, [], command, options.budget_mb, live=True)
-
-        failing, lacking, records = _compute_together(shared, assigned, store.folder, options.jobs, until, show)
+    if len(shared) > 1 or options.minutes or targets:
+        failing, lacking, records = _compute_together(study, targets)
         notebooks.sort(key=lambda notebook: notebook != failing)
-    if time.time() > until:  # those that compute by themselves wait as well
+    if targets or time.time() > study.until:  # those that compute by themselves wait as well
         lacking += [notebook for notebook in notebooks if notebook not in shared and not batch.sums_up(notebook)]
     executed = []
     for notebook in (notebook for notebook in notebooks if notebook not in lacking):
         print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
         try:
-            executed.append(batch.execute(notebook, output, assigned[notebook]))
+            executed.append(batch.execute(notebook, study.output, study.assigned[notebook]))
         except batch.NotebookError as error:
             _say(error)
-            _say(f"everything up to there is in {output / notebook.name}")
+            _say(f"everything up to there is in {study.output / notebook.name}")
             return 1
+    folder = study.store.folder
     if not lacking:
-        records = batch.used_records(output, executed, store.folder / "records")
+        records = batch.used_records(study.output, executed, folder / "records")
     if not records:
-        raise ValueError(f"results: {store.folder} holds no records of {options.model} at the {options.profile} budget")
-    written = page.write_report(output, records, executed, command, options.budget_mb)
+        raise ValueError(f"results: {folder} holds no records of {options.model} at the {options.profile} budget")
+    written = page.write_report(study.output, records, executed, study.command, options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
     print(ledger.unread(records), file=sys.stderr)
-    if lacking:
-        names = ", ".join(notebook.stem for notebook in lacking)
-        _say(f"after {options.minutes:g} minutes {names} wait; the same command goes on from here")
+    names = ", ".join(notebook.stem for notebook in lacking)
+    if lacking and targets:
+        _say(f"{names} wait: they read arms that {' '.join(claim.id for claim in targets)} do not")
+    elif lacking:
+        study.left(f"{names} wait")
+    return 0
+
+
+def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import listed
+    from studylib.evidence import NOT_TESTED
+    from studylib.report import deciding, page
+
+    claims = deciding.named(options.claims)
+    study = _study(options, arguments, [], options.seeds or list(range(SEEDS)))
+    if study is None:
+        return 0
+    arms = _arms(study.notebooks, study.assigned)
+    reasons = {claim.id: deciding.why_not(claim, arms) for claim in claims}
+    for name in (name for name, why in reasons.items() if why):
+        print(f"{name} cannot be tested here: {reasons[name]}")
+    open_claims = [claim for claim in claims if not reasons[claim.id]]
+    if not open_claims:
+        return 2
+    if all(not claim.needs for claim in open_claims):
+        arms = []
+    records, findings = _compute(study, arms, open_claims, alone=True, outlook=True)
+    print()
+    for claim in open_claims:
+        finding = findings.get(claim.id)
+        word, text = (finding.word, finding.found) if finding else (NOT_TESTED, "not all of its arms were run yet.")
+        print(f"{claim.id} · {claim.statement}: {word}. {text}")
+    if records:
+        print(f"\nReport: {page.write_report(study.output, records, [], study.command, options.budget_mb)}")
+    if time.time() > study.until:
+        study.left(f"{listed([claim.id for claim in open_claims])} are as they are")
     return 0
 
 
@@ -301,10 +411,18 @@ def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _search(
-    arms: "list[Arm]", model: str, profile: str, results: Path, jobs: int, output: Path, cases: Sequence[str] = ()
-) -> None:
+    arms: "list[Arm]",
+    model: str,
+    profile: str,
+    results: Path,
+    jobs: int,
+    output: Path,
+    cases: Sequence[str] = (),
+    until: float = math.inf,
+) -> bool:
     """Search the rates of the settings of `arms` with one of `cases` in their name, and write them beside those that
-    the file `output` holds. ValueError for a file of another model or profile, and where there is no such setting."""
+    the file `output` holds; False where that was not done `until` then. ValueError for a file of another model or
+    profile, and where there is no such setting."""
     from studylib.config import Rate, find_rates, listed, rates_text, write_whole
     from studylib.report import figures
     from studylib.study import rates
@@ -322,9 +440,11 @@ def _search(
         write_whole(output, rates_text(model, profile, known))
         print(f"{case}: {rate.text}")
 
-    _, tried = rates.search(list(chosen.values()), results, jobs, told)
-    figures.searched_rates(tried).savefig(picture := output.with_suffix(".svg"))
-    print(f"Figure: {picture}")
+    done, tried = rates.search(list(chosen.values()), results, jobs, told, until)
+    if tried:
+        figures.searched_rates(tried).savefig(picture := output.with_suffix(".svg"))
+        print(f"Figure: {picture}")
+    return done.keys() >= chosen.keys()
 
 
 def _value(text: str, value: str) -> Any:
@@ -371,49 +491,98 @@ def _folder_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def _compute_together(
-    notebooks: list[Path],
-    assigned: dict[Path, dict[str, Any]],
-    results: Path,
-    jobs: int,
-    until: float,
-    show: "Callable[[list[Record]], None]",
-) -> "tuple[Path | None, list[Path], list[Record]]":
+def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | None, list[Path], list[Record]]":
     """Compute the arms of all notebooks before the first is executed, claim by claim, and tell each verdict at once.
 
-    until: when no further arm is begun. show: writes the page of records. Returns the first notebook that cannot say
-    what its arms are, and then nothing is computed; else the notebooks that lack arms, and the records that there are.
+    targets: only what these claims read, and further seeds only where they may decide one. Returns the first notebook
+    that cannot say what its arms are, and then nothing is computed; else the notebooks that lack arms, and the records
+    that there are.
     """
-    from tqdm import tqdm
-
-    from studylib.evidence import claims_first
-    from studylib.report import ledger
-    from studylib.study import Store, arm_key, schedule
+    from studylib.methods import Setting
+    from studylib.report import CLAIMS, deciding
     from studylib.study import notebooks as batch
-    from studylib.study.run import planned_work
+    from studylib.study import schedule
 
-    store, wanted = Store(results), {}
-    print(f"reading what {len(notebooks)} notebooks ask for", file=sys.stderr)
-    for notebook in notebooks:
+    wanted = {}
+    print(f"reading what {len(study.shared)} notebooks ask for", file=sys.stderr)
+    for notebook in study.shared:
         try:
-            wanted[notebook] = batch.wanted_arms(notebook, assigned[notebook])
-            schedule.check_all(wanted[notebook], results)
+            wanted[notebook] = batch.wanted_arms(notebook, study.assigned[notebook])
+            schedule.check_all(wanted[notebook], study.store.folder)
         except Exception:  # whatever it is, executed it shows that at its place
             return notebook, [], []
-    arms = claims_first((arm for own in wanted.values() for arm in own), ledger.CLAIMS.values(), planned_work)
-    told = ledger.Growing(
-        arms, lambda arm: store.load(arm_key(arm)), lambda line: tqdm.write(line, file=sys.stderr), show
-    )
-    keep_checkpoints = any(own.get("keep_checkpoints", False) for own in assigned.values())
-    print(f"{len(arms)} arms of {', '.join(n.stem for n in notebooks)}", file=sys.stderr)
+    arms = [arm for own in wanted.values() for arm in own]
+    for line in deciding.without_measure(arms):
+        print(line, file=sys.stderr)
+    if targets:
+        for claim in targets:
+            if why := deciding.why_not(claim, arms):
+                print(f"{claim.id} cannot be tested here: {why}", file=sys.stderr)
+        read = {setting for claim in targets for setting in (*claim.needs, *claim.optional)}
+        arms = [arm for arm in arms if Setting.of(arm) in read]
+    print(f"{len(dict.fromkeys(arms))} arms of {', '.join(notebook.stem for notebook in wanted)}", file=sys.stderr)
     try:
-        told()
-        schedule.compute(schedule.missing_arms(arms, store), results, keep_checkpoints, jobs, told, until)
-        told()  # what helpers finished last
+        records, _ = _compute(study, arms, targets or list(CLAIMS.values()), alone=bool(targets))
     except Exception as error:
         _say(f"{error}; the notebook that needs this arm computes it again")
         return None, [], []
-    return None, [notebook for notebook, own in wanted.items() if set(told.waiting).intersection(own)], told.records
+    there = {record.arm for record in records}
+    return None, [notebook for notebook, own in wanted.items() if not there.issuperset(own)], records
+
+
+def _compute(
+    study: _Study, arms: "list[Arm]", claims: "list[Claim]", alone: bool, outlook: bool = False
+) -> "tuple[list[Record], dict[str, Finding]]":
+    """Carry out arms, claim by claim (see evidence.claims_first), and tell each verdict at once; the records of all
+    that are there then, and what they say of each claim.
+
+    outlook: what each claim takes is told before.
+    """
+    from tqdm import tqdm
+
+    from studylib.evidence import Plan, claims_first
+    from studylib.report import deciding, ledger
+    from studylib.study import Pace, arm_key, schedule, time_text
+
+    store, options, pace = study.store, study.options, Pace()
+    arms = list(dict.fromkeys(arms))
+    told = ledger.Growing(
+        arms, lambda arm: store.load(arm_key(arm)), lambda line: tqdm.write(line, file=sys.stderr), study.show, claims
+    )
+
+    def seconds(arm: "Arm") -> float:
+        return sum(pace.of(arm).values())
+
+    def next_arms(waiting: "list[Arm]") -> "list[Arm]":
+        told()
+        for record in told.records:
+            pace.learn(record)
+        left = set(told.waiting)
+        waiting = [arm for arm in waiting if arm in left]
+        return claims_first(waiting, claims, seconds, told.records, told.findings, alone)
+
+    planned = next_arms(arms)
+    plan = Plan(told.waiting, claims, seconds, told.records, told.findings)
+    prospects = {claim.id: plan.prospect(claim) for claim in claims} if outlook or options.minutes else {}
+    for claim in claims if outlook else ():
+        finding = told.findings.get(claim.id)
+        print(deciding.outlook(claim, plan, finding, prospects[claim.id], options.jobs), flush=True)
+    seeds = {plan.arms[at] for at in plan.first_seeds()}
+    first = [[arm for arm in own.arms if arm in seeds] or own.arms for own in prospects.values()]
+    least = min((sum(map(seconds, own)) for own in first if own), default=0) / options.jobs
+    if planned and time.time() + least > study.until:
+        _say(
+            f"minutes: {options.minutes:g} are less than the next claim takes, {time_text(least)}; "
+            "the page will have what is there then, and the same command goes on"
+        )
+    keep_checkpoints = any(own.get("keep_checkpoints", False) for own in study.assigned.values())
+    if planned:
+        # Beside others, what is timed would be slower than it is.
+        jobs = 1 if any(arm.decoding for arm in planned) else options.jobs
+        missing = schedule.missing_arms(told.waiting, store)
+        schedule.compute(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
+    told()  # what helpers finished last
+    return told.records, told.findings
 
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -580,6 +749,7 @@ def _find(options: argparse.Namespace) -> "Record":
 
 _COMMANDS = {
     "run": _run,
+    "decide": _decide,
     "rates": _rates,
     "list": _list,
     "show": _show,

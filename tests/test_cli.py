@@ -53,7 +53,7 @@ def test_the_run_ends_with_the_table_and_the_reports_path(finished, output):
 
 
 def test_progress_was_shown_with_the_time_left(finished):
-    assert "RTN 4-8-4" in finished[1].stderr and "100%" in finished[1].stderr and "tok/s" in finished[1].stderr
+    assert "RTN 4-8-4" in finished[1].stderr and "100%" in finished[1].stderr and " left" in finished[1].stderr
     assert "Warning" not in finished[1].stderr and "WARNING" not in finished[1].stderr
 
 
@@ -66,7 +66,7 @@ def test_the_arms_of_all_notebooks_are_computed_before_the_first_is_executed(fin
     assert wanted == {path: set(batch.read_published(output, path.stem)["records"]) for path in shared}
     before, _, after = finished[1].stderr.partition("01_sampling_strategy  (tiny-random, smoke)")
     assert f"{len(set().union(*wanted.values()))} arms of 01_sampling_strategy, 02_dist" in before
-    assert "100%" in before and "tok/s" not in after.partition("08_low_bit_execution  (")[0]
+    assert "100%" in before and " left" not in after.partition("08_low_bit_execution  (")[0]
 
 
 def test_verdicts_are_told_while_arms_are_computed(finished):
@@ -81,7 +81,7 @@ def test_a_run_that_stops_leaves_a_page_and_the_next_goes_on(tmp_path, capfd, mo
     compute, until = schedule.compute, []
 
     def two(missing, *rest):
-        until.append(rest[-1] - time.time())
+        until.append(rest[-2] - time.time())
         compute(missing[:2], *rest)
 
     monkeypatch.setattr(schedule, "compute", two)
@@ -100,6 +100,76 @@ def test_notebooks_that_compute_by_themselves_wait_when_the_minutes_are_over(tmp
     monkeypatch.setattr(batch, "execute", lambda *rest: pytest.fail("started"))
     command = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "07", "08", "--minutes", "1e-9"]
     assert main(command) == 2 and "holds no records of tiny-random" in capfd.readouterr().err
+
+
+def test_a_claim_is_decided_alone(tmp_path, capfd):
+    """What it takes is told before, its word at the end; the next time nothing is computed."""
+    command = ["decide", "A6", "A5", "B6", *SMOKE, "--results", str(tmp_path), "--minutes", "9"]
+    assert main(command) == 0
+    told = capfd.readouterr()
+    lines, statement = told.out.splitlines(), "Post-training quantization's perplexity explodes at 4-8-4"
+    assert "A5 cannot be tested here: it takes two sizes of one family; the package index has one" in lines
+    assert f"A6 · {statement}: not tested here. 2 of 2 arms were not run. " in told.out
+    assert "Planned: 2 arms, " in told.out and "B6 · 65B fits" in told.out
+    assert "It has its word; nothing is computed for it." in told.out
+    page = tmp_path / "smoke-tiny-random" / "report.html"
+    assert lines[-1] == f"Report: {page}" and statement in page.read_text().replace("&#39;", "'")
+    assert any(line.startswith(f"A6 · {statement}: not reproduced. Perplexity on") for line in lines[3:])
+    assert {record.arm.method for record in read_records(tmp_path / "records")} == {"full-precision", "rtn"}
+    assert main([*command, "--output", str(tmp_path / "elsewhere")]) == 0
+    told = capfd.readouterr()
+    assert told.out.count("It has its word; nothing is computed for it.") == 2 and " left" not in told.err
+    assert (tmp_path / "elsewhere" / "report.html").exists()
+
+
+def test_minutes_that_are_too_few_are_told(tmp_path, capfd):
+    assert main(["decide", "A6", *SMOKE, "--results", str(tmp_path), "--minutes", "1e-6"]) == 0
+    told = capfd.readouterr()
+    assert "study: minutes: 1e-06 are less than the next claim takes, under a minute; the page" in told.err
+    assert "A6 are as they are; the same command goes on" in told.err and not list((tmp_path / "records").iterdir())
+    assert "not tested here. not all of its arms were run yet." in told.out and "Report" not in told.out
+
+
+@pytest.mark.parametrize("command", [["decide"], ["run", "--target-claims"]])
+def test_a_claim_that_is_not_known_is_named(tmp_path, capsys, command):
+    assert main([*command, "A6", "Z1", *SMOKE, "--results", str(tmp_path / "results")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("study: claim: 'Z1' is not known; use one of A1, A2, ") and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_cannot_be_tested_says_why(tmp_path, capsys):
+    assert main(["decide", "A5", "B8", "C4", *SMOKE, "--results", str(tmp_path)]) == 2
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" cannot be tested here: ")[0] for line in told] == ["A5", "B8", "C4"]
+    assert "paging needs a CUDA device" in told[1] and "records of an accelerator do" in told[2]
+
+
+def test_only_what_target_claims_read_is_computed(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(batch, "execute", lambda *rest: pytest.fail("started"))
+    command = ["run", *SMOKE, "--results", str(tmp_path), "--target-claims", "A6", "A4", "--notebooks", "02", "04"]
+    assert main(command) == 0
+    told = capfd.readouterr()
+    assert "A6 · " in told.err and "B6" not in told.err
+    assert "02_distillation_loss, 04_ptq_vs_qat wait: they read arms that A6 A4 do not" in told.err
+    titles = {title(record.arm) for record in read_records(tmp_path / "records")}
+    assert titles == {"full precision", "RTN 4-8-4", "RTN 8-8-8"}
+
+
+def test_a_search_for_rates_stops_when_the_minutes_are_over(tmp_path, capfd):
+    command = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "02", "--rates", "search", "--minutes", "1e-6"]
+    assert main(command) == 0
+    told = capfd.readouterr()
+    assert "after 1e-06 minutes learning rates are still searched; the same command goes on from here" in told.err
+    assert not list((tmp_path / "records").iterdir())
+
+
+@pytest.mark.parametrize("rates", [[], ["--rates", "search"]])
+def test_where_nothing_is_trained_no_rates_are_spoken_of_but_where_they_were_asked_for(tmp_path, capfd, rates):
+    assert main(["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "00", "--minutes", "1", *rates]) == 2
+    told = capfd.readouterr().err
+    assert "usual ones" not in told and "cases" not in told and "holds no records of tiny-random" in told
+    assert ("no arm of 00_claims is trained: no rates to search" in told) == bool(rates)
 
 
 def test_executed_notebooks_hold_their_results(output):
@@ -162,7 +232,7 @@ def test_export(finished, tmp_path, capsys):
 def test_a_second_run_computes_nothing(finished, capfd):
     stamps = {path: path.stat().st_mtime_ns for path in (finished[0] / "records").iterdir()}
     assert main(["run", "--notebooks", "04", *SMOKE, "--results", str(finished[0]), "--seeds", "0"]) == 0
-    assert "tok/s" not in capfd.readouterr().err
+    assert " left" not in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (finished[0] / "records").iterdir()} == stamps
 
 
@@ -470,7 +540,8 @@ def test_help_names_every_command():
     done = study("--help")
     assert done.returncode == 0
     assert all(
-        f"    {name} " in done.stdout for name in ("run", "list", "show", "export", "report", "verify", "clean", "plan")
+        f"    {name} " in done.stdout
+        for name in ("run", "decide", "list", "show", "export", "report", "verify", "clean", "plan")
     )
 
 

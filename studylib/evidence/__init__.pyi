@@ -14,6 +14,7 @@ from .measures import (
     frontier,
     gather,
     identity,
+    kind_of,
     megabytes,
     of_profile,
     perplexities,
@@ -21,11 +22,13 @@ from .measures import (
     speedup,
     task_measures,
     text_measures,
+    training_times,
     usual_measures,
     won_back,
 )
-from .order import claims_first
+from .order import Plan, Prospect, claims_first, lacking_measures
 from .rules import SHARE
+from .spread import ENOUGH
 from .statistics import EXCESS, LEVEL, POWER, Array, Interval, Scale, paired_bootstrap
 from .verdicts import (
     FAMILY,
@@ -41,11 +44,13 @@ from .verdicts import (
     Effect,
     Finding,
     PaperNumber,
+    decide,
     judge,
 )
 
 __all__ = [
     "CONTEXT",
+    "ENOUGH",
     "EXCESS",
     "FAMILY",
     "FULL",
@@ -70,18 +75,23 @@ __all__ = [
     "Interval",
     "Measure",
     "PaperNumber",
+    "Plan",
+    "Prospect",
     "Scale",
     "accuracies",
     "accuracy_title",
     "against_papers",
     "claims_first",
     "covering",
+    "decide",
     "decoding_measures",
     "frontier",
     "gather",
     "identity",
     "judge",
+    "kind_of",
     "l4q",
+    "lacking_measures",
     "llm_qat",
     "megabytes",
     "of_profile",
@@ -92,6 +102,7 @@ __all__ = [
     "speedup",
     "task_measures",
     "text_measures",
+    "training_times",
     "usual_measures",
     "won_back",
 ]

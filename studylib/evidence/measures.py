@@ -105,7 +105,7 @@ class Cell:
     def kind(self) -> str:
         """What seeds draw for its training, by which runs of it differ; cells of a kind share what is known of that.
         "": nothing is trained. What other calibration text would give is not counted."""
-        return "pairs" if self.arm.tuning else "text" if self.arm.training else ""
+        return kind_of(self.arm)
 
     @property
     def seeds(self) -> list[int]:
@@ -118,6 +118,11 @@ class Cell:
 
 
 Cells = dict[Setting, Cell]
+
+
+def kind_of(arm: Arm) -> str:
+    """What seeds draw for the arm's training (see Cell.kind)."""
+    return "pairs" if arm.tuning else "text" if arm.training else ""
 
 
 def gather(records: Sequence[Record]) -> Cells:
@@ -519,6 +524,13 @@ def response_measures(records: Sequence[Record]) -> list[Measure]:
     sizes = (record.arm.evaluation.pairs,)
     own = Measure("perplexity", "responses", title, ("loss/responses",), sizes, weights="tokens/responses")
     return [with_spreads(own, records)]
+
+
+def lacks(primary: Callable[[Sequence[Record]], list[Measure]], evaluation: Evaluation) -> str:
+    """What arms that are scored so cannot give a measure of text or responses, in words; "" where they can."""
+    if primary is response_measures and not evaluation.pairs:
+        return "no held-out pairs"
+    return "no corpora" if primary is text_measures and not evaluation.corpora else ""
 
 
 def normality(records: Sequence[Record]) -> list[Measure]:

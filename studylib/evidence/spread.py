@@ -1,7 +1,7 @@
 """How far runs with other seeds lie apart: pooled over the arms of a kind, with its trend on what they lose."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,14 +45,23 @@ class Spread:
         return (self.prior * expected + free * variance) / total, min(total, self.free)
 
 
+def degrees(seeds: Collection[Collection[int]]) -> float:
+    """The degrees of freedom that arms of one kind, run with these seeds each, have together: their repeats, without
+    what the seeds do to all of them alike."""
+    several = [own for own in seeds if len(own) > 1]
+    repeats = sum(len(own) - 1 for own in several)
+    return repeats - (len({seed for own in several for seed in own}) - 1 if len(several) > 1 else 0)
+
+
 def pool(arms: Mapping[object, Runs]) -> Spread | None:
     """The spread of arms of one kind; None where none has two seeds, or too few to tell seeds from arms."""
     several = {arm: runs for arm, runs in arms.items() if len(runs) > 1}
     seeds = sorted({seed for runs in several.values() for seed in runs})
     repeats = sum(len(runs) - 1 for runs in several.values())
-    kept = 1 - (len(seeds) - 1) / repeats if len(several) > 1 else 1.0  # of each arm's degrees of freedom
-    if not several or kept <= 0:
+    total = degrees(list(several.values()))
+    if total <= 0:
         return None
+    kept = total / repeats  # of each arm's degrees of freedom
     of_seeds = _of_seeds(several, seeds) if len(several) > 1 else dict.fromkeys(seeds, 0.0)
     own, losses = {}, []
     for arm, runs in several.items():
@@ -64,7 +73,7 @@ def pool(arms: Mapping[object, Runs]) -> Spread | None:
     line, prior = _trend(np.array(losses), variances, frees)
     common = float(np.var(list(of_seeds.values()), ddof=1)) - float(np.mean(variances)) / len(several)
     shared = max(0.0, common), float(len(seeds) - 1)
-    return Spread(line, (min(losses), max(losses)), prior, float(frees.sum()), own, shared)
+    return Spread(line, (min(losses), max(losses)), prior, float(total), own, shared)
 
 
 def _of_seeds(arms: Mapping[object, Runs], seeds: list[int]) -> dict[int, float]:

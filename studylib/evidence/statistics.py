@@ -35,7 +35,8 @@ class Interval:
     """An estimate that errs: `middle`, its standard errors below and above, and their degrees of freedom, on `scale`.
 
     One that was counted or planned has no errors; where nothing is known of them, they are infinite. kinds: what was
-    run with seeds and is part of it (measures.Cell.kind).
+    run with seeds and is part of it (measures.Cell.kind). items, runs: the variance over items and that between runs,
+    of which the errors are made, each with its degrees of freedom.
     """
 
     middle: float
@@ -43,6 +44,8 @@ class Interval:
     free: float = math.inf
     scale: Scale = PLAIN
     kinds: frozenset[str] = frozenset()
+    items: tuple[float, float] = (0.0, math.inf)
+    runs: tuple[float, float] = (0.0, math.inf)
 
     @property
     def estimate(self) -> float:
@@ -52,8 +55,12 @@ class Interval:
         """What the true value lies above, and what it lies below: each is wrong in a share `rate` of cases."""
         if not any(self.errors):
             return self.estimate, self.estimate
-        below, above = (_students_quantile(self.free, 1 - rate) * error for error in self.errors)
+        below, above = (self.quantile(rate) * error for error in self.errors)
         return self.scale.back(self.middle - below), self.scale.back(self.middle + above)
+
+    def quantile(self, rate: float) -> float:
+        """How many standard errors a bound that is wrong in a share `rate` of cases lies from the estimate."""
+        return _students_quantile(self.free, 1 - rate)
 
     @property
     def low(self) -> float:
@@ -75,6 +82,31 @@ class Interval:
         quantile = _students_quantile(self.free, 1 - rate)
         return self.scale.back(self.scale.to(bound) + _noncentrality(self.free, quantile) * self.errors[0])
 
+    def with_runs(self, share: float, free: float) -> "Interval":
+        """What is to be expected of it where so many more runs were made that the variance between them is this share
+        of what it is, on at least `free` degrees of freedom."""
+        variance, known = self.runs
+        below, above = (math.sqrt(max(0.0, error**2 - (1 - share) * variance)) for error in self.errors)
+        runs = share * variance, max(known, free)
+        return replace(self, errors=(below, above), free=freedom(self.items, runs), runs=runs)
+
+    def chance_between(self, low: float, high: float, then: "Interval") -> float:
+        """The chance that the estimate, on its scale, will lie between two values when the errors have become those of
+        `then`.
+
+        The estimate then is this one and what the further runs move it by: Student's t, of these degrees of freedom,
+        times the root of what the variance loses (predictive power: Spiegelhalter, Freedman & Blackburn 1986).
+        """
+        if low >= high:
+            return 0.0
+        now, later = (float(np.mean(np.square(own.errors))) for own in (self, then))
+        moves = math.sqrt(max(0.0, now - later))
+        if moves == 0:
+            return float(low < self.middle < high)
+        return _students_share(self.free, (high - self.middle) / moves) - _students_share(
+            self.free, (low - self.middle) / moves
+        )
+
     def on(self, scale: Scale) -> "Interval":
         """The same, written otherwise: a ratio as what it is above 1."""
         return replace(self, scale=scale)
@@ -91,6 +123,13 @@ def _students_quantile(free: float, share: float) -> float:
     from scipy.special import stdtrit  # a third of a second, which importing this module need not take
 
     return float(stdtrit(free, share)) if math.isfinite(free) else _normal_quantile(share)
+
+
+def _students_share(free: float, value: float) -> float:
+    """How much of the t distribution lies below."""
+    from scipy.special import ndtr, stdtr
+
+    return float(ndtr(value) if free > MANY else stdtr(free, value))
 
 
 @functools.cache
@@ -176,9 +215,9 @@ def paired_bootstrap(
     if runs is None:
         of_seeds = [float(measured(*(array[min(at, len(array) - 1)] for array in arrays))) for at in range(seeds)]
         runs = (float(np.var(of_seeds, ddof=1)) / seeds, seeds - 1) if seeds > 1 else (0.0, 1)
-    between, below, above = runs[0], *(float(error) for error in np.sqrt(errors**2 + runs[0]))
-    free = freedom((float(np.mean(errors)) ** 2, n - 1), (between, runs[1]))
-    return Interval(middle, (below, above), free, scale)
+    below, above = (float(error) for error in np.sqrt(errors**2 + runs[0]))
+    items = float(np.mean(errors)) ** 2, float(n - 1)
+    return Interval(middle, (below, above), freedom(items, runs), scale, items=items, runs=runs)
 
 
 def _draw(groups: tuple[tuple[int, ...], ...], draws: int) -> Iterator[Array]:

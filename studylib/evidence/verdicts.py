@@ -1,11 +1,13 @@
 """Verdicts: a claim, the number that it is judged by, where the claim holds, and the paper's own number beside it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from studylib.config import capital, listed, nats, number, percent, points
-from studylib.evidence.measures import Measure, gather, text_measures, usual_measures
+from studylib.evidence.measures import Cell, Measure, gather, text_measures, usual_measures
 from studylib.evidence.spread import ENOUGH
 from studylib.evidence.statistics import Interval
 from studylib.methods import Setting
@@ -21,6 +23,7 @@ REPRODUCED, NOT_REPRODUCED, NO_DIFFERENCE, UNDECIDED, NOT_TESTED = VERDICTS = (
 FAMILY = 26  # claims whose verdict can err: those of the page that are neither planned nor counted
 LOOKS = 3  # at the verdicts while a study grows from one seed to three
 RATE = 0.05 / FAMILY / LOOKS  # how often a bound that a verdict rests on may be wrong, so that a page rarely has one
+MOVED = 0.01  # of learned scales: a median move of less is said
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,30 @@ class Effect:
             return NO_DIFFERENCE
         return UNDECIDED
 
+    def chances(self, then: Interval, ways: int) -> tuple[float, float, float]:
+        """Those of "reproduced", "not reproduced" and "no difference" by `verdict`, when the errors have become those
+        of `then`."""
+
+        def on_scale(value: float) -> float:
+            return self.interval.scale.to(value) if math.isfinite(value) else value
+
+        def within(low: float, high: float, rate: float) -> tuple[float, float]:
+            below, above = then.quantile(rate) * np.array(then.errors)
+            return on_scale(low) + below, on_scale(high) - above
+
+        def chance(low: float, high: float) -> float:
+            return self.interval.chance_between(low, high, then)
+
+        inside = within(self.above, self.below, RATE)
+        under, over = within(self.below, self.above, RATE / ways)  # the other way round: the range of no contradiction
+        wrong = (chance(under, math.inf) if self.below < math.inf else 0.0) + (
+            chance(-math.inf, over) if self.above > -math.inf else 0.0
+        )
+        near = within(-self.tolerance, self.tolerance, RATE) if 0 in self.ends else (math.inf, -math.inf)
+        both = chance(max(inside[0], near[0]), min(inside[1], near[1]))
+        right = chance(*inside)
+        return right, min(1.0, wrong), chance(*near) - both
+
     @property
     def holds(self) -> str:
         """The range in words: "above 50% of the loss", "from −5.0% to 5.0%"."""
@@ -150,13 +177,15 @@ class Effect:
 class Outcome:
     """What a rule finds: the parts of the claim, the verdict of each, and all in words.
 
-    shown: the effect that stands for all, where it is none of the parts. waiting: kinds of cells whose runs do not tell
-    yet how far they lie apart; parts that rest on them are undecided.
+    shown: the effect that stands for all, where it is none of the parts. measured: the kinds of cells that must have
+    been run with several seeds; waiting: those of them whose runs do not tell yet how far they lie apart, so that parts
+    that rest on them are undecided.
     """
 
     parts: tuple[Effect, ...]
     text: str
     shown: Effect | None = None
+    measured: frozenset[str] = frozenset()
     waiting: frozenset[str] = frozenset()
 
     @property
@@ -169,6 +198,32 @@ class Outcome:
         """What the parts say together: reproduced only if all are, not if any is not."""
         found = self.verdicts
         return next((word for word in (NOT_REPRODUCED, UNDECIDED, NO_DIFFERENCE) if word in found), REPRODUCED)
+
+    def chance(self, share: float, free: Mapping[str, float]) -> float | None:
+        """The chance that further runs decide it, as of parts that do not depend on each other; None where nothing is
+        known of the errors of one.
+
+        share: what they leave of the variance between runs. free: the degrees of freedom that each kind of cell has
+        then; a part rests undecided on one that has not ENOUGH. Where a kind has not ENOUGH yet, its variance between
+        runs counts as none, so that the chance is 1 or 0: by where the estimate lies, and its errors over items.
+        """
+        ways = sum(len(part.ends) for part in self.parts)
+        found = []
+        for part in self.parts:
+            kinds = part.interval.kinds
+            if math.inf in part.interval.errors:
+                return None
+            if any(free.get(kind, 0) < ENOUGH for kind in kinds & self.measured):
+                found.append((0.0, 0.0, 0.0))
+                continue
+            if kinds & self.waiting:
+                part = replace(part, interval=part.interval.with_runs(0.0, math.inf))
+            own = (part.interval.runs[1] + 1) / share - 1  # where it rests on the runs of its own arms alone
+            then = part.interval.with_runs(share, min((free[kind] for kind in kinds & free.keys()), default=own))
+            found.append(part.chances(then, max(1, ways)))
+        right, wrong, none = np.array(found).T
+        alike = math.prod(right + none)
+        return min(1.0, alike + 1 - math.prod(1 - wrong))
 
     @property
     def effect(self) -> Effect:
@@ -203,7 +258,8 @@ class Finding:
     """What one measure says about a claim: in words what was found, and the number that stands for it.
 
     verdict: one of VERDICTS by the claim's primary measure, "" by others. parts: what each part of it is of, with its
-    own verdict, where there are several.
+    own verdict, where there are several. learning: whether another doubling of the training would change the
+    verdict. outcome: what the verdict was found from, where it was.
     """
 
     claim: str
@@ -212,6 +268,13 @@ class Finding:
     text: str
     effect: Effect | None = None
     parts: tuple[tuple[str, str], ...] = ()
+    learning: bool = False
+    outcome: Outcome | None = None
+
+    @property
+    def word(self) -> str:
+        """The verdict, with what an undecided one's training lacks."""
+        return f"{self.verdict}: still learning" if self.learning and self.verdict == UNDECIDED else self.verdict
 
     @property
     def could(self) -> str:
@@ -242,46 +305,62 @@ class Finding:
         if not self.verdict:
             return f"Beside it: {self.found}"
         could = f" (minimum detectable effect: {self.could})" if self.could else ""
-        return " ".join(filter(None, [self.found, f"{capital(self.verdict)}{could}.", self.by_part]))
+        return " ".join(filter(None, [self.found, f"{capital(self.word)}{could}.", self.by_part]))
 
 
 def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
-    """What the claim's primary measure says, with a verdict, and what others say beside it, without; a single finding
-    without an effect where an arm was not run, or diverged for any seed.
+    """What the claim's primary measure says, with a verdict (see `decide`), and what others say beside it, without."""
+    main = decide(claim, records)
+    if main.outcome is None:
+        return [main]
+    used, (primary, *others) = _used(claim, records), _covering(claim.primary, claim, records)
+    beside = [measure for measure in _covering(claim.beside, claim, records) if measure.parts != primary.parts]
+    findings = [main]
+    for measure in (*others, *beside):
+        assert claim.test is not None
+        also = claim.test(measure, *used)
+        findings.append(Finding(claim.id, measure.title, "", also.text, also.effect))
+    return findings
+
+
+def decide(claim: Claim, records: Sequence[Record]) -> Finding:
+    """What the claim's primary measure says; without an effect where an arm was not run, or diverged for any seed.
 
     Intervals resample the items that all arms of the claim share and count the spread between runs. Those shown are
     95%; verdicts rest on bounds at RATE, so that a page has a false one in 5% of cases at most. Where trained arms are
-    compared and too few runs say how far runs lie apart, the verdict waits. Raises ValueError for records that cannot
-    be compared (see measures.gather).
+    compared and too few runs say how far runs lie apart, the verdict waits. Where one more doubling of the training
+    would change it (see `_doubled`), the finding says so, and which learned grids hardly moved. Raises ValueError for
+    records that cannot be compared (see measures.gather).
     """
     if claim.test is None:
-        return [Finding(claim.id, "", NOT_TESTED, f"{claim.untested}.")]
+        return Finding(claim.id, "", NOT_TESTED, f"{claim.untested}.")
     cells = gather(records)
     missing = [setting.title for setting in claim.needs if setting not in cells]
     if missing:
         text = claim.untested or f"{listed(missing)} {'was' if len(missing) == 1 else 'were'} not run"
-        return [Finding(claim.id, "", NOT_TESTED, f"{text}.")]
-    used = [cells.get(setting) for setting in (*claim.needs, *claim.optional)]
+        return Finding(claim.id, "", NOT_TESTED, f"{text}.")
+    used = _used(claim, records)
     diverged = [cell for cell in used if cell and cell.diverged]
     if diverged:
         counts = "; ".join(
             f"{len(cell.diverged)} of {len(cell.diverged) + len(cell.records)} runs of {cell.title} diverged"
             for cell in diverged
         )
-        return [Finding(claim.id, "", UNDECIDED, f"{counts}.")]
-
-    def covering(measures: Sequence[Measure]) -> list[Measure]:
-        return [measure for measure in measures if all(cell is None or measure.covers(cell) for cell in used)]
-
-    primary = covering(claim.primary(records))
+        return Finding(claim.id, "", UNDECIDED, f"{counts}.")
+    primary = _covering(claim.primary, claim, records)
     if not primary:
         text = claim.untested or "nothing was measured that it speaks of"
-        return [Finding(claim.id, "", NOT_TESTED, f"{text}.")]
+        return Finding(claim.id, "", NOT_TESTED, f"{text}.")
     main = primary[0]
     free = {kind: spread.free for kind, spread in main.spreads.items()}
-    kinds = {cell.kind for cell in used if cell and cell.kind} if main.is_perplexity else set()
+    kinds = frozenset({cell.kind for cell in used if cell and cell.kind} if main.is_perplexity else ())
     waiting = frozenset(kind for kind in kinds if free.get(kind, 0) < ENOUGH)
-    found = replace(claim.test(main, *used), waiting=waiting)
+
+    def tested(cells: Sequence[Cell | None]) -> Outcome:
+        assert claim.test is not None
+        return replace(claim.test(main, *cells), measured=kinds, waiting=waiting)
+
+    found = tested(used)
     words = tuple(zip([part.what for part in found.parts], found.verdicts, strict=True))
     text = found.text
     if any(part.interval.kinds & waiting for part in found.parts) and found.verdict == UNDECIDED:
@@ -290,9 +369,57 @@ def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
             f" The verdict waits for runs with other seeds: how far runs lie apart rests on {least:.0f} degrees of "
             f"freedom, and {ENOUGH} are needed."
         )
-    findings = [Finding(claim.id, main.title, found.verdict, text, found.effect, words)]
-    beside = [measure for measure in covering(claim.beside(records)) if measure.parts != main.parts]
-    for measure in (*primary[1:], *beside):
-        also = claim.test(measure, *used)
-        findings.append(Finding(claim.id, measure.title, "", also.text, also.effect))
-    return findings
+    learning = bool(kinds) and tested([cell and _doubled(cell) for cell in used]).verdict != found.verdict
+    if learning:
+        text += " Still learning: another doubling of the training would change this."
+    still = [f"{cell.title} by {percent(moved)}" for cell in used if cell and (moved := _moved(cell)) < MOVED]
+    if still:
+        text += f" Learned grids hardly moved: {listed(still)}."
+    return Finding(claim.id, main.title, found.verdict, text, found.effect, words, learning, found)
+
+
+def _used(claim: Claim, records: Sequence[Record]) -> list[Cell | None]:
+    cells = gather(records)
+    return [cells.get(setting) for setting in (*claim.needs, *claim.optional)]
+
+
+def _covering(
+    measures: Callable[[Sequence[Record]], list[Measure]], claim: Claim, records: Sequence[Record]
+) -> list[Measure]:
+    """Those that all cells of the claim were scored on."""
+    used = _used(claim, records)
+    return [measure for measure in measures(records) if all(cell is None or measure.covers(cell) for cell in used)]
+
+
+def _doubled(cell: Cell) -> Cell:
+    """The cell as it would be after twice its training, if that changed its loss by as much as the last doubling did.
+
+    The last doubling is from half of the steps to the end, on validation text, averaged over the seeds; the loss of
+    every text that it was scored on changes by it. A loss that falls with the logarithm of the steps does so; one that
+    levels off falls by less.
+    """
+    gains = []
+    for record in cell.records:
+        points = {int(point["step"] or 0): point["loss"] for point in record.curve}
+        last = max(points, default=0)
+        half = min(points, key=lambda step: abs(2 * step - last), default=0)
+        begun, ended = points.get(half), points.get(last)
+        gains.append(0.0 if begun is None or ended is None else begun - ended)
+    gain = float(np.mean(gains))
+    return replace(cell, records=tuple(_with_losses(record, gain) for record in cell.records))
+
+
+def _with_losses(record: Record, gain: float) -> Record:
+    """The record with every loss less by `gain`."""
+    scores = {
+        name: [None if value is None else value - gain for value in values] if name.startswith("loss/") else values
+        for name, values in record.scores.items()
+    }
+    return replace(record, scores=scores)
+
+
+def _moved(cell: Cell) -> float:
+    """The share by which learned scales are others than at the start, a median over the seeds; infinite where none
+    is on record."""
+    found = [moved for record in cell.records if (moved := record.metrics.get("moved/scales")) is not None]
+    return float(np.median(found)) if found else math.inf

@@ -23,7 +23,9 @@ from studylib.evidence import (
     Effect,
     Finding,
     PaperNumber,
+    decide,
     judge,
+    kind_of,
     l4q,
     llm_qat,
     qlora,
@@ -81,7 +83,8 @@ class Entry:
 class Growing:
     """The ledger while arms are carried out: called after some, it tells the verdicts that are new.
 
-    told: gets a line for each. show: gets all records, where a verdict was told and the last time is PAUSE seconds ago.
+    claims: those that are judged. told: gets a line for each. show: gets all records, where a verdict was told and the
+    last time is PAUSE seconds ago.
     """
 
     def __init__(
@@ -90,10 +93,13 @@ class Growing:
         load: Callable[[Arm], Record | None],
         told: Callable[[str], None],
         show: Callable[[list[Record]], None],
+        claims: Iterable[Claim] = tuple(CLAIMS.values()),
     ):
         self.waiting, self.load, self.told, self.show = list(arms), load, told, show
+        self.claims = list(claims)
         self.records: list[Record] = []
-        self.verdicts: dict[str, str] = {}
+        self.findings: dict[str, Finding] = {}  # by claim: what the records say, of those whose arms are there
+        self.verdicts: dict[str, str] = {}  # those that were told
         self.shown = -math.inf
 
     def __call__(self) -> None:
@@ -102,25 +108,32 @@ class Growing:
             return
         self.waiting = [arm for arm in self.waiting if arm not in found]
         self.records += found.values()
-        news = [entry for entry in map(self._entry, CLAIMS.values()) if entry and self._is_new(entry)]
-        for entry in news:
-            self.verdicts[entry.claim.id] = entry.verdict
-            self.told(f"{entry.claim.id} · {entry.claim.statement}: {entry.verdict}. {entry.main.found}")
+        self._judge(found)
+        news = [finding for finding in self.findings.values() if self._is_new(finding)]
+        for finding in news:
+            self.verdicts[finding.claim] = finding.verdict
+            self.told(f"{finding.claim} · {CLAIMS[finding.claim].statement}: {finding.word}. {finding.found}")
         if news and self.records and time.monotonic() > self.shown + PAUSE:
             self.show(self.records)
             self.shown = time.monotonic()
 
-    def _entry(self, claim: Claim) -> Entry | None:
-        there = {Setting.of(record.arm) for record in self.records}
-        if claim.test is None or not there.issuperset(claim.needs):
-            return None
-        return Entry(claim, tuple(judge(claim, self.records)))
+    def _judge(self, new: Iterable[Arm]) -> None:
+        """Judge the claims of which these arms may say something: that read one, or compare runs of the same kind."""
+        kinds = {Setting.of(record.arm): kind_of(record.arm) for record in self.records}
+        settings = {Setting.of(arm) for arm in new}
+        told = {kinds[own] for own in settings} - {""}
+        for claim in self.claims:
+            if claim.test is None or not kinds.keys() >= set(claim.needs):
+                continue
+            read = {*claim.needs, *claim.optional}
+            if claim.id not in self.findings or read & settings or told & {kinds.get(own) for own in read}:
+                self.findings[claim.id] = decide(claim, self.records)
 
-    def _is_new(self, entry: Entry) -> bool:
+    def _is_new(self, finding: Finding) -> bool:
         """Undecided is no news while arms are to come: they may tell how far runs lie apart."""
-        if entry.verdict in (NOT_TESTED, self.verdicts.get(entry.claim.id)):
+        if finding.verdict in (NOT_TESTED, self.verdicts.get(finding.claim)):
             return False
-        return entry.verdict != UNDECIDED or not self.waiting
+        return finding.verdict != UNDECIDED or not self.waiting
 
 
 def ledger(records: Sequence[Record]) -> list[Entry]:
@@ -149,7 +162,7 @@ def ledger_table(entries: Sequence[Entry]) -> str:
         found, could = entry.main.found, entry.main.could
         could = f"Minimum detectable effect: {could}." if could else ""
         text = " ".join(filter(None, [found, entry.main.by_part, could]))
-        cells = (entry.claim.id, entry.claim.statement, entry.verdict, text, entry.paper)
+        cells = (entry.claim.id, entry.claim.statement, entry.main.word, text, entry.paper)
         rows.append(f"| {' | '.join(map(markdown, cells))} |")
     return "\n".join(rows)
 

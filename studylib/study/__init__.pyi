@@ -2,6 +2,7 @@ from . import notebooks, schedule
 from .export import export_model, summary
 from .machine import environment
 from .notebooks import read_published, webp
+from .pace import Pace, time_text
 from .rates import rate_of, validation_loss
 from .records import (
     Record,
@@ -22,6 +23,7 @@ from .verify import TOGETHER, verify_records
 
 __all__ = [
     "TOGETHER",
+    "Pace",
     "Record",
     "RecordError",
     "Store",
@@ -42,6 +44,7 @@ __all__ = [
     "seconds_alone",
     "short_key",
     "summary",
+    "time_text",
     "validation_loss",
     "verify_records",
     "webp",

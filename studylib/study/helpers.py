@@ -10,9 +10,29 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+NO_MORE = -1  # behind the last of Turns
+
+
+class Turns:
+    """Places in a list of so many, in the order in which they are to be taken; one process sets it, others read it."""
+
+    def __init__(self, count: int):
+        self._places = multiprocessing.get_context("spawn").Array("i", count + 1)
+
+    def set(self, places: Iterable[int]) -> None:
+        """Each at most once."""
+        chosen = [*places, NO_MORE]
+        with self._places.get_lock():
+            self._places[: len(chosen)] = chosen
+
+    def get(self) -> list[int]:
+        with self._places.get_lock():
+            found = self._places[:]
+        return found[: found.index(NO_MORE)]
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 from studylib.config import BESIDE, NOTHING, Arm, Rate, Training, Tuning
 from studylib.methods import Setting, find, rate_case
 from studylib.study import schedule
+from studylib.study.pace import planned_work
 from studylib.study.records import Record, Store, arm_key
-from studylib.study.run import planned_work
 
 FACTOR = math.sqrt(10)  # from one rate that is tried to the next
 GRID_RATE = 0.003  # that the search for a grid's rate begins with where a budget has none: a share of its scales a step
@@ -72,7 +72,11 @@ def validation_loss(record: Record) -> float | None:
 
 
 def search(
-    arms: Sequence[Arm], results: str | Path, jobs: int = 1, told: Callable[[str, Rate], None] = lambda case, rate: None
+    arms: Sequence[Arm],
+    results: str | Path,
+    jobs: int = 1,
+    told: Callable[[str, Rate], None] = lambda case, rate: None,
+    until: float = math.inf,
 ) -> tuple[dict[str, Rate], list[Record]]:
     """The rate of least validation loss half-way for each setting of `arms`, and the records of all that were tried.
 
@@ -81,12 +85,19 @@ def search(
     quarter is more than BEHIND above that of the best so far is given up there (after successive halving: Jamieson &
     Talwalkar 2016). Every method, width and grid is searched alike. What is tried is kept as records: a search that is
     stopped goes on, and one that is done costs nothing.
+    until: the time (as time.time has it) after which nothing further is tried; then the settings that are not done have
+    no rate.
     """
+    store = Store(results)
     walks = {case: _walk(arm) for case, arm in cases(arms).items()}
     asked = {case: next(walk) for case, walk in walks.items()}
     chosen, records = {}, {}
     while asked:
-        for record in schedule.run(list(asked.values()), results, jobs=jobs):
+        tried = sorted(asked.values(), key=planned_work, reverse=True)
+        schedule.compute(schedule.missing_arms(tried, store), results, jobs=jobs, until=until)
+        if schedule.missing_arms(tried, store):
+            break
+        for record in schedule.run(tried, results):
             records[record.key] = record
         for case, arm in list(asked.items()):
             try:

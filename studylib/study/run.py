@@ -16,7 +16,6 @@ import numpy as np
 from accelerate.utils import set_seed
 from filelock import Timeout
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studylib.config import (
@@ -32,7 +31,7 @@ from studylib.config import (
     write_whole,
 )
 from studylib.data import TODAY, beginning, corpora, models, writes_date
-from studylib.evaluate import TASKS, decoding_seconds, score, weight_scores
+from studylib.evaluate import decoding_seconds, score, weight_scores
 from studylib.methods import Method, Work, find, title
 from studylib.quant import (
     cache_bytes_per_token,
@@ -43,20 +42,17 @@ from studylib.quant import (
 )
 from studylib.study.check import check
 from studylib.study.machine import environment, peak_memory
+from studylib.study.pace import Clock, Pace
 from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
 from studylib.train import TrainingData, check_head, prepare
 
-TRAINING_WORK = 4  # a trained token costs about four forward passes: forward, twice that backward, loss and optimizer
-GENERATION_WORK = 2  # a generated one two, with the teacher's pass over the finished text; calibrating takes as much
-ITEM_WORK = 100  # forward tokens that one benchmark item takes on average
-
-Progress = Callable[[int], None]
+Progress = Callable[[str, int], None]  # is told of finished work: the phase, and tokens
 
 
 def carry_out(
-    arm: Arm, store: Store, keep_checkpoints: bool = False, progress: Progress = lambda tokens: None
+    arm: Arm, store: Store, keep_checkpoints: bool = False, progress: Progress = lambda phase, tokens: None
 ) -> Record:
-    """Compute the record of one arm. progress is told of finished work, in tokens of a forward pass.
+    """Compute the record of one arm. progress is told of finished work.
 
     The deployed model of a trained arm is kept in the store, packed, beside its record.
     """
@@ -155,9 +151,6 @@ def _work_on(
     if arm.budget:
         check_head(model)
 
-    def trained(tokens: int) -> None:
-        progress(TRAINING_WORK * tokens)
-
     return Work(
         arm=arm,
         model=model,
@@ -166,7 +159,7 @@ def _work_on(
         checkpoints=_checkpoints(arm, store) if arm.budget else Path(),
         trained=trained_adapter(arm, store),
         keep=keep,
-        progress=trained,
+        progress=functools.partial(progress, "train"),
         phase=phase,
     )
 
@@ -195,12 +188,10 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
             return _restored(arm, kept_model), models.load_tokenizer(arm.model)
         kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.last}").exists()
         set_seed(arm.seed)
-        amount = planned_work(dataclasses.replace(arm, evaluation=NOTHING))
-        with tqdm(total=amount, unit="tok", unit_scale=True, disable=not amount, desc=title(arm), mininterval=2) as bar:
-            told = functools.partial(advance, bar, amount)
-            work = _work_on(arm, store, kept, told, lambda name: contextlib.nullcontext())
-            log = _deploy(find(arm.method), work, store, key, told)
-            advance(bar, amount, amount)
+        with Clock(Pace(), hidden=not (arm.budget or arm.data)) as clock:
+            clock.begin(dataclasses.replace(arm, evaluation=NOTHING))
+            work = _work_on(arm, store, kept, clock.progress, lambda name: contextlib.nullcontext())
+            log = _deploy(find(arm.method), work, store, key, clock.progress)
         if arm.budget and _converged(log):
             _keep(work, kept_model)
         if not kept:
@@ -224,11 +215,6 @@ def _keep(work: Work, path: Path) -> None:
     """Keep the deployed model; where there is no room, say so and go on: the record is worth more."""
     with kept_if_possible(f"the model of {title(work.arm)}"):
         keep_model(work.model, work.load(), path)
-
-
-def advance(bar: tqdm, end: int, tokens: int) -> None:
-    """Move the bar by `tokens`, at most to `end`: an arm that takes more than planned stays in its own part."""
-    bar.update(min(tokens, end - bar.n))
 
 
 def trained_adapter(arm: Arm, store: Store) -> Path:
@@ -276,10 +262,11 @@ def _prepare_data(work: Work, store: Store, key: str, progress: Progress) -> Tra
     states = folder / f"teacher_states-{NUMERICS['distillation'].number}.npy"
     teacher = functools.partial(models.load_model, arm.model, models.compute_dtype())
     with store.lock(data_lock(folder)):
-        data = prepare(work.model, work.tokenizer, arm.data, arm.training, folder, states, teacher, progress)
-        told = folder / "provenance.json"  # for people: nothing reads it
-        with kept_if_possible(str(told)):
-            write_whole(told, json.dumps(_data_description(arm) | environment(), indent=1))
+        told = functools.partial(progress, "data")
+        data = prepare(work.model, work.tokenizer, arm.data, arm.training, folder, states, teacher, told)
+        description = folder / "provenance.json"  # for people: nothing reads it
+        with kept_if_possible(str(description)):
+            write_whole(description, json.dumps(_data_description(arm) | environment(), indent=1))
     return data
 
 
@@ -313,24 +300,10 @@ def _counted(model: nn.Module, progress: Progress) -> Iterator[dict[str, int]]:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs["input_ids"]
         seen["tokens"] += ids.numel()
-        progress(ids.numel())
+        progress("evaluate", ids.numel())
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield seen
     finally:
         handle.remove()
-
-
-def planned_work(arm: Arm) -> int:
-    """Planned work in tokens of a forward pass."""
-    wanted = arm.evaluation
-    work = (len(wanted.corpora) * wanted.windows + wanted.pairs) * wanted.length
-    work += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
-    if arm.tuning and arm.instructions:
-        work += TRAINING_WORK * arm.tuning.last * arm.tuning.batch * arm.instructions.length
-    if arm.data:
-        work += GENERATION_WORK * arm.data.count * arm.data.length
-    if arm.training and arm.data:
-        work += TRAINING_WORK * arm.training.last * arm.training.batch * arm.data.length
-    return work

@@ -1,26 +1,25 @@
 """In which order arms are carried out, by how many processes, and that each is carried out once."""
 
 import contextlib
-import functools
 import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import Timeout
-from tqdm import tqdm
 
 from studylib.config import MAX_JOBS, Arm, check_whole, remove, tell
-from studylib.methods import find, title
+from studylib.methods import find
 from studylib.study import helpers
 from studylib.study.machine import keep_freed_memory
+from studylib.study.pace import Clock, Pace, planned_work
 from studylib.study.records import Record, Store, arm_key
-from studylib.study.run import advance, carry_out, check, data_folder, data_lock, planned_work
+from studylib.study.run import carry_out, check, data_folder, data_lock
 
 
 def check_jobs(jobs: int) -> None:
@@ -44,8 +43,9 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     """
     check_jobs(jobs)
     store = Store(results)
-    compute(sorted(missing_arms(arms, store), key=planned_work, reverse=True), results, keep_checkpoints, jobs)
-    return [_of_arm(arm, store) for arm in arms]
+    missing = sorted(missing_arms(arms, store), key=planned_work, reverse=True)
+    compute(missing, results, keep_checkpoints, jobs, pace=Pace(_of_arms(set(arms).difference(missing), store)))
+    return _of_arms(arms, store)
 
 
 def compute(
@@ -53,31 +53,35 @@ def compute(
     results: str | Path,
     keep_checkpoints: bool = False,
     jobs: int = 1,
-    finished: Callable[[], None] = lambda: None,
+    next_arms: Callable[[list[Arm]], list[Arm]] = lambda waiting: waiting,
     until: float = math.inf,
+    pace: Pace | None = None,
 ) -> None:
     """Carry out arms in the order in which they are given, as `run` does.
 
-    finished: called after each arm of this process; helper processes finish others meanwhile. until: the time (as
-    time.time has it) after which no further arm is begun.
+    next_arms: given what waits, first of all and after each arm of this process, it says what of that comes now, in
+    which order; helper processes, which finish others meanwhile, take it on. until: the time (as time.time has it)
+    after which no further arm is begun. pace: what is known of how long arms take.
     """
     store = Store(results)
     shared = [arm for arm in missing if _is_known_elsewhere(arm)]
     further = min(jobs - 1, len(shared), max(0, len(missing) - 1))
+    turns = helpers.Turns(len(shared))
+    place = {arm: at for at, arm in enumerate(shared)}
+
+    def then(waiting: list[Arm]) -> list[Arm]:
+        chosen = next_arms(waiting)
+        turns.set(place[arm] for arm in chosen if arm in place)
+        return chosen
+
+    turn = then(list(missing))
     with (
-        _sharing_threads(further, shared, results, keep_checkpoints, until),
-        tqdm(
-            total=sum(map(planned_work, missing)),
-            unit="tok",
-            unit_scale=True,
-            disable=not missing,
-            mininterval=2,
-            dynamic_ncols=True,
-        ) as bar,
+        _sharing_threads(further, turns, shared, results, keep_checkpoints, until),
+        Clock(pace or Pace(), further + 1, hidden=not missing) as clock,
         contextlib.ExitStack() as afterwards,
     ):
         afterwards.callback(gc.unfreeze)
-        _carry_out_all(missing, store, keep_checkpoints, bar, until, finished)
+        _carry_out_all(missing, turn, store, keep_checkpoints, until, then, clock)
 
 
 def check_all(arms: Sequence[Arm], results: str | Path) -> None:
@@ -93,11 +97,14 @@ def missing_arms(arms: Sequence[Arm], store: Store) -> list[Arm]:
     return missing
 
 
-def _of_arm(arm: Arm, store: Store) -> Record:
-    """The record of the arm, as it names its files now: what was run under another path is the same by its contents."""
-    record = store.load(arm_key(arm))
-    assert record is not None
-    return replace(record, arm=arm)
+def _of_arms(arms: Iterable[Arm], store: Store) -> list[Record]:
+    """Their records, as they name their files now: what was run under another path is the same by its contents."""
+    found = []
+    for arm in arms:
+        record = store.load(arm_key(arm))
+        assert record is not None
+        found.append(replace(record, arm=arm))
+    return found
 
 
 def _is_known_elsewhere(arm: Arm) -> bool:
@@ -106,13 +113,13 @@ def _is_known_elsewhere(arm: Arm) -> bool:
 
 
 @contextlib.contextmanager
-def _sharing_threads(count: int, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
+def _sharing_threads(count: int, turns: helpers.Turns, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
     """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
     threads = torch.get_num_threads()
     share = max(1, threads // (count + 1))
     torch.set_num_threads(share)
     try:
-        with helpers.working(count, _help, share, arms, *where) as processes:
+        with helpers.working(count, _help, share, turns, arms, *where) as processes:
             yield
             for process in processes:
                 process.join()
@@ -120,37 +127,52 @@ def _sharing_threads(count: int, arms: Sequence[Arm], *where: Any) -> Iterator[N
         torch.set_num_threads(threads)
 
 
-def _help(threads: int, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool, until: float) -> None:
+def _help(
+    threads: int, turns: helpers.Turns, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool, until: float
+) -> None:
     torch.set_num_threads(threads)
+
+    def then(waiting: list[Arm]) -> list[Arm]:
+        left = set(waiting)
+        return [arms[at] for at in turns.get() if arms[at] in left]
+
     try:
-        _carry_out_all(arms, Store(results), keep_checkpoints, tqdm(disable=True), until)
+        _carry_out_all(arms, then(list(arms)), Store(results), keep_checkpoints, until, then)
     except (OSError, ValueError) as error:
         tell(f"a helper process stops: {error}")
 
 
 def _carry_out_all(
     arms: Sequence[Arm],
+    turn: list[Arm],
     store: Store,
     keep_checkpoints: bool,
-    bar: tqdm,
     until: float,
-    finished: Callable[[], None] = lambda: None,
+    then: Callable[[list[Arm]], list[Arm]],
+    clock: Clock | None = None,
 ) -> None:
-    """Every arm once: first those that no other process is working on."""
+    """Those of `arms` whose turn it is, each once: first those that no other process is working on.
+
+    turn: what comes now; then: what does afterwards, of those that wait.
+    """
     keep_freed_memory()
+    clock = clock or Clock(Pace(), hidden=True)
     waiting = list(arms)
-    while waiting and time.time() < until:
-        with _locked(waiting, store) as arm:
+    while turn and time.time() < until:
+        with _locked(turn, store) as arm:
             waiting.remove(arm)
-            bar.set_description(title(arm))
-            end = bar.n + planned_work(arm)
-            if store.load(arm_key(arm)) is None:
-                _save(carry_out(arm, store, keep_checkpoints, functools.partial(advance, bar, end)), store)
+            record = store.load(arm_key(arm))
+            if record is None:
+                clock.begin(arm, [other for other in turn if other != arm and store.find(arm_key(other)) is None])
+                record = carry_out(arm, store, keep_checkpoints, clock.progress)
+                _save(record, store)
+                clock.end(record)
                 gc.freeze()  # what is left are libraries, half a second to walk through each time anew
                 if not keep_checkpoints:
                     shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
-            advance(bar, end, end)
-        finished()
+            else:
+                clock.pace.learn(record)
+        turn = then(waiting)
 
 
 def _save(record: Record, store: Store) -> None:

@@ -93,7 +93,7 @@ def test_perplexity():
 
 def test_the_same_seed_gives_the_same_interval():
     sample = np.random.default_rng(0).normal(size=30)
-    assert paired_bootstrap(perplexity, np.log(sample[:1] ** 2)) == Interval(pytest.approx(sample[0] ** 2))
+    assert paired_bootstrap(perplexity, np.log(sample[:1] ** 2)).bounds(0.01) == 2 * (pytest.approx(sample[0] ** 2),)
     assert paired_bootstrap(lambda x: x.mean(-1), sample) == paired_bootstrap(lambda x: x.mean(-1), sample)
 
 

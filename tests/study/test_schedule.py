@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from studylib.config.budgets import Evaluation, profile
 from studylib.methods.arms import build_arm
 from studylib.study import schedule
+from studylib.study.helpers import Turns
 from studylib.study.records import Store, arm_key
 
 SCRIPT = """
@@ -99,10 +101,46 @@ def two_arms():
 
 def test_arms_are_carried_out_in_the_order_that_is_given_and_each_is_told(two_arms, tmp_path):
     store, there = Store(tmp_path), []
-    schedule.compute(
-        two_arms, tmp_path, finished=lambda: there.append([bool(store.find(arm_key(a))) for a in two_arms])
-    )
-    assert there == [[True, False], [True, True]]
+
+    def told(waiting):
+        there.append([bool(store.find(arm_key(arm))) for arm in two_arms])
+        return waiting
+
+    schedule.compute(two_arms, tmp_path, next_arms=told)
+    assert there == [[False, False], [True, False], [True, True]]
+
+
+def test_what_comes_next_is_decided_after_each_arm(two_arms, tmp_path):
+    arms = [*two_arms, dataclasses.replace(two_arms[0], bits="4-8-8"), dataclasses.replace(two_arms[0], bits="8-8-4")]
+    asked = []
+
+    def last_alone(waiting):
+        asked.append(list(waiting))
+        return waiting[-1:] if len(waiting) > 2 else []
+
+    schedule.compute(arms, tmp_path, next_arms=last_alone)
+    assert asked == [arms, arms[:3], arms[:2]]
+    assert schedule.missing_arms(arms, Store(tmp_path)) == arms[:2]
+
+
+def test_helpers_take_what_comes_next():
+    turns = Turns(4)
+    turns.set(range(4))
+    assert turns.get() == [0, 1, 2, 3]
+    turns.set([2, 0])
+    with multiprocessing.get_context("spawn").Pool(1, _keep_turns, (turns,)) as pool:
+        assert pool.apply(_turns_there) == [2, 0]
+        turns.set([])
+        assert pool.apply(_turns_there) == []
+
+
+def _keep_turns(turns):
+    global KEPT
+    KEPT = turns
+
+
+def _turns_there():
+    return KEPT.get()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

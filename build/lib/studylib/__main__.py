@@ -1,0 +1,5 @@
+"""`python -m studylib` is the command `study`."""
+
+from studylib.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,761 @@
+"""The command `study`: run notebooks, decide claims, list, show, export, verify and clear results, plan memory."""
+
+import argparse
+import atexit
+import contextlib
+import gc
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from studylib.config import Arm
+    from studylib.evidence import Claim, Finding
+    from studylib.study import Record, Store
+
+atexit.register(gc.freeze)  # else the collector walks through all libraries at the exit, for two seconds
+
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+
+SEARCH = "search"  # in the place of a file of rates
+PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
+SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
+TOLD = 5  # files that cannot be read are named one by one up to so many
+PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
+OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
+OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
+    "output": "--output, or --results, in which each run has its folder"
+}  # notebook parameters that `study run` sets from its own options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="study", description=__doc__.split(":", 1)[1].strip().capitalize())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run notebooks through papermill and write the report")
+    run.add_argument(
+        "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="numbers or names (default: all)"
+    )
+    run.add_argument(
+        "--target-claims",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID",
+        help="only arms that these claims read, further seeds only where they may decide one, e.g. C1 A3",
+    )
+    run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
+    _computing(run)
+    decide = commands.add_parser("decide", help="spend time on the claims that are named, and tell their verdicts")
+    decide.add_argument("claims", nargs="+", metavar="CLAIM", help="as the ledger names them, e.g. C1 A3")
+    decide.add_argument(
+        "--seeds", type=int, nargs="+", default=[], metavar="N", help=f"to take from (default: 0 to {SEEDS - 1})"
+    )
+    _computing(decide)
+    rates = commands.add_parser("rates", help="search the learning rates of a model and write them to a file")
+    rates.add_argument(
+        "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="whose arms (default: all)"
+    )
+    rates.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
+    rates.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
+    rates.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="those with it in their name: 'l4q 3-16'")
+    rates.add_argument("--output", type=_path, required=True, metavar="FILE", help="for `study run --rates FILE`")
+    _jobs(rates)
+    _results(rates)
+    listing = commands.add_parser("list", help="list the records of a results folder")
+    listing.add_argument("--times", action="store_true", help="with seconds by phase, and what no claim reads")
+    _results(listing)
+    clean = commands.add_parser(
+        "clean", help="remove what records do not need: kept models, text, checkpoints, adapters"
+    )
+    clean.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)} (all)"
+    )
+    _results(clean)
+    show = commands.add_parser("show", help="show one record")
+    show.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
+    _results(show)
+    export = commands.add_parser("export", help="write the model of a record in a format that transformers loads")
+    export.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
+    export.add_argument("--output", type=_path, required=True, metavar="FOLDER", help="a new folder")
+    _results(export)
+    report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
+    report.add_argument(
+        "--output", type=_path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder"
+    )
+    report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
+    _budget(report)
+    verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
+    verify.add_argument("--reference", type=_path, default=REFERENCE, help="default: the results in the repository")
+    verify.add_argument(
+        "--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title, as in `study list`"
+    )
+    verify.add_argument("--minutes", type=float, default=15, help="else what took so long there (default: 15)")
+    _jobs(verify)
+    _results(verify)
+    plan = commands.add_parser("plan", help="the memory that a fine-tuning would take, without any weights")
+    plan.add_argument(
+        "--model",
+        required=True,
+        metavar="CONFIG",
+        help="llama-7b, -13b, -33b, -65b, llama-2-7b, open-llama-3b, a config.json, a folder or a hub id",
+    )
+    plan.add_argument("--method", default="qlora", help="lora, qlora, qa-lora, qat-lora, l4q or qat (default: qlora)")
+    plan.add_argument("--bits", type=int, default=4, help="of the weights (default: 4)")
+    plan.add_argument("--group", type=int, default=64, help="weights that share a scale (default: 64)")
+    plan.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    plan.add_argument("--batch", type=int, default=1, help="sequences in one step (default: 1)")
+    plan.add_argument("--sequence", type=int, default=512, metavar="TOKENS", help="their length (default: 512)")
+    plan.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
+    return parser
+
+
+def _computing(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that carry out arms and write the page."""
+    parser.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
+    parser.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
+    parser.add_argument(
+        "--rates",
+        default="",
+        metavar="FILE",
+        help=f"learning rates that `study rates` chose, or `{SEARCH}` to choose them first (default: the committed)",
+    )
+    _jobs(parser)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="begin no further arm after so long, and write the page of what is there",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
+    )
+    _budget(parser)
+    parser.add_argument("--output", type=_path, metavar="FOLDER", help="of the page (default: in --results)")
+    _results(parser)
+
+
+def _path(text: str) -> Path:
+    """An empty one, of a variable that is not set, would be the working directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
+
+
+def _jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="arms computed at a time (default: 1)")
+
+
+def _budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget-mb",
+        type=float,
+        metavar="MB",
+        help="what the recommended recipe may take (default: the smallest within 5%% of 16 bits)",
+    )
+
+
+def _results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=_path, default=Path("results/runs"), help="default: results/runs")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 if a notebook failed, 2 for input that cannot be used, 130 after
+    Ctrl-C, 143 after SIGTERM."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _COMMANDS[options.command](options, arguments)
+    except ValueError as error:
+        _say(error)
+        return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = error.filename2 or error.filename  # what was to be replaced, if something was
+        _say(f"{where}: {error.strerror}" if where else error)
+        return 2
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet what libraries do at the exit
+        _say("interrupted; the same command goes on from here")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _deadline(minutes: float | None) -> float:
+    """When so many minutes from now are over; ValueError for a number that is not above 0."""
+    if minutes is None:
+        return math.inf
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes: {minutes:g} is not allowed; use a number above 0")
+    return time.time() + 60 * minutes
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Stop as Ctrl-C does, so that helper processes and kernels are stopped as well."""
+    raise KeyboardInterrupt(number)
+
+
+def _say(what: object) -> None:
+    """One line to people, of whatever length an error has."""
+    print("study:", *str(what).splitlines(), file=sys.stderr)
+
+
+@dataclass
+class _Study:
+    """What `study run` and `study decide` were asked for, checked."""
+
+    options: argparse.Namespace
+    command: str
+    until: float
+    model: str
+    output: Path
+    notebooks: list[Path]
+    assigned: dict[Path, dict[str, Any]]
+    store: "Store"
+
+    @property
+    def shared(self) -> list[Path]:
+        """The notebooks whose arms are computed together, before any is executed."""
+        return [notebook for notebook in self.notebooks if "jobs" in self.assigned[notebook]]
+
+    def show(self, records: "list[Record]") -> None:
+        """Write the page while arms are carried out."""
+        from studylib.report import page
+
+        page.write_report(self.output, records, [], self.command, self.options.budget_mb, live=True)
+
+    def left(self, what: str) -> None:
+        _say(f"after {self.options.minutes:g} minutes {what}; the same command goes on from here")
+
+
+def _study(options: argparse.Namespace, arguments: list[str], names: list[str], seeds: list[int]) -> "_Study | None":
+    """Everything checked, and the rates searched where that was asked for; None where the minutes were over then."""
+    from studylib.config import budgets as profiles
+    from studylib.config import find_rates, listed
+    from studylib.data import models
+    from studylib.report import recipes
+    from studylib.study import Store, schedule
+    from studylib.study import notebooks as batch
+
+    until = _deadline(options.minutes)
+    recipes.check_budget(options.budget_mb)
+    budget = profiles.profile(options.profile)
+    schedule.check_jobs(options.jobs)
+    notebooks = batch.find_notebooks(names)
+    further = {}
+    for text in options.set:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"--set: {text!r} is not NAME=VALUE")
+        if name in OPTIONS:
+            raise ValueError(f"--set: {name!r} is not allowed; use {OPTIONS[name]}")
+        further[name] = _value(text, value)
+    results = options.results.resolve()
+    model = models.absolute_name(options.model)
+    output = (options.output or results / f"{options.profile}-{_folder_name(model)}").resolve()
+    parameters = {
+        "model": model,
+        "profile": options.profile,
+        "results": str(results),
+        "output": str(output),
+    } | further
+    taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
+    if options.seeds or "seeds" in taken:
+        parameters["seeds"] = seeds or list(budget.seeds)
+    if "jobs" in taken:
+        parameters["jobs"] = options.jobs
+    searches = "rates" in taken and options.rates == SEARCH
+    if "rates" in taken and options.rates and not searches:
+        find_rates(model, options.profile, options.rates)  # before any work
+        parameters["rates"] = str(Path(options.rates).resolve())
+    assigned = batch.assign_parameters(notebooks, parameters)
+    models.load_config(options.model)
+    command = shlex.join(["study", *arguments])
+    # Only now: what is refused leaves no folder.
+    found = _Study(options, command, until, model, output, notebooks, assigned, Store(results))
+    usual = "rates" in taken and not searches and not find_rates(model, options.profile, options.rates)
+    trained = [arm for arm in _arms(notebooks, assigned) if arm.budget] if searches or usual else []
+    file = output / "rates.json"
+    if searches and trained:
+        output.mkdir(parents=True, exist_ok=True)
+        if not _search(trained, model, options.profile, results, options.jobs, file, until=until):
+            found.left("learning rates are still searched")
+            return None
+    elif searches:
+        print(f"no arm of {listed([n.stem for n in notebooks])} is trained: no rates to search", file=sys.stderr)
+    elif trained:
+        print(f"learning rates are each method's usual ones; --rates {SEARCH} chooses them first", file=sys.stderr)
+    if searches and file.exists():
+        found.assigned = batch.assign_parameters(notebooks, parameters | {"rates": str(file)})
+    return found
+
+
+def _arms(notebooks: Sequence[Path], assigned: dict[Path, dict[str, Any]]) -> "list[Arm]":
+    """Those of all notebooks that can say what they are: the others say what is wrong when they are executed."""
+    from studylib.study import notebooks as batch
+
+    found: list[Arm] = []
+    for notebook in notebooks:
+        with contextlib.suppress(Exception):
+            found += batch.wanted_arms(notebook, assigned[notebook])
+    return found
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.report import deciding, ledger, page, recipes, tables
+    from studylib.study import notebooks as batch
+
+    targets = deciding.named(options.target_claims)
+    study = _study(options, arguments, options.notebooks, options.seeds)
+    if study is None:
+        return 0
+    notebooks, shared = study.notebooks, study.shared
+    lacking: list[Path] = []
+    if len(shared) > 1 or options.minutes or targets:
+        failing, lacking, records = _compute_together(study, targets)
+        notebooks.sort(key=lambda notebook: notebook != failing)
+    if targets or time.time() > study.until:  # those that compute by themselves wait as well
+        lacking += [notebook for notebook in notebooks if notebook not in shared and not batch.sums_up(notebook)]
+    executed = []
+    for notebook in (notebook for notebook in notebooks if notebook not in lacking):
+        print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
+        try:
+            executed.append(batch.execute(notebook, study.output, study.assigned[notebook]))
+        except batch.NotebookError as error:
+            _say(error)
+            _say(f"everything up to there is in {study.output / notebook.name}")
+            return 1
+    folder = study.store.folder
+    if not lacking:
+        records = batch.used_records(study.output, executed, folder / "records")
+    if not records:
+        raise ValueError(f"results: {folder} holds no records of {options.model} at the {options.profile} budget")
+    written = page.write_report(study.output, records, executed, study.command, options.budget_mb)
+    print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
+    print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
+    print(ledger.unread(records), file=sys.stderr)
+    names = ", ".join(notebook.stem for notebook in lacking)
+    if lacking and targets:
+        _say(f"{names} wait: they read arms that {' '.join(claim.id for claim in targets)} do not")
+    elif lacking:
+        study.left(f"{names} wait")
+    return 0
+
+
+def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import listed
+    from studylib.evidence import NOT_TESTED
+    from studylib.report import deciding, page
+
+    claims = deciding.named(options.claims)
+    study = _study(options, arguments, [], options.seeds or list(range(SEEDS)))
+    if study is None:
+        return 0
+    arms = _arms(study.notebooks, study.assigned)
+    reasons = {claim.id: deciding.why_not(claim, arms) for claim in claims}
+    for name in (name for name, why in reasons.items() if why):
+        print(f"{name} cannot be tested here: {reasons[name]}")
+    open_claims = [claim for claim in claims if not reasons[claim.id]]
+    if not open_claims:
+        return 2
+    if all(not claim.needs for claim in open_claims):
+        arms = []
+    records, findings = _compute(study, arms, open_claims, alone=True, outlook=True)
+    print()
+    for claim in open_claims:
+        finding = findings.get(claim.id)
+        word, text = (finding.word, finding.found) if finding else (NOT_TESTED, "not all of its arms were run yet.")
+        print(f"{claim.id} · {claim.statement}: {word}. {text}")
+    if records:
+        print(f"\nReport: {page.write_report(study.output, records, [], study.command, options.budget_mb)}")
+    if time.time() > study.until:
+        study.left(f"{listed([claim.id for claim in open_claims])} are as they are")
+    return 0
+
+
+def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import profile
+    from studylib.data import models
+    from studylib.study import notebooks as batch
+    from studylib.study import schedule
+
+    profile(options.profile)
+    schedule.check_jobs(options.jobs)
+    model = models.absolute_name(options.model)
+    given = {"model": model, "profile": options.profile, "results": str(options.results.resolve()), "rates": ""}
+    arms = []
+    for notebook in batch.find_notebooks(options.notebooks):
+        own = {name: value for name, value in given.items() if name in batch.default_parameters(notebook)}
+        arms += batch.wanted_arms(notebook, own)
+    _search(arms, model, options.profile, options.results, options.jobs, options.output, options.cases)
+    return 0
+
+
+def _search(
+    arms: "list[Arm]",
+    model: str,
+    profile: str,
+    results: Path,
+    jobs: int,
+    output: Path,
+    cases: Sequence[str] = (),
+    until: float = math.inf,
+) -> bool:
+    """Search the rates of the settings of `arms` with one of `cases` in their name, and write them beside those that
+    the file `output` holds; False where that was not done `until` then. ValueError for a file of another model or
+    profile, and where there is no such setting."""
+    from studylib.config import Rate, find_rates, listed, rates_text, write_whole
+    from studylib.report import figures
+    from studylib.study import rates
+
+    known = find_rates(model, profile, str(output)) if output.exists() else {}
+    wanted = rates.cases(arms)
+    chosen = {case: arm for case, arm in wanted.items() if not cases or any(text in case for text in cases)}
+    if not chosen:
+        raise ValueError(f"cases: {' '.join(cases)!r} is in none of {listed(list(wanted))}")
+    share = rates.cost(list(chosen.values()), arms, results)
+    print(f"{len(chosen)} settings; searching takes about {share:.0%} of the time of all their arms", file=sys.stderr)
+
+    def told(case: str, rate: Rate) -> None:
+        known[case] = rate
+        write_whole(output, rates_text(model, profile, known))
+        print(f"{case}: {rate.text}")
+
+    done, tried = rates.search(list(chosen.values()), results, jobs, told, until)
+    if tried:
+        figures.searched_rates(tried).savefig(picture := output.with_suffix(".svg"))
+        print(f"Figure: {picture}")
+    return done.keys() >= chosen.keys()
+
+
+def _value(text: str, value: str) -> Any:
+    """What stands behind NAME= in `text`, in YAML, with numbers as people write them: 7e-1 is one, 010 is refused.
+
+    Paths of corpora and of instruction pairs count from here, as that of the model does.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """For YAML 1.1, in which 7e-1 is a text, 010 is eight, 1:30 is ninety and 2001-01-01 is a date."""
+
+    def whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value):
+            raise ValueError(f"--set: {node.value!r} in {text!r} is not a whole number as people write it, e.g. 10")
+        return int(node.value)
+
+    number = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_constructor("tag:yaml.org,2002:int", whole)
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", Loader.construct_yaml_str)
+    try:
+        # References could stand for more than there is memory for, and tags for what is no parameter.
+        if any(isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) for event in yaml.parse(value)):
+            raise ValueError(f"--set: the value of {text!r} has YAML references or tags; write it out")
+        return _from_here(Loader(value).get_single_data())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"--set: the value of {text!r} is not YAML") from error
+
+
+def _from_here(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_here(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) and value.endswith(OWN_FILES) else value
+
+
+def _folder_name(model: str) -> str:
+    """The model's part of a run's folder: two that share the last part of their names do not share a folder."""
+    from studylib.study import digest
+
+    path = Path(model)
+    if path.is_absolute():
+        return f"{path.name}-{digest(model)[:6]}"
+    return model.replace("/", "--")
+
+
+def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | None, list[Path], list[Record]]":
+    """Compute the arms of all notebooks before the first is executed, claim by claim, and tell each verdict at once.
+
+    targets: only what these claims read, and further seeds only where they may decide one. Returns the first notebook
+    that cannot say what its arms are, and then nothing is computed; else the notebooks that lack arms, and the records
+    that there are.
+    """
+    from studylib.methods import Setting
+    from studylib.report import CLAIMS, deciding
+    from studylib.study import notebooks as batch
+    from studylib.study import schedule
+
+    wanted = {}
+    print(f"reading what {len(study.shared)} notebooks ask for", file=sys.stderr)
+    for notebook in study.shared:
+        try:
+            wanted[notebook] = batch.wanted_arms(notebook, study.assigned[notebook])
+            schedule.check_all(wanted[notebook], study.store.folder)
+        except Exception:  # whatever it is, executed it shows that at its place
+            return notebook, [], []
+    arms = [arm for own in wanted.values() for arm in own]
+    for line in deciding.without_measure(arms):
+        print(line, file=sys.stderr)
+    if targets:
+        for claim in targets:
+            if why := deciding.why_not(claim, arms):
+                print(f"{claim.id} cannot be tested here: {why}", file=sys.stderr)
+        read = {setting for claim in targets for setting in (*claim.needs, *claim.optional)}
+        arms = [arm for arm in arms if Setting.of(arm) in read]
+    print(f"{len(dict.fromkeys(arms))} arms of {', '.join(notebook.stem for notebook in wanted)}", file=sys.stderr)
+    try:
+        records, _ = _compute(study, arms, targets or list(CLAIMS.values()), alone=bool(targets))
+    except Exception as error:
+        _say(f"{error}; the notebook that needs this arm computes it again")
+        return None, [], []
+    there = {record.arm for record in records}
+    return None, [notebook for notebook, own in wanted.items() if not there.issuperset(own)], records
+
+
+def _compute(
+    study: _Study, arms: "list[Arm]", claims: "list[Claim]", alone: bool, outlook: bool = False
+) -> "tuple[list[Record], dict[str, Finding]]":
+    """Carry out arms, claim by claim (see evidence.claims_first), and tell each verdict at once; the records of all
+    that are there then, and what they say of each claim.
+
+    outlook: what each claim takes is told before.
+    """
+    from tqdm import tqdm
+
+    from studylib.evidence import Plan, claims_first
+    from studylib.report import deciding, ledger
+    from studylib.study import Pace, arm_key, schedule, time_text
+
+    store, options, pace = study.store, study.options, Pace()
+    arms = list(dict.fromkeys(arms))
+    told = ledger.Growing(
+        arms, lambda arm: store.load(arm_key(arm)), lambda line: tqdm.write(line, file=sys.stderr), study.show, claims
+    )
+
+    def seconds(arm: "Arm") -> float:
+        return sum(pace.of(arm).values())
+
+    def next_arms(waiting: "list[Arm]") -> "list[Arm]":
+        told()
+        for record in told.records:
+            pace.learn(record)
+        left = set(told.waiting)
+        waiting = [arm for arm in waiting if arm in left]
+        return claims_first(waiting, claims, seconds, told.records, told.findings, alone)
+
+    planned = next_arms(arms)
+    plan = Plan(told.waiting, claims, seconds, told.records, told.findings)
+    prospects = {claim.id: plan.prospect(claim) for claim in claims} if outlook or options.minutes else {}
+    for claim in claims if outlook else ():
+        finding = told.findings.get(claim.id)
+        print(deciding.outlook(claim, plan, finding, prospects[claim.id], options.jobs), flush=True)
+    seeds = {plan.arms[at] for at in plan.first_seeds()}
+    first = [[arm for arm in own.arms if arm in seeds] or own.arms for own in prospects.values()]
+    least = min((sum(map(seconds, own)) for own in first if own), default=0) / options.jobs
+    if planned and time.time() + least > study.until:
+        _say(
+            f"minutes: {options.minutes:g} are less than the next claim takes, {time_text(least)}; "
+            "the page will have what is there then, and the same command goes on"
+        )
+    keep_checkpoints = any(own.get("keep_checkpoints", False) for own in study.assigned.values())
+    if planned:
+        # Beside others, what is timed would be slower than it is.
+        jobs = 1 if any(arm.decoding for arm in planned) else options.jobs
+        missing = schedule.missing_arms(told.waiting, store)
+        schedule.compute(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
+    told()  # what helpers finished last
+    return told.records, told.findings
+
+
+def _report(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.report import page
+    from studylib.study import notebooks as batch
+
+    notebooks = sorted(path.parent.with_suffix(".ipynb") for path in options.output.glob("*/published.json"))
+    if not notebooks:
+        raise ValueError(f"output: {options.output} holds no notebook's results; `study run` makes some")
+    skipped: list[Exception] = []
+    folder = options.output.resolve().parent / "records"
+    records = batch.used_records(options.output, notebooks, folder, skipped.append)
+    _tell(skipped)
+    if not records:
+        raise ValueError(f"output: the notebooks in {options.output} name no records that {folder} holds")
+    if options.format == "md":
+        print(page.summary(records, options.budget_mb))
+    else:
+        command = shlex.join(["study", *arguments])
+        print(page.write_report(options.output, records, notebooks, command, options.budget_mb))
+    return 0
+
+
+def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import listed
+    from studylib.study import TOGETHER, environment, read_records, verify_records
+
+    records = list(read_records(options.reference / "records"))
+    if not records:
+        raise ValueError(f"reference: {options.reference} holds no records")
+    here = environment()["compute_dtype"]
+    there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
+    if there != here:
+        print(f"Computed in {there} there and in {here} here: what differs by rounding, as another seed would, passes.")
+    found = verify_records(records, options.arms, options.minutes, options.results.resolve(), options.jobs)
+    for difference in found:
+        print(difference.text())
+    failed = sum(not difference.passed for difference in found)
+    arms = len({difference.arm for difference in found} - {TOGETHER})
+    exact = sum(difference.exact for difference in found)
+    print(f"{len(found) - failed} of {len(found)} numbers of {arms} arms are as published, {exact} to the last bit.")
+    return 1 if failed else 0
+
+
+def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.evaluate import plan_text
+
+    print(
+        plan_text(
+            options.model,
+            options.method,
+            bits=options.bits,
+            batch=options.batch,
+            length=options.sequence,
+            rank=options.rank,
+            group=options.group,
+            checkpointing=options.checkpointing,
+        )
+    )
+    return 0
+
+
+def _list(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.methods import title
+    from studylib.study import model_file, read_records
+
+    skipped: list[Exception] = []
+    records = list(read_records(options.results / "records", skipped.append))
+    _tell(skipped)
+    if not records:
+        raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
+    kept = 0
+    for record in records:
+        perplexities = "  ".join(
+            f"{name.split('/')[1]} {value:.4g}"
+            for name, value in record.metrics.items()
+            if name.startswith("perplexity/") and value is not None
+        )
+        model, note = model_file(options.results, record.key), ""
+        if model.exists():
+            kept += model.stat().st_size
+            note = f"  model kept, {_size(model.stat().st_size)}"
+        times = f"{_phases(record.cost['seconds'])}  " if options.times else ""
+        print(
+            f"{record.key}  {times}{record.arm.model}  {title(record.arm)}  seed {record.arm.seed}  {record.status}  "
+            f"{perplexities}{note}"
+        )
+    if options.times:
+        from studylib.report import ledger
+
+        spent: Counter[str] = Counter()
+        for record in records:
+            spent.update(record.cost["seconds"])
+        print(f"{'all together':16}  {_phases(spent)}")
+        print(ledger.unread(records))
+    if kept:
+        _say(f"kept models take {_size(kept)}; `study clean` frees it")
+    return 0
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    """Seconds of each phase in columns, the same for all records."""
+    return "  ".join(
+        f"{phase} {seconds[phase]:8,.1f}" if phase in seconds else " " * len(f"{phase} {0:8.1f}") for phase in PHASES
+    )
+
+
+def _tell(skipped: Sequence[Exception]) -> None:
+    told = list(dict.fromkeys(map(str, skipped)))
+    for line in told[:TOLD]:
+        _say(line)
+    if len(told) > TOLD:
+        _say(f"{len(told) - TOLD} more files there cannot be read either")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _clean(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.study import clean
+
+    freed = clean(options.results, options.parts)
+    for part, (files, size, busy) in freed.items():
+        print(f"{part}: {files} files, {_size(size)}" + (f"; {busy} in use are left" if busy else ""))
+    print(f"{_size(sum(size for _, size, _ in freed.values()))} freed in {options.results}; all records are left.")
+    return 0
+
+
+def _show(options: argparse.Namespace, arguments: list[str]) -> int:
+    record = json.loads(_find(options).to_json())
+    record["scores"] = {name: f"{len(values)} items" for name, values in record["scores"].items()}
+    record["training"] = f"{len(record['training'])} steps"
+    print(json.dumps(record, indent=1))
+    return 0
+
+
+def _export(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.study import Store, export_model, summary
+
+    record = _find(options)
+    print(summary(record, export_model(record, Store(options.results.resolve()), options.output.resolve())))
+    return 0
+
+
+def _find(options: argparse.Namespace) -> "Record":
+    """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
+    of the reference."""
+    from studylib.study import read_record, record_files, short_key
+
+    found: list[Path] = []
+    for folder in (options.results, REFERENCE):
+        files = sorted(record_files(folder / "records"))
+        wanted = options.record
+        found = [path for path in files if short_key(path).startswith(wanted[:12]) or path.stem.startswith(wanted)]
+        if found:
+            break
+    if len(found) != 1:
+        several = f"{len(found)} records in {folder} begin"
+        which = several if found else f"no record in {options.results} or in the reference begins"
+        raise ValueError(f"record: {which} with {options.record!r}; `study list` shows them all")
+    return read_record(found[0])
+
+
+_COMMANDS = {
+    "run": _run,
+    "decide": _decide,
+    "rates": _rates,
+    "list": _list,
+    "show": _show,
+    "export": _export,
+    "report": _report,
+    "verify": _verify,
+    "clean": _clean,
+    "plan": _plan,
+}

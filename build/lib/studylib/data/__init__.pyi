@@ -1,0 +1,31 @@
+from . import corpora, models
+from .corpora import Pair, beginning, evenly_spaced, instruction_pairs, text_statistics, windows
+from .generation import check_length, context_length, generate_windows
+from .models import autocast, compute_dtype, load_model, load_tokenizer
+from .prompts import TODAY, chat_opening, check_template, conversation, writes_date
+from .sources import cache_folder, fetch
+
+__all__ = [
+    "TODAY",
+    "Pair",
+    "autocast",
+    "beginning",
+    "cache_folder",
+    "chat_opening",
+    "check_length",
+    "check_template",
+    "compute_dtype",
+    "context_length",
+    "conversation",
+    "corpora",
+    "evenly_spaced",
+    "fetch",
+    "generate_windows",
+    "instruction_pairs",
+    "load_model",
+    "load_tokenizer",
+    "models",
+    "text_statistics",
+    "windows",
+    "writes_date",
+]

@@ -1,0 +1,225 @@
+"""What a method is: one object that says what it needs, what it is called, and does it; and the registry of all."""
+
+import contextlib
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from studylib.config import (
+    BESIDE,
+    INTEGER_FORMATS,
+    LEARNED,
+    NOTHING,
+    OF_WEIGHTS,
+    OFF,
+    PACKED,
+    PARTS,
+    Adapter,
+    Arm,
+    Format,
+    Scheme,
+    check_known,
+    in_bitsandbytes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from studylib.config import Log
+    from studylib.train import TrainingData
+
+INTEGERS, FOUR_BIT, PEFT, SIXTEEN_BITS = CONTAINERS = (
+    "compressed-tensors",
+    "bitsandbytes",
+    "peft adapter",
+    "16-bit weights",
+)  # of other software, for what is deployed
+LLM_QAT_PAPER, QLORA_PAPER, L4Q_PAPER = PAPERS = ("LLM-QAT", "QLoRA", "L4Q")  # that the study reruns
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method's points are drawn: a colour, one of matplotlib's markers, filled or hollow."""
+
+    colour: str = "#444444"
+    marker: str = "*"
+    hollow: bool = False
+
+
+@dataclass
+class Work:
+    """What a method is given to do its work on, and told through.
+
+    model: full precision, fp32, as it was loaded; `apply` turns it in place into what is scored. data: the windows
+    [N, T] that it is calibrated or trained on and what was found out about them, for an arm that names some. load: the
+    model anew. checkpoints: the folder of this training's last state; keep: leave the end of it there. trained: a file
+    for what a fine-tuning trained, which arms share that differ in deployment alone. progress: told of finished work,
+    in tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are recorded.
+    """
+
+    arm: Arm
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    load: Callable[[], "PreTrainedModel"]
+    data: "TrainingData | None" = None
+    checkpoints: Path = Path()
+    trained: Path = Path()
+    keep: bool = False
+    progress: Callable[[int], None] = lambda tokens: None
+    phase: Callable[[str], contextlib.AbstractContextManager[None]] = field(
+        default=lambda name: contextlib.nullcontext()
+    )
+
+    def calibration(self, most: int) -> "Tensor":
+        """The first windows of the data, [at most `most`, T]."""
+        assert self.data is not None
+        return self.data.windows[:most]
+
+
+class Method(ABC):
+    """One way to make a low-bit model of a full-precision one. A subclass with `name`, `title` and `apply` is enough.
+
+    name: what arms and records call it. title: for people. papers: those of PAPERS whose comparisons it takes part in;
+    source: where it is described. look: how it is drawn.
+    needs: the parts of an arm (config.arm.PARTS) that it cannot do without; takes: those that it may have besides, and
+    "scheme". rounds: whether it leaves anything in low bits.
+    numerics: the components of config.numerics that it passes through besides those that its arm's parts imply;
+    version: its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the
+    adapters', where none was chosen. learns_grid: whether scales are trained. few_shot_at: the bits at which few-shot
+    tasks are run as well; few_shot: which of them (None: all that a profile has). checks_weights: whether the rounding
+    error of each layer is recorded. keeps_adapter: whether it leaves a 16-bit adapter beside the base; what a method
+    without one makes is deployed in one way.
+    """
+
+    name: str
+    title: str
+    source: str = ""
+    papers: tuple[str, ...] = ()
+    look: Look = Look()
+    needs: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
+    rounds: bool = True
+    numerics: tuple[str, ...] = ("grids",)
+    version: int = 1
+    few_shot_at: tuple[str, ...] = ()
+    few_shot: tuple[str, ...] | None = None
+    relative_rate: float = 1.0
+    learns_grid: bool = False
+    checks_weights: bool = False
+    keeps_adapter: bool = False
+
+    @abstractmethod
+    def apply(self, work: Work) -> "Log | None":
+        """Turn work.model in place into what is deployed and scored; the log of the training, if there was one.
+
+        Layers in low bits answer `codes()` afterwards (see quant.storage), which tells what they take. A training that
+        diverged leaves a last loss that is not finite.
+        """
+
+    def check(self, arm: Arm) -> None:
+        """Raise ValueError unless everything in the arm goes with this method and with each other."""
+        if (arm.bits == "16-16-16") == self.rounds:
+            raise ValueError(
+                f"bits: {arm.bits} does not go with {self.name!r}, "
+                + ("which quantizes something" if self.rounds else "which is 16-16-16")
+            )
+        for part in PARTS:
+            if getattr(arm, part) is None and part in self.needs:
+                raise ValueError(f"{part}: is missing, but {self.name!r} needs it")
+            if getattr(arm, part) is not None and part not in self.needs | self.takes:
+                raise ValueError(f"{part}: is given, but {self.name!r} takes none")
+        if arm.scheme != Scheme() and "scheme" not in self.takes:
+            raise ValueError(f"scheme: {self.name!r} takes none; its grids are its own")
+        if arm.widths.cache == OFF and (arm.scheme.cache_scale, arm.scheme.keys) != (Scheme.cache_scale, Scheme.keys):
+            raise ValueError(
+                f"cache_scale: {arm.scheme.cache_scale!r} with keys {arm.scheme.keys!r} has no effect at {arm.bits}, "
+                "whose cache is not quantized; leave them out"
+            )
+        if arm.scheme.grid in LEARNED and "training" not in self.needs:
+            raise ValueError(f"grid: {arm.scheme.grid!r} is learned in training, which {self.name!r} has none of")
+        if arm.scheme.grid in OF_WEIGHTS and arm.widths.weights == OFF:
+            raise ValueError(f"grid: {arm.scheme.grid!r} is one of weights, which {arm.bits} leaves as they are")
+        if arm.budget and arm.budget.grid_rate is not None and not self.trains_grid(arm.scheme):
+            raise ValueError(
+                f"grid_rate: {arm.budget.grid_rate:g} has no effect on {self.name!r}, which learns no grid"
+            )
+        if arm.merge != BESIDE and "tuning" not in self.needs:
+            raise ValueError(f"merge: is given, but {self.name!r} is not fine-tuned")
+        if arm.format and "format" in self.needs and arm.bits != f"{arm.format.bits}-16-16":
+            raise ValueError(
+                f"bits: {arm.bits} does not go with the format {arm.format.title}; use {arm.format.bits}-16-16"
+            )
+
+    def trains_grid(self, scheme: Scheme) -> bool:
+        """Whether an arm of it with this scheme trains scales."""
+        return self.learns_grid or scheme.grid in LEARNED
+
+    def check_merge(self, how: str, format: Format | None) -> None:
+        """Raise ValueError unless what it trained can be deployed in this way (see methods.merge)."""
+        if how != BESIDE and not self.keeps_adapter:
+            raise ValueError(
+                f"merge: {how!r} is not allowed for {self.name!r}, which leaves no adapter; use {BESIDE!r}"
+            )
+        if how in PACKED and format is None:
+            raise ValueError(f"format: missing; {how!r} rounds to one")
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:  # noqa: B027
+        """Raise ValueError unless it can be applied to the model; `skeleton`: that, without numbers."""
+
+    def usual_format(self, bits: int = 4, group: int | None = 64, double: bool = True) -> Format | None:
+        """How it keeps its base by default, for a method that has one: integers; `double` for formats that can."""
+        return Format("affine", bits, group) if "format" in self.needs else None
+
+    def usual_adapter(self) -> Adapter | None:
+        return Adapter() if "adapter" in self.needs else None
+
+    def container(self, arm: Arm) -> str:
+        """Which of CONTAINERS holds what the arm deploys. ValueError, with the reason, where none does."""
+        format = arm.format
+        if not self.rounds and not arm.tuning:
+            raise ValueError("it is the model as it was loaded")
+        if format and in_bitsandbytes(format):
+            return FOUR_BIT
+        if format and format.kind not in INTEGER_FORMATS:
+            raise ValueError(f"neither compressed-tensors nor bitsandbytes has {format.title}")
+        if arm.widths.weights == OFF and not format:
+            raise ValueError("its weights are not quantized")
+        return INTEGERS
+
+    def as_trained(self, arm: Arm) -> Arm:
+        """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""
+        return dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE)
+
+
+_METHODS: dict[str, Method] = {}
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)  # by name, in the order of tables and legends
+
+
+def register(*methods: Method) -> None:
+    """Make methods known by their names. A name that is taken is given to the new one: cells are run again.
+
+    Raises ValueError for a name that cannot stand in a file's name.
+    """
+    for method in methods:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+. -]*", method.name):
+            raise ValueError(
+                f"name: {method.name!r} is not allowed; use small letters, digits, '+', '.', '-' and spaces"
+            )
+        _METHODS[method.name] = method
+
+
+def find(name: str) -> Method:
+    """The method of this name; ValueError, with the names there are, where there is none."""
+    check_known("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def check(arm: Arm) -> None:
+    """Raise ValueError unless the arm's method is known and takes it."""
+    find(arm.method).check(arm)

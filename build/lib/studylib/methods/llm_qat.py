@@ -1,0 +1,80 @@
+"""LLM-QAT: weights, activations and cache trained at their bit widths towards the full-precision model."""
+
+from typing import TYPE_CHECKING
+
+from studylib.config import AFTER_ROTARY, ATTENTION, LEARNED, OFF, Arm
+from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
+from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable, smoothquant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from studylib.config import Log
+
+HELD_OUT_WINDOWS = 1  # of each evaluation corpus, for learning curves
+VALIDATION_WINDOWS = 2  # of each corpus, for choosing the rate of an arm that is scored on nothing
+
+
+class LLMQAT(Method):
+    name, title, source = "llm-qat", "LLM-QAT", "arXiv 2305.17888"
+    papers, look = (LLM_QAT_PAPER,), Look("#0072B2", "o")
+    needs, takes = frozenset({"data", "training"}), frozenset({"scheme"})
+    few_shot_at: tuple[str, ...] = ("4-8-4",)
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        assert arm.training is not None
+        if arm.scheme.grid in LEARNED and arm.training.mask is not None:
+            raise ValueError(
+                f"mask: {arm.training.mask} does not go with the grid {arm.scheme.grid!r}, whose gradients are its own"
+            )
+        if ATTENTION in arm.training.features and arm.scheme.keys == AFTER_ROTARY and arm.widths.cache < OFF:
+            raise ValueError(
+                f"loss: {arm.training.loss!r} needs attention maps, which the kernel that quantizes keys "
+                f"{AFTER_ROTARY!r} does not return"
+            )
+
+    def apply(self, work: Work) -> "Log":
+        from studylib.quant import freeze_weights, quantize_model
+        from studylib.train import held_out_windows, train_llm_qat, validation_windows
+
+        arm, model, data = work.arm, work.model, work.data
+        assert arm.training is not None and data is not None
+        with work.phase("train"):
+            attention, length = model.config._attn_implementation, data.windows.shape[1]
+            if ATTENTION in arm.training.features:
+                model.set_attn_implementation("eager")
+            quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask)
+            log = train_llm_qat(
+                model,
+                data.teacher,
+                data.head,
+                data.windows,
+                arm.training,
+                work.checkpoints,
+                seed=arm.seed,
+                held_out=held_out_windows(arm.evaluation.corpora, work.tokenizer, length, HELD_OUT_WINDOWS)
+                if arm.evaluation.corpora
+                else validation_windows(work.tokenizer, length, VALIDATION_WINDOWS),
+                keep=work.keep,
+                progress=work.progress,
+            )
+            if ATTENTION in arm.training.features:
+                model.set_attn_implementation(attention)
+            freeze_weights(model)
+        return log
+
+
+class SmoothQuantLLMQAT(LLMQAT):
+    name, title = "smoothquant+llm-qat", "SmoothQuant + LLM-QAT"
+    look = Look("#56B4E9", "X")
+    numerics = ("grids", "ptq")
+    few_shot_at = ()
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
+        check_smoothable(skeleton)
+
+    def apply(self, work: Work) -> "Log":
+        with work.phase("quantize"):
+            smoothquant(work.model, work.calibration(CALIBRATION_WINDOWS))
+        return super().apply(work)

@@ -1,0 +1,25 @@
+from .comparisons import bit_allocation, cache_cost, differences, learning_curve, recovery, size_accuracy
+from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
+from .rates import searched_rates
+from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
+
+__all__ = [
+    "bit_allocation",
+    "cache_cost",
+    "decoding_times",
+    "differences",
+    "error_by_layer",
+    "format_frontier",
+    "format_table",
+    "learning_curve",
+    "measured_beside_planned",
+    "memory_bars",
+    "papers_figure",
+    "papers_table",
+    "readable_memory",
+    "recovery",
+    "rows",
+    "searched_rates",
+    "size_accuracy",
+    "tuning_panels",
+]

@@ -1,0 +1,95 @@
+"""The search for learning rates as a figure."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
+
+from studylib.config import Rate, number
+from studylib.methods import method_title, rate_case
+from studylib.report.style import STYLE, empty_figure, marker_style, new_panels, plain_ticks, set_title
+
+if TYPE_CHECKING:
+    from studylib.study import Record
+
+PANELS_A_ROW = 4
+ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends, or half as much above one that was chosen
+Tried = Mapping[Rate, float]
+
+
+def searched_rates(records: "Sequence[Record]") -> Figure:
+    """Validation loss over the learning rate of each training that a search tried, a panel for each width and grid.
+
+    A line joins the rates that were tried with one rate for the grid; the other rates for the grid stand alone.
+    """
+    from studylib.study import rate_of, validation_loss  # torch
+
+    panels: dict[str, dict[str, dict[Rate, float]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        arm = record.arm
+        case = rate_case(arm.method, arm.bits, arm.format, arm.scheme).removeprefix(arm.method).strip()
+        panels[case][arm.method][rate_of(arm)] = validation_loss(record)
+    panels = {case: tried for case, tried in panels.items() if any(map(_finite, tried.values()))}
+    if not panels:
+        return empty_figure("No rate was tried")
+    rows = -(-len(panels) // PANELS_A_ROW)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_panels(len(panels), width=12, height=1.6 + 2.6 * rows, rows=rows)
+        for ax, (case, methods) in zip(axes, panels.items(), strict=True):
+            ax.set_xscale("log")
+            plain_ticks(ax.xaxis, LogLocator())
+            best = [min(_finite(tried).values()) for tried in methods.values() if _finite(tried)]
+            top = max(min(best) + ABOVE, max(best) + ABOVE / 2)
+            for method, tried in methods.items():
+                _draw(ax, method, tried, top)
+            ax.set_ylim(min(best) - 0.05, top)
+            ax.set_title(case, fontsize=8.5, loc="left")
+            ax.set_xlabel("Learning rate (log scale)")
+            ax.set_ylabel("Validation loss,\nnats a token (lower is better)")
+        found = {method: None for methods in panels.values() for method in methods}
+        handles = [Line2D([], [], **marker_style(name), label=method_title(name)) for name in found]
+        handles.append(Line2D([], [], ls="", marker="o", mfc="none", color="#000000", ms=11, label="chosen"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=7)
+        set_title(figure, _title(panels))
+    return figure
+
+
+def _finite(tried: Tried) -> dict[Rate, float]:
+    return {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+
+
+def _chosen(tried: Tried) -> Rate:
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def _draw(ax: Axes, method: str, tried: Tried, top: float) -> None:
+    style = marker_style(method)
+    grids = [rate.grid_rate for rate in tried]
+    usual = max(grids, key=grids.count)
+    line = sorted((rate.learning_rate, min(loss, top)) for rate, loss in tried.items() if rate.grid_rate == usual)
+    ax.plot(*zip(*line, strict=True), **style, ms=5.5, lw=1)
+    others = [(rate.learning_rate, min(loss, top)) for rate, loss in tried.items() if rate.grid_rate != usual]
+    if others:
+        ax.plot(*zip(*others, strict=True), **style, ms=4, ls="")
+    best = _chosen(tried)
+    ax.plot(best.learning_rate, tried[best], marker="o", mfc="none", color="#000000", ms=11)
+
+
+def _title(panels: Mapping[str, Mapping[str, Tried]]) -> str:
+    """How far apart the rates lie that were chosen."""
+    chosen = [
+        (_chosen(tried).learning_rate, f"{method_title(method)} at {case}")
+        for case, methods in panels.items()
+        for method, tried in methods.items()
+        if _finite(tried)
+    ]
+    (low, slow), (high, fast) = min(chosen), max(chosen)
+    if low == high:
+        return f"The best of the learning rates that were tried is {low:g} for all that were searched"
+    return f"The best learning rates lie {number(high / low)} times apart: {low:g} for {slow}, {high:g} for {fast}"

@@ -1,0 +1,253 @@
+"""The report: one HTML page without outside resources, every sentence and number of it computed from records."""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studylib.config import Arm, markdown, number, write_whole
+from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
+from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
+from studylib.report import recipes
+from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
+from studylib.report.tables import as_html, as_markdown, readable, scoreboard
+from studylib.study import Record, RecordError, read_published, webp
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Section:
+    """Of a paper on the page. notebooks: the numbers of those whose figures it shows."""
+
+    paper: str
+    source: str
+    what: str
+    notebooks: tuple[str, ...]
+
+
+SECTIONS = (
+    Section(
+        LLM_QAT_PAPER,
+        "arXiv 2305.17888",
+        "quantization-aware training towards the full-precision model, without data",
+        ("04", "03", "02", "01"),
+    ),
+    Section(QLORA_PAPER, "arXiv 2305.14314", "adapters trained on a frozen 4-bit base", ("06", "07")),
+    Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "08")),
+)
+SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
+
+
+def write_report(
+    output: str | Path,
+    records: Sequence[Record],
+    notebooks: Sequence[Path],
+    command: str,
+    budget: float | None = None,
+    live: bool = False,
+) -> Path:
+    """Write output/report.html from what the executed `notebooks` published there; returns its path.
+
+    records: all that they used, of one model and one evaluation. command: what makes this report again.
+    budget: MB that the recommended recipe may take. live: of a run that is under way, which writes it again.
+    """
+    import jinja2
+
+    output, name = Path(output), records[0].provenance["model"]["name"]
+    entries, board = ledger(records), scoreboard(records)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("studylib", "report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        model=Path(name).name if Path(name).is_absolute() else name,
+        note=records[0].provenance["model"]["note"],
+        text={"beginning": "", "date": ""} | records[0].provenance.get("text", {}),
+        arm=records[0].arm,
+        corpora=[corpus_title(corpus) for corpus in records[0].arm.evaluation.corpora],
+        trained=_plainest([record.arm for record in records if record.arm.training]),
+        tuned=_plainest([record.arm for record in records if record.arm.tuning]),
+        seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
+        entries=entries,
+        sections=[
+            (
+                section,
+                _claims(section.paper, entries),
+                _arms(records, board, section.paper),
+                _figures(output, notebooks, section.notebooks),
+            )
+            for section in SECTIONS
+        ],
+        further=_arms(records, board),
+        overview=_figures(output, notebooks, SUMMARY),
+        recipes=[_recipe(found) for found in recipes.recommendations(records, budget)],
+        recipes_title=recipes.TITLE,
+        sizes=recipes.SIZES,
+        rates=_rates(records),
+        verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
+        symbols=SYMBOLS,
+        effect_text=effect_text,
+        picture=picture,
+        power=f"{POWER:.0%}",
+        cost=[_cost(cell) for cell in gather(records).values()],
+        total_minutes=number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),
+        peak=number(max(record.cost["peak_bytes"] for record in records) / 2**30),
+        sources=_sources(records),
+        machine=_machine(records),
+        notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
+        items=sum(sum(measure.sizes) for measure in accuracies(records)),
+        command=command,
+        live=live,
+        family=FAMILY,
+        looks=LOOKS,
+        odds=f"{1 / RATE:,.0f}",
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "report.html"
+    write_whole(path, page)
+    return path
+
+
+def _plainest(arms: Sequence[Arm]) -> Arm | None:
+    """The first of those that differ in the least from what their method does by default."""
+    return min(arms, key=lambda arm: len(Setting.of(arm).changes), default=None)
+
+
+def _claims(paper: str, entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.claim in BY_PAPER[paper]]
+
+
+def _arms(records: Sequence[Record], board: "pd.DataFrame", paper: str | None = None) -> str:
+    """The table of the methods of a paper, or of those that are of none, beside full precision; empty where none of
+    them was run. board: the scoreboard of all records."""
+    methods = [setting.method for setting in gather(records)]  # of its rows
+    own = [paper in _papers(name) if paper else not _papers(name) for name in methods]
+    if not any(own):
+        return ""
+    shown = board[[mine or name == FULL.method for mine, name in zip(own, methods, strict=True)]]
+    return as_html(readable(shown.reset_index(drop=True), tasks=False))
+
+
+def _papers(method: str) -> set[str]:
+    """Those of PAPERS that the method belongs to."""
+    return set(METHODS[method].papers).intersection(PAPERS) if method in METHODS else set()
+
+
+def summary(records: Sequence[Record], budget: float | None = None) -> str:
+    """The ledger, the recipe for `budget` MB, every finding and the table in Markdown, for a repository page."""
+    entries, board = ledger(records), scoreboard(records)
+    found = [ledger_table(entries), ""]
+    found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
+    for section in SECTIONS:
+        found.append(f"## {section.paper} ({section.source})\n")
+        for entry in _claims(section.paper, entries):
+            if entry.verdict != NOT_TESTED:
+                found += [f"- **{entry.claim.id}, {entry.claim.statement}.** Rule: {markdown(entry.claim.rule)}."]
+                found += [f"  - {markdown(finding.sentence)}" for finding in entry.findings]
+        found.append("")
+    return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
+
+
+def _recipe(found: recipes.Recommendation) -> dict[str, str]:
+    from studylib.report.recipes import frontier_figure  # matplotlib, which the page's text needs not
+
+    table = recipes.frontier_table(found)
+    return {
+        "title": found.family.title,
+        "headline": found.headline,
+        "details": found.details,
+        "image": base64.b64encode(webp(frontier_figure(found))).decode(),
+        "alt": f"{found.headline} The best of their size: {', '.join(table['Recipe'])}.",
+        "table": as_html(table),
+    }
+
+
+def _rates(records: Sequence[Record]) -> str:
+    """The learning rate of each method that was fine-tuned."""
+    rates = {method_title(r.arm.method): r.arm.tuning.learning_rate for r in records if r.arm.tuning}
+    return ", ".join(f"{rate:g} ({title})" for title, rate in rates.items())
+
+
+def _figures(output: Path, notebooks: Sequence[Path], numbers: Sequence[str]) -> list[dict[str, str]]:
+    """What the notebooks of these numbers published, in the order of the numbers."""
+    stems = sorted(path.stem for path in notebooks)
+    return [
+        {
+            "title": title,
+            "notebook": stem,
+            "image": _webp(output / stem / f"{name}.webp", stem),
+            "file": f"{stem}/{name}.webp",
+        }
+        for prefix in numbers
+        for stem in stems
+        if stem.startswith(f"{prefix}_")
+        for name, title in read_published(output, stem)["figures"].items()
+    ]
+
+
+def _webp(path: Path, notebook: str) -> str:
+    """A picture as it was published, in base64; RecordError for a file that is none, or not a whole one."""
+    try:
+        data = path.read_bytes()
+        if (data[:4], data[8:12]) != (b"RIFF", b"WEBP"):
+            raise ValueError("it does not begin as a WebP does")
+        if (size := int.from_bytes(data[4:8], "little") + 8) != len(data):
+            raise ValueError(f"it has {len(data):,} of {size:,} bytes")
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is no picture ({error}); run {notebook} again") from error
+    return base64.b64encode(data).decode()
+
+
+def _cost(cell: Cell) -> dict[str, str]:
+    runs = (*cell.records, *cell.diverged)
+    seconds: Counter[str] = Counter()
+    for record in runs:
+        seconds.update(record.cost["seconds"])
+    return {
+        "title": cell.title,
+        "minutes": number(sum(seconds.values()) / 60),
+        "phases": ", ".join(f"{phase} {number(value)} s" for phase, value in seconds.items()),
+        "tokens": f"{sum(sum(record.cost['tokens'].values()) for record in runs):,}",
+        "peak": number(max(record.cost["peak_bytes"] for record in runs) / 2**30),
+        "keys": ", ".join(record.key for record in runs),
+    }
+
+
+def _sources(records: Sequence[Record]) -> dict[str, str]:
+    """The weights and corpora, by their hashes."""
+    corpora = records[0].arm.evaluation.corpora
+    return {
+        "Weights": _all_values(records, "model", "name"),
+        "Weights, SHA-256": _all_values(records, "model", "sha256"),
+        **{f"{corpus_title(corpus)}, SHA-256": _all_values(records, "corpora", corpus) for corpus in corpora},
+    }
+
+
+def _machine(records: Sequence[Record]) -> dict[str, str]:
+    """Hardware, versions and times."""
+    finished = [record.provenance["finished"] for record in records]
+    processor, cores = (_all_values(records, "hardware", name) for name in ("processor", "cores"))
+    return {
+        "Processor": f"{processor}, {cores} threads",
+        "Accelerator": _all_values(records, "hardware", "accelerator").replace("null", "none"),
+        "Products computed in": _all_values(records, "compute_dtype"),
+        "Commit": f"{_all_values(records, 'commit')} (changes not committed: {_all_values(records, 'dirty')})",
+        "Python": _all_values(records, "python"),
+        **{name: _all_values(records, "libraries", name) for name in ("torch", "transformers", "lm-eval")},
+        "Finished": f"{min(finished)} to {max(finished)}",
+    }
+
+
+def _all_values(records: Sequence[Record], *path: str) -> str:
+    """A part of the provenance: all values that occur."""
+    found = []
+    for record in records:
+        value: Any = record.provenance
+        for name in path:
+            value = value[name]
+        found.append(value if isinstance(value, str) else json.dumps(value))
+    return ", ".join(dict.fromkeys(found))

@@ -1,0 +1,51 @@
+from . import notebooks, schedule
+from .export import export_model, summary
+from .machine import environment
+from .notebooks import read_published, webp
+from .pace import Pace, time_text
+from .rates import rate_of, validation_loss
+from .records import (
+    Record,
+    RecordError,
+    Store,
+    arm_key,
+    clean,
+    contents,
+    digest,
+    model_file,
+    read_record,
+    read_records,
+    record_files,
+    seconds_alone,
+    short_key,
+)
+from .verify import TOGETHER, verify_records
+
+__all__ = [
+    "TOGETHER",
+    "Pace",
+    "Record",
+    "RecordError",
+    "Store",
+    "arm_key",
+    "clean",
+    "contents",
+    "digest",
+    "environment",
+    "export_model",
+    "model_file",
+    "notebooks",
+    "rate_of",
+    "read_published",
+    "read_record",
+    "read_records",
+    "record_files",
+    "schedule",
+    "seconds_alone",
+    "short_key",
+    "summary",
+    "time_text",
+    "validation_loss",
+    "verify_records",
+    "webp",
+]

@@ -1,0 +1,278 @@
+"""Notebooks run by papermill: parameters checked beforehand, executed copies kept, records gathered for the report."""
+
+import ast
+import contextlib
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from studylib.config import Arm, listed, write_whole, written_whole
+from studylib.methods import Setting
+from studylib.study.parameters import check_parameter
+from studylib.study.records import Record, RecordError, find_records, read_record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from nbformat import NotebookNode
+    from pandas import DataFrame
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PATIENCE = 300  # seconds that a kernel on a busy machine may take to start, or to hand over the rest of a cell's output
+
+
+class NotebookError(RuntimeError):
+    """A notebook that did not come to its end, in one line."""
+
+
+def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
+    """Notebook files by number ("03") or name, all when `names` is empty; 00 comes last, for it sums the others up."""
+    present = {path.stem: path for path in sorted(sorted(folder.glob("[0-9][0-9]_*.ipynb")), key=sums_up)}
+    if not present:
+        raise ValueError(f"notebooks: there are none in {folder}; run from an editable install (pip install -e .)")
+    if not names:
+        return list(present.values())
+    found = []
+    for name in names:
+        match = [path for stem, path in present.items() if name in (stem, stem.split("_")[0], path.name)]
+        if not match:
+            raise ValueError(f"notebook: {name!r} is not known; use one of {', '.join(present)}")
+        found += match
+    return sorted(dict.fromkeys(found), key=sums_up)
+
+
+def sums_up(notebook: Path) -> bool:
+    return notebook.stem.startswith("00_")
+
+
+def default_parameters(notebook: Path) -> dict[str, Any]:
+    """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
+    import papermill  # not where a notebook imports this module: a second and a half
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    inspected = papermill.inspect_notebook(_literal(notebook))
+    found = {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
+    if not found:
+        raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+    return found
+
+
+def assign_parameters(notebooks: Sequence[Path], parameters: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """What each notebook gets of `parameters`: those that it has (papermill itself would only warn of others).
+
+    Raises ValueError for a name that none of the notebooks has, or a value that it may not have (see parameters).
+    """
+    defaults = {notebook: default_parameters(notebook) for notebook in notebooks}
+    allowed = dict.fromkeys(name for own in defaults.values() for name in own)
+    for name in parameters:
+        if name not in allowed:
+            names = listed([notebook.name for notebook in notebooks])
+            raise ValueError(f"parameter: {name!r} is not one of {names}; allowed are {', '.join(allowed)}")
+    return {
+        notebook: {name: check_parameter(notebook.stem, name, parameters[name]) for name in own if name in parameters}
+        for notebook, own in defaults.items()
+    }
+
+
+def wanted_arms(notebook: Path, parameters: dict[str, Any]) -> list[Arm]:
+    """The arms that the notebook with `parameters` asks for: what its cells tagged "arms" leave as `arms`.
+
+    Only these cells and the parameters are run, here; [] where there are none. Raises what they raise: ValueError for
+    an arm that cannot be.
+    """
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    filled = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(notebook.parent):
+        for cell in filled.cells:
+            if {"parameters", "injected-parameters", "arms"} & set(cell.metadata.get("tags", ())):
+                exec(compile(cell.source, notebook.name, "exec"), names)
+    return names.get("arms", [])
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> Path:
+    """Run the notebook with `parameters`; its executed copy and its HTML rendering go to the folder `output`.
+
+    What it prints, the progress bar above all, goes to this process's streams as it appears. Until the end everything
+    lies in a private folder, so that runs do not meet, and nothing is written beside the notebook. Raises NotebookError
+    where it did not come to its end; the copy holds everything up to there.
+    """
+    import nbformat
+    import papermill
+
+    from studylib.study import kernels  # jupyter_client
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what goes wrong is told once, here
+    with kernels.private_folder() as folder:
+        copy, failure = folder / notebook.name, None
+        try:
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(copy),
+                parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                start_timeout=PATIENCE,
+                iopub_timeout=PATIENCE,
+                kernel_manager_class=kernels.Manager,
+                config=kernels.configuration(folder),
+                resources={"metadata": {"path": str(notebook.parent)}},
+            )
+        except Exception as error:
+            failure = error
+        if not copy.exists():
+            raise NotebookError(f"{notebook.name} failed: {_first_line(failure)}") from failure
+        executed = nbformat.read(copy, as_version=4)
+        reason = _mark_end(executed, failure, folder)
+    _keep(executed, output / notebook.name)
+    if reason:
+        raise NotebookError(f"{notebook.name} failed: {reason}") from failure
+    return output / notebook.name
+
+
+def _literal(path: Path) -> str:
+    """For papermill, which takes a path for a format string."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _first_line(error: BaseException | str | None) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _mark_end(executed: "NotebookNode", failure: Exception | None, folder: Path) -> str | None:
+    """Why the notebook did not come to its end, None if it did; its cells then say how far it came.
+
+    papermill marks every cell as completed when a kernel dies or does not start.
+    """
+    from nbclient.exceptions import DeadKernelError
+    from nbformat.v4 import new_output
+    from papermill import PapermillExecutionError
+
+    from studylib.study import kernels
+
+    if isinstance(failure, PapermillExecutionError):
+        return _ended_by(failure.ename, failure.evalue)
+    states = [(cell, cell.metadata.papermill) for cell in executed.cells]
+    if failure is None:
+        ends = [output for cell, state in states if state["exception"] for output in cell.get("outputs", [])]
+        return next((_ended_by(end.ename, end.evalue) for end in ends if end.output_type == "error"), None)
+    begun = sum(state["start_time"] is not None for _, state in states)
+    for _, state in states[begun:]:
+        state["status"] = "pending"
+    executed.metadata.papermill["exception"] = True
+    if not begun:
+        said = kernels.last_words(folder) or _first_line(failure)
+        return f"its kernel did not start ({said}); install the requirements again: pip install -e ."
+    cell, state = states[begun - 1]
+    if isinstance(failure, DeadKernelError):
+        reason = f"its kernel {kernels.why_it_ended(folder)}"
+    else:
+        reason = _ended_by(type(failure).__name__, str(failure))
+    state.update(status="failed", exception=True)
+    if cell.cell_type == "code":
+        cell.outputs.append(new_output("error", ename=type(failure).__name__, evalue=reason, traceback=[reason]))
+    return reason
+
+
+def _ended_by(name: str, value: str) -> str:
+    said = f": {_first_line(value)}" if value else ""
+    return f"{'it called sys.exit' if name == 'SystemExit' else name}{said}"
+
+
+def _keep(executed: "NotebookNode", copy: Path) -> None:
+    """Write the executed notebook, and its HTML rendering beside it."""
+    import nbformat
+    from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, only its last state
+    html, _ = HTMLExporter().from_notebook_node(executed)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, nbformat.writes(executed))
+    write_whole(copy.with_suffix(".html"), html)
+
+
+def folders(results: str, output: str) -> tuple[str, str]:
+    """Where records go, and where figures and tables go, by a notebook's parameters.
+
+    An empty `results` is results/runs of the repository, wherever the notebook is started; an empty `output` is the
+    folder "interactive" in results. Other relative paths count from the working directory, as everywhere.
+    """
+    results = results or str(NOTEBOOKS.parent / "results" / "runs")
+    return results, output or str(Path(results) / "interactive")
+
+
+def publish(
+    output: str | Path, notebook: str, records: list[Record], figures: "dict[str, Figure]", table: "DataFrame"
+) -> None:
+    """What a notebook leaves in the folder output/notebook: figures (WebP, SVG), table.csv, and published.json."""
+    folder = Path(output) / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        with written_whole(folder / f"{name}.webp") as picture, written_whole(folder / f"{name}.svg") as svg:
+            picture.write_bytes(webp(figure))
+            figure.savefig(svg)
+    with written_whole(folder / "table.csv") as partial:
+        table.to_csv(partial, index=False)
+    titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
+    published = {"records": [record.key for record in records], "figures": titles}
+    write_whole(folder / "published.json", json.dumps(published, indent=1))
+
+
+def webp(figure: "Figure") -> bytes:
+    """The figure as the page shows it, without loss: a third of a PNG's bytes, in less time."""
+    made = io.BytesIO()
+    figure.savefig(made, format="webp", dpi=200, pil_kwargs={"lossless": True, "method": 2})
+    return made.getvalue()
+
+
+def read_published(output: Path, notebook: str) -> dict[str, Any]:
+    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}. RecordError where it cannot be read,
+    or names anything outside its folder."""
+    path = output / notebook / "published.json"
+    try:
+        published = json.loads(path.read_text(encoding="utf-8"))
+        records, figures = published["records"], published["figures"]
+        if wrong := [key for key in records if not re.fullmatch("[0-9a-f]{16}", key)]:
+            raise ValueError(f"{wrong[0]!r} is no record's key")
+        if wrong := [name for name in figures if not re.fullmatch(r"[^/\\\0]+", name)]:
+            raise ValueError(f"{wrong[0]!r} is no figure's name")
+        if wrong := [title for title in figures.values() if not isinstance(title, str)]:
+            raise ValueError(f"{wrong[0]!r} is no figure's title")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecordError(f"{path} is not what a notebook published ({error}); run {notebook} again") from error
+    return {"records": records, "figures": figures}
+
+
+def used_records(
+    output: Path, notebooks: Sequence[Path], folder: Path, skipped: Callable[[RecordError], None] | None = None
+) -> list[Record]:
+    """The records in `folder` that the notebooks published in `output`, each once.
+
+    Of those that 00 sums up, which may be of other runs, the ones at settings that none of the other notebooks has.
+    skipped: told, for each notebook, of what cannot be read and is left out; without it, that is a RecordError.
+    """
+    found: dict[str, Record] = {}
+    for notebook in sorted(notebooks, key=sums_up):
+        taken = {Setting.of(record.arm) for record in found.values()} if sums_up(notebook) else set()
+        for key, path in find_records(folder, read_published(output, notebook.stem)["records"]).items():
+            try:
+                record = found.get(key) or read_record(path)
+            except RecordError as error:
+                if skipped is None:
+                    raise
+                skipped(error)
+                continue
+            if Setting.of(record.arm) not in taken:
+                found[key] = record
+    return list(found.values())

@@ -1,0 +1,237 @@
+"""What every parameter of every notebook may be: declared here, checked before any arm is made."""
+
+import functools
+import re
+from collections.abc import Callable, Collection, MutableMapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from studylib.config import (
+    ADAPTER_KINDS,
+    AFFINE,
+    CORPORA,
+    FULL,
+    GRIDS,
+    INITS,
+    MAX_BATCH,
+    MAX_COUNT,
+    MAX_GROUP,
+    MAX_JOBS,
+    MAX_LENGTH,
+    MAX_RANK,
+    MAX_SEED,
+    MERGES,
+    OFF,
+    PROFILES,
+    STRATEGIES,
+    TEMPERATURES,
+    BitWidths,
+    check_corpus,
+    check_layers,
+    check_loss,
+    is_line,
+    shown,
+)
+from studylib.methods import METHODS
+
+MOST_ITEMS = 512  # of a list: as many as there are bit settings
+NUMBER = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """kind: its type and range, for pydantic. allowed: the same in words, after "use". example: a value that passes."""
+
+    kind: Any
+    allowed: str
+    example: Any
+
+    @functools.cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+    def checked(self, value: Any) -> Any:
+        """The value, as the type that is meant: 1 is 1.0 where a float is. ValueError says what is wrong with it."""
+        use = f"use {self.allowed}, for example {self.example!r}"
+        if value is None:
+            raise ValueError(f"null is not allowed; leave the parameter out for its default, or {use}")
+        try:
+            found = self._adapter.validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = str(first.get("ctx", {}).get("error", ""))  # of what is checked elsewhere too, its own words
+            raise ValueError(reason or f"{shown(first['input'])} is not allowed; {use}") from error
+        for item in found if isinstance(found, list) else ():
+            if found.count(item) > 1:
+                raise ValueError(f"{shown(item)} is there twice; name it once")
+        return found
+
+
+def _that(check: Callable[[Any], Any]) -> AfterValidator:
+    """What `check` does not raise ValueError for, or answer False to."""
+
+    def checked(value: Any) -> Any:
+        if check(value) is False:
+            raise ValueError
+        return value
+
+    return AfterValidator(checked)
+
+
+def _whole(least: int, most: int, example: int) -> Parameter:
+    return Parameter(Annotated[int, Field(ge=least, le=most)], f"a whole number from {least} to {most}", example)
+
+
+def _one_of(choices: Collection[Any]) -> Parameter:
+    *others, last = map(str, choices)
+    first = next(iter(choices))
+    kind: Any = type(first)
+    return Parameter(Annotated[kind, _that(lambda value: value in choices)], f"{', '.join(others)} or {last}", first)
+
+
+def _list(one: Parameter, what: str, example: list[Any], least: int = 0) -> Parameter:
+    item: Any = one.kind
+    kind = Annotated[list[item], Field(min_length=least, max_length=MOST_ITEMS)]
+    return Parameter(kind, f"a list of {what}" + ", at least one" * (least > 0), example)
+
+
+def _wholes(least: int, most: int, example: list[int], at_least: int = 0) -> Parameter:
+    return _list(_whole(least, most, 0), f"whole numbers from {least} to {most}", example, at_least)
+
+
+def _some_of(choices: Collection[Any], least: int = 0) -> Parameter:
+    return _list(_one_of(choices), _one_of(choices).allowed, list(choices)[:2], least)
+
+
+def _text(check: Callable[[str], Any], allowed: str, example: str) -> Parameter:
+    return Parameter(Annotated[str, _that(check)], allowed, example)
+
+
+def _as_number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and re.fullmatch(NUMBER, value) else value
+
+
+def _as_flag(value: Any) -> Any:
+    """papermill's -p passes true and false on as texts."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+NAME = _text(is_line, "a known name, a local folder or a hub id", "smollm2-135m")
+FOLDER = _text(lambda path: not path or is_line(path), "the path of a folder, or '' for the usual one", "results/runs")
+FLAG = Parameter(Annotated[bool, BeforeValidator(_as_flag)], "true or false", True)
+SETTING = _text(BitWidths.parse, "bits of weights, activations and cache, each 2 to 8, or 16 for off", "4-8-4")
+WITH_CACHE = _text(lambda bits: BitWidths.parse(bits).cache != OFF, "bit widths whose last is 2 to 8", "16-16-4")
+WEIGHTS_ALONE = _list(
+    _text(lambda bits: re.fullmatch("[2348]-16-16", bits) is not None, "", "4-16-16"),
+    "2-16-16, 3-16-16, 4-16-16 or 8-16-16",
+    ["4-16-16"],
+)
+SETTINGS = _list(SETTING, "bit widths", ["8-8-8", "4-8-4"])
+GROUP = Parameter(
+    Annotated[int, Field(ge=0, le=MAX_GROUP), _that(lambda group: group != 1)],
+    f"a whole number from 2 to {MAX_GROUP}, or 0 for the profile's",
+    64,
+)
+GROUPS = _wholes(2, MAX_GROUP, [32])
+NUMBERS = _list(
+    Parameter(Annotated[float, BeforeValidator(_as_number), Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])], "", 1.0),
+    "numbers from {:g} to {:g}".format(*TEMPERATURES),
+    [0.7, 2.0],
+)
+CORPUS = _text(check_corpus, "", "c4")
+CORPORA_LIST = _list(CORPUS, f"{', '.join(CORPORA)} or paths of .txt or .jsonl files", list(CORPORA))
+LOSS = _text(check_loss, "", "kl")
+WIDTHS, ALL_WIDTHS = (4, 3, 2), (4, 3, 2, 8)  # of NormalFloat; of integers
+
+# without training; on a low-bit base; whose memory can be planned
+ROUNDED = [name for name, method in METHODS.items() if method.rounds and method.needs <= {"data"}]
+ON_A_BASE = [name for name, method in METHODS.items() if method.needs >= {"tuning", "format"}]
+PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs and "data" not in method.needs]
+
+COMMON = {"model": NAME, "profile": _one_of(PROFILES), "results": FOLDER, "output": FOLDER}
+RATES = {"rates": _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")}
+POOLED = COMMON | {"jobs": _whole(1, MAX_JOBS, 2)}
+TRAINED = (
+    POOLED
+    | RATES
+    | {
+        "seeds": _wholes(0, MAX_SEED, [0, 1], at_least=1),
+        "extend": _whole(0, MAX_COUNT, 32),
+        "keep_checkpoints": FLAG,
+    }
+)
+PARAMETERS = {
+    "00_claims": COMMON | RATES,
+    "01_sampling_strategy": TRAINED
+    | {
+        "bits": SETTING,
+        "strategies": _some_of(STRATEGIES),
+        "top_ks": _wholes(0, MAX_COUNT, [0, 10]),
+        "temperatures": NUMBERS,
+        "corpora": CORPORA_LIST,
+        "chat": FLAG,
+    },
+    "02_distillation_loss": TRAINED
+    | {
+        "bits": SETTING,
+        "losses": _list(LOSS, "losses, parts joined by '+'", ["labels", "kl+attention"]),
+        "alone": _list(LOSS, "losses, parts joined by '+'", ["attention"]),
+        "temperatures": NUMBERS,
+    },
+    "03_bit_allocation": TRAINED
+    | {"settings": SETTINGS, "trained": SETTINGS, "grids": _some_of(GRIDS), "bits": SETTING, "cache_bits": WITH_CACHE},
+    "04_ptq_vs_qat": TRAINED
+    | {
+        "settings": SETTINGS,
+        "methods": _some_of(ROUNDED),
+        "searched": SETTINGS,
+        "grouped": WEIGHTS_ALONE,
+        "hard": SETTING,
+        "smoothed": SETTINGS,
+    },
+    "05_qlora_vs_l4q": TRAINED
+    | {
+        "methods": _some_of(ON_A_BASE),
+        "bits": _some_of(ALL_WIDTHS, least=1),
+        "integers": _some_of((FULL, AFFINE), least=1),
+        "group": GROUP,
+        "ranks": _wholes(1, MAX_RANK, [4, 64]),
+        "groups": GROUPS,
+        "initialisations": _some_of(INITS),
+        "few": _text(check_layers, "all, or ends of layers' names joined by '+'", "q_proj+v_proj"),
+        "kinds": _some_of(ADAPTER_KINDS),
+        "merges": _some_of(MERGES),
+    },
+    "06_number_formats": POOLED | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG},
+    "07_memory": COMMON
+    | {
+        "methods": _some_of(PLANNED, least=1),
+        "bits": _one_of(ALL_WIDTHS),
+        "group": GROUP,
+        "rank": _whole(1, MAX_RANK, 16),
+        "batch": _whole(1, MAX_BATCH, 4),
+        "length": _whole(2, MAX_LENGTH, 256),
+    },
+    "08_low_bit_execution": COMMON | {"group": GROUP},
+}
+
+
+def check_parameter(notebook: str, name: str, value: Any) -> Any:
+    """A value for a parameter of a notebook ("04_ptq_vs_qat"), as the type that is meant. ValueError in one line."""
+    if name not in PARAMETERS.get(notebook, {}):
+        raise ValueError(f"{notebook}: parameter {name}: is not declared; add it to studylib/study/parameters.py")
+    try:
+        return PARAMETERS[notebook][name].checked(value)
+    except ValueError as error:
+        raise ValueError(f"{notebook}: parameter {name}: {error}") from None
+
+
+def check_parameters(notebook: str, names: MutableMapping[str, Any]) -> None:
+    """Check the parameters of a notebook among `names`, its globals(), and leave each there as the type that is meant.
+
+    Raises ValueError, in one line, for a value that is not allowed.
+    """
+    for name in PARAMETERS[notebook].keys() & names.keys():
+        names[name] = check_parameter(notebook, name, names[name])

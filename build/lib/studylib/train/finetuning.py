@@ -1,0 +1,172 @@
+"""Fine-tuning on instruction pairs: what the adapters of QLoRA, L4Q and their baselines learn from."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from studylib.config import Instructions, Log, Tuning
+from studylib.data import Pair, context_length, conversation, instruction_pairs
+from studylib.train.distillation import last_hidden
+from studylib.train.losses import label_loss
+
+IGNORED = -100  # the label of a position whose next token is not learned
+PADDED_TO = 8  # rows are padded to a multiple of it,
+PADDED_TO_COMPILED = 64  # and to one of this where layers are compiled, which are compiled anew for each shape
+MEASURED = 8  # rows of a batch, at least, where nothing is trained: low-bit weights are decoded once for all of them
+DRAWN = 8  # batches whose rows are drawn together and sorted by their length
+OPTIMIZER = "adamw_torch_fused"
+PAGED_ADAMW = "paged_adamw_32bit"  # transformers' name for bitsandbytes' AdamW whose states are paged to the CPU
+COMPILED_STEPS = 500  # compiling layers for rows of several widths takes as long as some 20 steps, and saves 5% of each
+
+
+def encode(tokenizer, pairs: Sequence[Pair], length: int) -> list[dict[str, list[int]]]:
+    """Token ids and labels of each pair: labels[t] is the token after t where the response has it, else IGNORED.
+
+    Pairs whose response starts after `length` tokens teach nothing and are left out; ValueError where all are.
+    What was encoded last is remembered, for all arms that learn from it: do not write to it.
+    """
+    return _encode(tokenizer, tokenizer.chat_template, tuple(pairs), length)
+
+
+@functools.lru_cache(maxsize=8)
+def _encode(tokenizer, template: str | None, pairs: tuple[Pair, ...], length: int) -> list[dict[str, list[int]]]:
+    rows = []
+    for tokens, start in (conversation(tokenizer, pair) for pair in pairs):
+        tokens = tokens[:length]
+        if start < len(tokens):
+            labels = [IGNORED] * (start - 1) + tokens[start:] + [IGNORED]
+            rows.append({"tokens": tokens, "labels": labels})
+    if not rows:
+        raise ValueError(f"length: {length} tokens hold nothing of any response; use more")
+    return rows
+
+
+def random_order(lengths: Sequence[int], batch: int, seed: int) -> list[int]:
+    """A random order in which the rows of a batch are about equally long, as QLoRA's own code trains: less padding.
+
+    Rows are drawn for DRAWN batches at a time and sorted by length; these batches come in random order.
+    """
+    generator, order = torch.Generator().manual_seed(seed), []
+    for drawn in torch.randperm(len(lengths), generator=generator).split(DRAWN * batch):
+        rows = sorted(drawn.tolist(), key=lengths.__getitem__)
+        batches = [rows[at : at + batch] for at in range(0, len(rows), batch)]
+        for at in torch.randperm(len(batches), generator=generator):
+            order += batches[at]
+    return order
+
+
+def collate(rows: Sequence[dict[str, list[int]]], multiple: int = PADDED_TO) -> dict[str, Tensor]:
+    """Rows padded at their end, to a multiple of `multiple`: tokens and labels [B, T].
+
+    Attention is causal, so that no token sees the padding.
+    """
+    longest = max(len(row["tokens"]) for row in rows)
+    width = -(-longest // multiple) * multiple
+    padding = {"tokens": 0, "labels": IGNORED}
+    return {
+        name: torch.stack([F.pad(torch.tensor(row[name]), (0, width - len(row[name])), value=fill) for row in rows])
+        for name, fill in padding.items()
+    }
+
+
+def response_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the labelled tokens [B, T]; logits are held for a few of them at a time."""
+    learned = labels != IGNORED
+    hidden = last_hidden(model, tokens)[learned]
+    return label_loss(hidden, model.get_output_embeddings().weight, labels[learned])
+
+
+def usable_length(model: PreTrainedModel, instructions: Instructions) -> int:
+    """Where rows are cut: at instructions.length, and at what the model's context holds with the padding."""
+    context = context_length(model)
+    whole = instructions.length if context is None else context // PADDED_TO_COMPILED * PADDED_TO_COMPILED
+    return min(instructions.length, whole)
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer,
+    pairs: Sequence[Pair],
+    instructions: Instructions,
+    settings: Tuning,
+    folder: str | Path,
+    *,
+    held_out: Sequence[Pair] = (),
+    keep: bool = False,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Log:
+    """Train the parameters of `model` that require gradients (see methods.attach) on `pairs`, in place.
+
+    Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
+    whose response loss is measured as training goes on. folder, keep, and what happens to a killed training: as
+    training_loop.fit.
+    Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
+    """
+    from studylib.train.loop import fit
+
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no parameters that require gradients; attach an adapter first")
+    if settings.paged:
+        check_paging()
+    length = usable_length(model, instructions)
+    rows = encode(tokenizer, pairs, length)
+    lengths = [len(row["tokens"]) for row in rows]
+    examples = [rows[i] for i in random_order(lengths, settings.batch, instructions.seed)]
+    measured = encode(tokenizer, held_out, length) if held_out else []
+    measured = sorted(measured, key=lambda row: len(row["tokens"]))
+    compiled = settings.steps >= COMPILED_STEPS and not settings.checkpointing
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def held_out_loss() -> Tensor:
+        losses, counts, size = [], [], max(settings.batch, MEASURED)
+        for at in range(0, len(measured), size):
+            part = {name: x.to(model.device) for name, x in collate(measured[at : at + size]).items()}
+            counts.append((part["labels"] != IGNORED).sum())
+            losses.append(response_loss(model, **part) * counts[-1])
+        return torch.stack(losses).sum() / torch.stack(counts).sum()
+
+    try:
+        return fit(
+            model,
+            lambda tokens, labels: {"loss": response_loss(model, tokens, labels)},
+            examples,
+            settings,
+            folder,
+            tokens_per_step=settings.batch * sum(lengths) // len(rows),
+            held_out_loss=held_out_loss if held_out else None,
+            collate=functools.partial(collate, multiple=PADDED_TO_COMPILED) if compiled else collate,
+            compiled=compiled,
+            optimizer=PAGED_ADAMW if settings.paged else OPTIMIZER,
+            seed=instructions.seed,
+            keep=keep,
+            progress=progress,
+        )
+    finally:
+        if settings.checkpointing:
+            model.gradient_checkpointing_disable()
+
+
+VALIDATION_PAIRS = 8  # the last of the training split: for learning curves and learning rates, never trained on
+
+
+def training_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that are trained on, and those kept apart for validation. ValueError where none would be left."""
+    pairs = instruction_pairs("training", source)
+    if len(pairs) <= VALIDATION_PAIRS:
+        raise ValueError(
+            f"instructions {source!r}: {len(pairs)} pairs for training are too few; {VALIDATION_PAIRS} are kept "
+            "apart for validation"
+        )
+    return pairs[:-VALIDATION_PAIRS], pairs[-VALIDATION_PAIRS:]
+
+
+def check_paging() -> None:
+    """Raise ValueError where there is no CUDA, which pages PAGED_ADAMW's states between GPU and CPU memory."""
+    if not torch.cuda.is_available():
+        raise ValueError("optimizer: paging needs CUDA, and there is none here; use AdamW without paging")

@@ -1,0 +1,326 @@
+"""The training loop of every method: transformers' Trainer on examples in a given order, resumable at any point.
+
+Trainer imports peft and bitsandbytes, which takes seconds: import this module where a training begins.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from studylib.config import (
+    SUMS,
+    Budget,
+    Log,
+    kept_if_possible,
+    make_folder,
+    remove,
+    seal_folder,
+    tell,
+    usable,
+    written_whole,
+)
+from studylib.data import models
+from studylib.quant import trained_grids
+
+CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
+COMPILED_STEPS = 20  # from so many steps on, compiling the layers pays for itself
+OWNER = "owner.txt"  # in a checkpoint: the names of the training's folder and of the checkpoint that it was made as
+
+
+class _InOrder(Trainer):
+    """transformers' Trainer on examples in their given order, which is random already, with Budget's schedule."""
+
+    budget: Budget
+    run_dir: Path
+    first_scales: list[Tensor]  # of each learned grid, before its training began
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Trainer's own, with learned grids in groups that have a rate of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.budget.grid_rate
+        if rate is None:
+            return optimizer
+        grids = trained_grids(self.model)
+        apart = {id(parameter) for own in grids for parameter in own}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        for own, first in zip(grids, self.first_scales, strict=True):
+            unit = first.square().mean().sqrt().item()
+            optimizer.add_param_group({"params": own, "lr": rate * unit, "weight_decay": 0.0})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.budget.rate)
+        return self.lr_scheduler
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Resumed at its end, Trainer takes one more step: findings/trainer-resumed-at-its-end-steps-again.sh
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial=None) -> str:
+        return str(self.run_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
+        """Trainer's own, whole and sealed, after which older ones are removed; a training goes on where it fails."""
+        checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with kept_if_possible(str(checkpoint)), written_whole(checkpoint) as partial:
+            self.run_dir = partial.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            except RuntimeError as error:  # so torch.save tells of a full disk
+                raise OSError("torch could not write it; is the disk full?") from error
+            _sign(partial, checkpoint)
+        for other in _checkpoints(checkpoint.parent) if checkpoint.exists() else ():
+            if other != checkpoint:
+                with contextlib.suppress(OSError):
+                    remove(other)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(_trained(self.model, state_dict), Path(output_dir, SAFE_WEIGHTS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        own = _trained(self.model)
+        for name, saved in load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)).items():
+            own[name].copy_(saved)
+
+
+def _trained(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What training changes, by name; the rest is made anew from the arm."""
+    return {
+        name: parameter.detach() if state is None else state[name]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+class _Watch(TrainerCallback):
+    """Reports finished steps, measures the held-out loss, asks for checkpoints, stops where the loss is not finite."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        tokens_per_step: int,
+        held_out_loss: Callable[[], float] | None,
+        keep: bool,
+        progress: Callable[[int], None],
+    ):
+        self.budget, self.tokens_per_step, self.held_out_loss = budget, tokens_per_step, held_out_loss
+        self.keep, self.progress, self.saved = keep, progress, time.monotonic()
+
+    def measure(self, state) -> None:
+        if self.held_out_loss is not None:
+            state.log_history.append({"step": state.global_step, "held_out_loss": self.held_out_loss()})
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        self.progress(state.global_step * self.tokens_per_step)
+        if state.global_step == 0:
+            self.measure(state)
+            return
+        # A checkpoint holds the rate that its own schedule had next; an extended training's schedule is another.
+        lr_scheduler._last_lr = [base * self.budget.rate(state.global_step) for base in lr_scheduler.base_lrs]
+        for group, rate in zip(optimizer.param_groups, lr_scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress(self.tokens_per_step)
+        if self.budget.measured_at(state.global_step):
+            self.measure(state)
+        if state.global_step == state.max_steps:
+            control.should_save = self.keep
+        elif time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            control.should_save, self.saved = True, time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _uncompiled(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside, the layers run as written: other shapes and modes would each be compiled anew."""
+    before = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, before, strict=True):
+            layer._compiled_call_impl = call
+
+
+def fit(
+    model: PreTrainedModel,
+    loss_function: Callable[..., dict[str, Tensor]],
+    examples: Dataset,
+    budget: Budget,
+    folder: str | Path,
+    *,
+    tokens_per_step: int,
+    held_out_loss: Callable[[], Tensor] | None = None,
+    collate: Callable[[list], dict[str, Tensor]] | None = None,
+    compiled: bool = False,
+    optimizer: str = "adamw_torch_fused",
+    seed: int = 0,
+    keep: bool = False,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Log:
+    """Train the parameters of `model` that require gradients, in place, on `examples` in their order, again and again.
+
+    loss_function: what stands in for the model's forward pass while it trains, so that a wrapper (FSDP, autocast) sees
+    all of it: fields of a batch -> {"loss"}. Products run in bf16 where the hardware has it. held_out_loss: the loss of
+    the model as it is, asked for now and then. compiled: compile the decoder's layers, where a compiler is found and
+    the steps are many enough. optimizer: a name that TrainingArguments takes.
+    folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
+    so does an extended one (budget.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
+    A last loss that is not finite means that the training diverged and was stopped there.
+    """
+    bf16 = models.compute_dtype() == torch.bfloat16
+    # Compiled layers fuse the fake quantizers, which cost as much as the products where those run in bf16.
+    worth_it = compiled and bf16 and budget.steps >= COMPILED_STEPS
+    can_compile = worth_it and (model.device.type == "cuda" or shutil.which("g++"))
+    layers = list(getattr(model.base_model, "layers", [])) if can_compile else []
+    for layer in layers:
+        layer.compile()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=budget.steps,
+        per_device_train_batch_size=budget.batch,
+        learning_rate=budget.learning_rate,
+        weight_decay=budget.weight_decay,
+        max_grad_norm=budget.max_grad_norm,
+        optim=optimizer,
+        bf16=bf16,
+        use_cpu=model.device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would wrap the model in DataParallel
+
+    def measured() -> float:
+        model.eval()
+        with torch.no_grad(), _uncompiled(layers), models.autocast(model.device):
+            loss = float(held_out_loss())
+        model.train()
+        return loss
+
+    grids = [scale for scale, *_ in trained_grids(model)]
+    first = [scale.detach().clone() for scale in grids]
+    model.forward = loss_function
+    try:
+        trainer = _InOrder(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=collate,
+            callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, keep, progress)],
+        )
+        trainer.budget, trainer.run_dir, trainer.first_scales = budget, Path(folder), first
+        trainer.remove_callback(PrinterCallback)
+        make_folder(Path(folder))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder, budget))
+    finally:
+        del model.forward
+        for layer in layers:
+            layer._compiled_call_impl = None
+        model.eval()
+    history = trainer.state.log_history
+    return Log(
+        [
+            {name: entry[name] for name in ("step", "loss", "learning_rate", "grad_norm")}
+            for entry in history
+            if "loss" in entry
+        ],
+        [
+            {"step": entry["step"], "tokens": entry["step"] * tokens_per_step, "loss": entry["held_out_loss"]}
+            for entry in history
+            if "held_out_loss" in entry
+        ],
+        _moved(grids, first),
+    )
+
+
+@torch.no_grad()
+def _moved(scales: list[Tensor], first: list[Tensor]) -> float | None:
+    """The median share by which scales are others than at first; None where there are none."""
+    if not scales:
+        return None
+    return torch.cat([(own / was - 1).abs().flatten() for own, was in zip(scales, first, strict=True)]).median().item()
+
+
+def _sign(files: Path, checkpoint: Path) -> None:
+    """Have the files that will be `checkpoint` say so, and seal them."""
+    (files / OWNER).write_text(f"{checkpoint.parent.name}/{checkpoint.name}\n")
+    seal_folder(files)
+
+
+def take_over(kept: Path, folder: Path) -> None:
+    """Begin a training in `folder` with a checkpoint that another one has kept; its files are shared, if possible."""
+
+    def linked(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links, or somebody else's file
+            shutil.copyfile(source, target)
+
+    make_folder(folder)
+    with written_whole(folder / kept.name) as partial:
+        shutil.copytree(kept, partial, copy_function=linked, ignore=shutil.ignore_patterns(OWNER, SUMS))
+        _sign(partial, folder / kept.name)
+
+
+def last_checkpoint(folder: str | Path, budget: Budget) -> str | None:
+    """The newest checkpoint in `folder` that is whole and of this training, None where there is none.
+
+    What comes before it and is neither is removed, and a line says so.
+    """
+    for checkpoint in reversed(_checkpoints(Path(folder))):
+        if usable(checkpoint):
+            if _is_of(checkpoint, budget):
+                return str(checkpoint)
+            tell(f"{checkpoint} is of another training; it is made again")
+            remove(checkpoint)
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folder's checkpoints by their step: what time they are of says nothing."""
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def _is_of(checkpoint: Path, budget: Budget) -> bool:
+    """Whether a whole checkpoint was made for this folder, and of a training in these batches to this end."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    owner = (checkpoint / OWNER).read_text() if (checkpoint / OWNER).exists() else ""
+    return (
+        owner == f"{checkpoint.parent.name}/{checkpoint.name}\n"
+        and state["global_step"] <= budget.steps
+        and state["max_steps"] in (budget.steps, *budget.extended_from)
+        and state["train_batch_size"] == budget.batch
+    )
