@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from studylib.config import capital, listed, nats, number, percent, points
-from studylib.evidence.measures import Measure, gather, text_measures, usual_measures
+from studylib.evidence.measures import Measure, gather, text_measures, unchanged
 from studylib.evidence.spread import ENOUGH
 from studylib.evidence.statistics import Interval
 from studylib.methods import Setting
@@ -44,6 +44,7 @@ PERPLEXITY = Unit(number, " of perplexity")
 TIMES = Unit(number, " times", ratio=True)
 NEURONS = Unit(points, "%")
 BITS, NATS, GIGABYTES = Unit(number, " bits"), Unit(nats, " nats"), Unit(number, " GB")
+BITS_PER_BYTE, DIVERGENCE = Unit(number, " bits a byte"), Unit(number, " nats a token")
 MEMORY = Unit(percent, " of the memory")
 
 
@@ -193,7 +194,7 @@ class Claim:
     test: Callable[..., Outcome] | None = None
     optional: tuple[Setting, ...] = ()
     primary: Callable[[Sequence[Record]], list[Measure]] = text_measures
-    beside: Callable[[Sequence[Record]], list[Measure]] = usual_measures
+    beside: Callable[[Sequence[Record]], list[Measure]] = unchanged
     untested: str = ""
     effect: PaperNumber | None = None
 
