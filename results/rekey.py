@@ -1,6 +1,7 @@
 """Key the records of an older studylib anew: python results/rekey.py FOLDER...
 
 FOLDER: a results folder, or one that holds record files. Notes of what notebooks showed (published.json) follow.
+A record without them gets the documents that its windows are from, by which its intervals count them; its key stays.
 A record of format 2 gets the lengths of its responses, by which their perplexity weighs them now, its digest, and a key
 by the present numerics versions. Scores stay as they are. Records whose scores would be others now are left as they
 are, and named: of models whose tokenizer puts a BOS, of TriviaQA, of weights of which double quantization turned a
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from studylib.config import HIDDEN, INITS, OF_WEIGHTS, RAW_HIDDEN, Arm, Format, in_bitsandbytes, split_loss, write_whole
-from studylib.data import conversation, instruction_pairs, load_model, load_tokenizer
+from studylib.data import conversation, corpora, instruction_pairs, load_model, load_tokenizer, window_documents
 from studylib.evaluate.scores import PAIR_TOKENS
 from studylib.quant import decoder_linears, encode
 from studylib.quant.formats import _encode_scales
@@ -84,8 +85,31 @@ def keyed_anew(fields: dict, arm: Arm) -> Record:
     return Record(**fields | {"key": arm_key(arm), "arm": arm})
 
 
+@functools.lru_cache(maxsize=64)
+def documents(model: str, corpus: str, length: int, count: int) -> list[float]:
+    return window_documents(corpus, load_tokenizer(model), length, count, "evaluation").double().tolist()
+
+
+def with_documents(record: Record) -> Record:
+    """The record with the documents of its windows, where model and corpora are still what they were."""
+    arm, provenance = record.arm, record.provenance
+    wanted = arm.evaluation
+    names = [corpus for corpus in wanted.corpora if f"loss/{corpus}" in record.scores]
+    missing = [corpus for corpus in names if f"document/{corpus}" not in record.scores]
+    try:
+        same = all(corpora.sha256(corpus) == provenance["corpora"][corpus] for corpus in missing)
+        same = same and contents(arm) == provenance.get("contents", {})
+    except ValueError:  # a file that is gone
+        same = False
+    if not missing or not same:
+        return record
+    found = {f"document/{name}": documents(arm.model, name, wanted.length, wanted.windows) for name in missing}
+    return replace(record, scores=record.scores | found)
+
+
 def main(folders: list[str]) -> None:
     found: dict[str, str] = {}
+    grouped = 0
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*.json")):
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -97,12 +121,19 @@ def main(folders: list[str]) -> None:
             before, was = Arm.from_dict(fields["arm"]), fields["provenance"].get("numerics", {})
             arm = renamed(before, was)
             if of_format == FORMAT and (arm, numerics(arm)) == (before, was):
-                path.rename(path.with_name(read_record(path).file_name))
+                record = read_record(path)
+                named = path.with_name(record.file_name)
+                path.rename(named)
+                if (labelled := with_documents(record)) != record:
+                    write_whole(named, labelled.to_json())
+                    grouped += 1
                 continue
             if why := changed(arm, was, of_format, fields["provenance"]["compute_dtype"]):
                 print(f"{path.name}: left, {why}; run it again")
                 continue
-            record = keyed_anew({name: value for name, value in fields.items() if name != "sha256"}, arm)
+            record = with_documents(
+                keyed_anew({name: value for name, value in fields.items() if name != "sha256"}, arm)
+            )
             named = path.with_name(record.file_name)
             write_whole(named, record.to_json())
             if named != path:
@@ -112,7 +143,7 @@ def main(folders: list[str]) -> None:
             published = json.loads(path.read_text(encoding="utf-8"))
             published["records"] = [found.get(key, key) for key in published["records"]]
             write_whole(path, json.dumps(published, indent=1))
-    print(f"{len(found)} records have a key of today")
+    print(f"{len(found)} records have a key of today, {grouped} of others the documents of their windows")
 
 
 if __name__ == "__main__":

@@ -385,11 +385,12 @@ NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on
 @dataclass(frozen=True)
 class Log:
     """What a training leaves: steps, one {"step", "loss", "learning_rate", "grad_norm"} each; curve, {"step", "tokens",
-    "loss"} before training and at each quarter, on held-out text; moved, for learned grids, the median share by which
+    "loss"} before training and at each quarter, on held-out text, of a fine-tuning with {"pairs": {"loss", "tokens"}},
+    a number for each validation pair; moved, for learned grids, the median share by which
     their scales are others than at the start."""
 
     steps: list[dict[str, float]]
-    curve: list[dict[str, float]]
+    curve: list[dict[str, Any]]
     moved: float | None = None
 
 

@@ -1,5 +1,5 @@
 from . import corpora, models
-from .corpora import Pair, beginning, evenly_spaced, instruction_pairs, text_statistics, windows
+from .corpora import Pair, beginning, evenly_spaced, instruction_pairs, text_statistics, window_documents, windows
 from .generation import check_length, context_length, generate_windows
 from .models import autocast, compute_dtype, load_model, load_tokenizer
 from .prompts import TODAY, chat_opening, check_template, conversation, writes_date
@@ -26,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "models",
     "text_statistics",
+    "window_documents",
     "windows",
     "writes_date",
 ]

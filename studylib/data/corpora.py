@@ -195,13 +195,15 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _stream(corpus: str, version: str, tokenizer, split: str) -> Tensor:
+def _stream(corpus: str, version: str, tokenizer, split: str) -> tuple[Tensor, Tensor]:
+    """The split's documents joined by end-of-text, as token ids, and where each of them ends."""
     end = tokenizer.eos_token_id
     ids = [
         tokenizer(text, add_special_tokens=False).input_ids + ([] if end is None else [end])
         for text in documents(corpus, split)
     ]
-    return torch.tensor([token for document in ids for token in document])
+    ends = torch.tensor([len(document) for document in ids]).cumsum(0)
+    return torch.tensor([token for document in ids for token in document]), ends
 
 
 def windows(corpus: str, tokenizer, length: int, count: int | None, split: str) -> Tensor:
@@ -210,7 +212,18 @@ def windows(corpus: str, tokenizer, length: int, count: int | None, split: str) 
     They never overlap. Each begins with what the tokenizer puts before a text (see `beginning`). count None: all there
     are. Raises ValueError where the split has fewer.
     """
-    stream, first = _stream(corpus, sha256(corpus), tokenizer, split), beginning(tokenizer)
+    return begun(_cut(corpus, tokenizer, length, count, split)[0], beginning(tokenizer))
+
+
+def window_documents(corpus: str, tokenizer, length: int, count: int | None, split: str) -> Tensor:
+    """Which of the split's documents each of these `windows` is from, [count]: that of its first token, where a window
+    spans several."""
+    return _cut(corpus, tokenizer, length, count, split)[1]
+
+
+def _cut(corpus: str, tokenizer, length: int, count: int | None, split: str) -> tuple[Tensor, Tensor]:
+    """The windows without what they begin with, and the document of each one's first token."""
+    (stream, ends), first = _stream(corpus, sha256(corpus), tokenizer, split), beginning(tokenizer)
     size = length - len(first)
     if size < 1:
         raise ValueError(f"length: {length} tokens are no more than the {len(first)} that every text begins with")
@@ -220,7 +233,8 @@ def windows(corpus: str, tokenizer, length: int, count: int | None, split: str) 
         raise ValueError(
             f"windows: {count} of {length} tokens are more than the {available} that {corpus!r} has for {split}"
         )
-    return begun(stream[: available * size].view(available, size)[evenly_spaced(count, available)], first)
+    chosen = evenly_spaced(count, available)
+    return stream[: available * size].view(available, size)[chosen], torch.bucketize(chosen * size, ends, right=True)
 
 
 def begun(texts: Tensor, first: Sequence[int]) -> Tensor:

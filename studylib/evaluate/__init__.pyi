@@ -1,14 +1,18 @@
 from . import memory
+from .decoding import decoding_seconds
+from .divergence import FullPrecision
 from .memory import GB, PURPOSES, TITLES, measure, plan, plan_text
-from .scores import TASKS, check_requests, decoding_seconds, normal_error, pair_requests, score, weight_scores
+from .scores import TASKS, check_requests, evaluation_windows, normal_error, pair_requests, score, weight_scores
 
 __all__ = [
     "GB",
     "PURPOSES",
     "TASKS",
     "TITLES",
+    "FullPrecision",
     "check_requests",
     "decoding_seconds",
+    "evaluation_windows",
     "measure",
     "memory",
     "normal_error",

@@ -1,5 +1,5 @@
 """Scores of a model: perplexity on token windows, loss on responses, benchmarks through lm-eval, and what its low-bit
-weights are like: their rounding error, and the time of a token that is decoded with them."""
+weights are like: their rounding error, and how normal they were."""
 
 import contextlib
 import copy
@@ -8,11 +8,11 @@ import io
 import logging
 import math
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import lm_eval.api.task
@@ -26,17 +26,12 @@ from lm_eval.tasks import TaskManager
 from scipy.stats import shapiro
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from studylib.config import (
     ARCHIVE,
-    EXECUTIONS,
     HUB,
-    OWN,
     TASK_SOURCES,
-    TIMED_LAYERS,
-    Adapter,
-    Decoding,
     Evaluation,
     Format,
     check_tasks,
@@ -50,19 +45,19 @@ from studylib.data import (
     evenly_spaced,
     fetch,
     instruction_pairs,
-    models,
+    window_documents,
 )
 from studylib.data import windows as corpus_windows
-from studylib.evaluate.memory import CONFIGURATIONS
+from studylib.evaluate.divergence import WINDOWS, FullPrecision, mean_divergence
 from studylib.evaluate.packing import log_likelihoods
-from studylib.methods import attach
-from studylib.quant import check_matrix, decoder_linears, encode, encode_model, int4_model
+from studylib.quant import check_matrix, decoder_linears, encode
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
 GENERATED = 8  # answers of a batch, in tasks where the model writes them
 ANSWER_TOKENS = 24  # of an answer that never stops by itself; those of TriviaQA are shorter
 PAIR_TOKENS = 512  # where an instruction with its response is cut
 EXAMPLES_SEED = 1234  # lm-eval's own, for drawing few-shot examples
+RIGHT_ANSWER = ("bits_per_byte", "probability")  # of the right one of several choices
 
 
 @dataclass(frozen=True)
@@ -112,15 +107,23 @@ TASKS = {
 }
 
 
-@torch.no_grad()
-def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> np.ndarray:
+def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = WINDOWS) -> np.ndarray:
     """Mean negative log-likelihood in nats of the tokens after the first, for each window: [N, T] ids -> [N] float64.
 
     exp of their mean is the perplexity. Softmax in fp32; products in bf16 where the hardware computes in it.
     """
+    return _window_scores(model, windows, batch)["loss"]
+
+
+@torch.no_grad()
+def _window_scores(
+    model: PreTrainedModel, windows: Tensor, batch: int, corpus: str = "", full: FullPrecision | None = None
+) -> dict[str, np.ndarray]:
+    """ "loss" as window_losses and, beside full precision's predictions for these windows of the corpus, "kl": the mean
+    divergence from them over the tokens after the first, in nats; [N] float64 each."""
     model.eval()
-    losses = []
-    for tokens in windows.split(batch):
+    losses, divergences = [], []
+    for at, tokens in zip(range(0, len(windows), batch), windows.split(batch), strict=True):
         tokens = tokens.to(model.device)
         with autocast(model.device):
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -128,7 +131,10 @@ def window_losses(model: PreTrainedModel, windows: Tensor, batch: int = 4) -> np
         normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(CHUNK)])
         token_losses = normalizers - logits.gather(1, target[:, None])[:, 0].float()
         losses.append(token_losses.double().view(len(tokens), -1).mean(1))
-    return torch.cat(losses).cpu().numpy()
+        if full:
+            divergences.append(mean_divergence(full, corpus, at, tokens, logits))
+    found = {"loss": torch.cat(losses).cpu().numpy()}
+    return found | {"kl": np.concatenate(divergences)} if full else found
 
 
 def _without_end(tokenizer):
@@ -329,7 +335,8 @@ def task_scores(
     items: int | None = None,
     source: str = ARCHIVE,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Item scores of benchmark tasks by lm-eval's own prompts and metrics: {task: {metric: [items]}}.
+    """Item scores of benchmark tasks by lm-eval's own prompts and metrics: {task: {metric: [items]}}; of tasks with
+    choices also what `_choice_scores` says of them.
 
     items: how many of each task, evenly spaced over it (over all subjects of MMLU); None for all. Items come in the
     same order for every model, so that scores of two models can be compared pairwise.
@@ -361,9 +368,43 @@ def _evaluated(
             finally:
                 for part in parts.values():
                     part._instances = None  # all requests with their answers
-            rows = [row for name in chosen for row in sorted(samples[name], key=lambda row: row["doc_id"])]
-            scores[task] = {metric: np.array([float(row[metric]) for row in rows]) for metric in rows[0]["metrics"]}
+            rows = [
+                (parts[name], row) for name in chosen for row in sorted(samples[name], key=lambda row: row["doc_id"])
+            ]
+            metrics = rows[0][1]["metrics"]
+            scores[task] = {metric: np.array([float(row[metric]) for _, row in rows]) for metric in metrics}
+            if all(part.OUTPUT_TYPE == "multiple_choice" for part in parts.values()):
+                scores[task] |= _choice_scores(rows)
     return scores
+
+
+def _right(part: lm_eval.api.task.Task, item: dict[str, Any]) -> int:
+    """Which choice of an item is the right one."""
+    answer = part.doc_to_text(item) if part.multiple_input else part.doc_to_target(item)
+    return part.doc_to_choice(item).index(answer) if isinstance(answer, str) else answer
+
+
+def _choice_scores(rows: Sequence[tuple[lm_eval.api.task.Task, dict[str, Any]]]) -> dict[str, np.ndarray]:
+    """What lm-eval's samples of items with choices, each with the task that it is of, say of each choice.
+
+    "choices": how many an item has; "right": which of them is right, from 0. "choice_log_likelihoods" in nats and
+    "choice_bytes" of what was scored for each choice, UTF-8 with the space before it: of all items one after the other.
+    RIGHT_ANSWER: "bits_per_byte", the right choice's negative log-likelihood in bits over its bytes, and "probability",
+    its share among the item's choices.
+    """
+    right = [_right(part, row["doc"]) for part, row in rows]
+    likelihoods = [np.array([likelihood for likelihood, _ in row["filtered_resps"]]) for _, row in rows]
+    sizes = [np.array([float(len(choice.encode())) for _, choice in row["arguments"]]) for _, row in rows]
+    own = np.array([values[at] for values, at in zip(likelihoods, right, strict=True)])
+    lengths = np.array([values[at] for values, at in zip(sizes, right, strict=True)])
+    return {
+        "choices": np.array([float(len(values)) for values in likelihoods]),
+        "right": np.array(right, dtype=float),
+        "choice_log_likelihoods": np.concatenate(likelihoods),
+        "choice_bytes": np.concatenate(sizes),
+        "bits_per_byte": -own / lengths / math.log(2),
+        "probability": np.exp(own - np.array([np.logaddexp.reduce(values) for values in likelihoods])),
+    }
 
 
 @functools.lru_cache(maxsize=2 * len(TASKS))
@@ -380,19 +421,36 @@ def _parts(task: str, items: int | None, source: str) -> tuple[dict[str, list[in
         return chosen, {name: parts[name] for name in chosen}
 
 
-def score(model: PreTrainedModel, tokenizer, wanted: Evaluation) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics by name and the per-item scores behind them, for what is wanted."""
+def evaluation_windows(tokenizer, wanted: Evaluation) -> dict[str, Tensor]:
+    """The token windows [N, T] of each corpus that models are scored on."""
+    return {
+        corpus: corpus_windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+        for corpus in wanted.corpora
+    }
+
+
+def score(
+    model: PreTrainedModel, tokenizer, wanted: Evaluation, full: FullPrecision | None = None
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics by name and the per-item scores behind them, for what is wanted.
+
+    "loss", "document" (see corpora.window_documents) of each corpus's windows and, where the predictions of `full`
+    precision for them are given, "kl"; of tasks what task_scores has, and "accuracy"; of pairs "loss" and "tokens".
+    """
     metrics, scores = {}, {}
-    for corpus in wanted.corpora:
-        windows = corpus_windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
-        losses = scores[f"loss/{corpus}"] = window_losses(model, windows)
+    for corpus, windows in evaluation_windows(tokenizer, wanted).items():
+        found = _window_scores(model, windows, WINDOWS, corpus, full)
+        labels = window_documents(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
+        scores |= {f"{name}/{corpus}": values for name, values in found.items()}
+        scores[f"document/{corpus}"] = labels.numpy()
         with np.errstate(over="ignore"):
-            metrics[f"perplexity/{corpus}"] = float(np.exp(losses.mean()))
+            metrics[f"perplexity/{corpus}"] = float(np.exp(found["loss"].mean()))
     if wanted.tasks:
         for task, by_metric in task_scores(model, tokenizer, wanted.tasks, wanted.items, wanted.source).items():
             scores |= {f"{metric}/{task}": values for metric, values in by_metric.items()}
             scores[f"accuracy/{task}"] = by_metric[TASKS[task].metric]
-            metrics[f"accuracy/{task}"] = float(np.mean(scores[f"accuracy/{task}"]))
+            means = ["accuracy", *(name for name in RIGHT_ANSWER if name in by_metric)]
+            metrics |= {f"{name}/{task}": float(np.mean(scores[f"{name}/{task}"])) for name in means}
     if wanted.pairs:
         pairs = instruction_pairs("evaluation")[: wanted.pairs]
         losses, tokens = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
@@ -458,46 +516,3 @@ def weight_scores(original: nn.Module, model: nn.Module) -> dict[str, list[float
         stored += codes.nbytes
         numbers += weight.numel()
     return dict(scores) | {"bits": [8 * stored / numbers]}
-
-
-VOCABULARY = 1024  # of a shape that is timed
-
-
-def decoding_seconds(
-    load: Callable[[], PreTrainedModel], format: Format, settings: Decoding
-) -> dict[tuple[str, str], np.ndarray]:
-    """Seconds that a decoded token takes, [rounds], of each model that is timed and each of EXECUTIONS.
-
-    The models: OWN, which `load` gives, and settings.shapes. 4 bits: the weights rounded to `format`, as every method
-    leaves them that deploys integers only; an adapter: LoRA's usual one on all layers. Executions take turns, so that
-    whatever else the machine does meets all alike.
-    """
-    sources = {OWN: load} | {shape: lambda shape=shape: _layers_of(shape) for shape in settings.shapes}
-    found = {}
-    for name, source in sources.items():
-        executions = (
-            source().cpu().to(models.compute_dtype()).eval(),
-            int4_model(encode_model(source().cpu(), format), models.compute_dtype()),
-            int4_model(attach(source().cpu(), "qlora", format=format, adapter=Adapter()), models.compute_dtype()),
-        )
-        rounds = [[_seconds(model, settings) for model in executions] for _ in range(settings.rounds + 1)]
-        found |= {(name, kind): times for kind, times in zip(EXECUTIONS, np.array(rounds[1:]).T, strict=True)}
-    return found
-
-
-def _layers_of(shape: str) -> PreTrainedModel:
-    config = copy.deepcopy(CONFIGURATIONS[shape])
-    config.num_hidden_layers, config.vocab_size = TIMED_LAYERS, VOCABULARY
-    return models.skeleton(config)
-
-
-@torch.no_grad()
-def _seconds(model: PreTrainedModel, settings: Decoding) -> float:
-    """Seconds of one token, the mean over those that are decoded."""
-    cache = DynamicCache(config=model.config)
-    context = torch.arange(settings.context)[None] % model.config.vocab_size
-    logits = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    begun = time.perf_counter()
-    for _ in range(settings.tokens):
-        logits = model(input_ids=logits[:, -1].argmax(1, keepdim=True), past_key_values=cache, use_cache=True).logits
-    return (time.perf_counter() - begun) / settings.tokens

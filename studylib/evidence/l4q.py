@@ -4,7 +4,7 @@ from functools import partial
 
 from studylib.config import FULL, Format
 from studylib.evidence.gigabytes import near_lora, planned_memory
-from studylib.evidence.measures import accuracies, decoding_measures, nothing, response_measures, training_times
+from studylib.evidence.measures import answers, decoding_measures, nothing, response_measures, training_times
 from studylib.evidence.rules import (
     alike,
     converges_faster,
@@ -35,7 +35,7 @@ CLAIMS = (
             ),
             is_best,
             primary=response_measures,
-            beside=accuracies,
+            beside=answers,
             effect=effect,
         )
         for name, bits, reported, effect in (
@@ -106,7 +106,7 @@ CLAIMS = (
         ),
         is_best,
         primary=response_measures,
-        beside=accuracies,
+        beside=answers,
         effect=PaperNumber(
             45.3 - 44.2,
             ACCURACY,
@@ -126,7 +126,7 @@ CLAIMS = (
         ),
         alike,
         primary=response_measures,
-        beside=accuracies,
+        beside=answers,
         effect=PaperNumber(63.0 - 62.8, ACCURACY, "{} (rank 16)", of=(setting("l4q", "4-16-16"),)),
     ),
     Claim(
@@ -137,7 +137,7 @@ CLAIMS = (
         (setting("l4q", "4-16-16"), setting("l4q", "4-16-16", {"format": Format(FULL, 4, 32)})),
         small_groups_help,
         primary=response_measures,
-        beside=accuracies,
+        beside=answers,
         effect=PaperNumber(63.9 - 63.7, ACCURACY),
     ),
     Claim(

@@ -1,6 +1,6 @@
 """LLM-QAT's claims, each with its rule, written before the runs that it judges (docs/deviations.md: what changed)."""
 
-from studylib.evidence.measures import FULL, perplexities
+from studylib.evidence.measures import FULL, unchanged_text
 from studylib.evidence.rules import (
     cache_breaks,
     explodes,
@@ -71,7 +71,7 @@ CLAIMS = (
         "RTN's perplexity at 4-8-4 is at least twice full precision's",
         (FULL, setting("rtn", "4-8-4")),
         explodes,
-        beside=perplexities,
+        beside=unchanged_text,
         effect=PaperNumber(151.4 / 10.4, TIMES),
     ),
     Claim(
@@ -155,6 +155,6 @@ CLAIMS = (
         "LLM-QAT's perplexity at 4-4-16 is at least twice full precision's",
         (FULL, setting("llm-qat", "4-4-16")),
         explodes,
-        beside=perplexities,
+        beside=unchanged_text,
     ),
 )

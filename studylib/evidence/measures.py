@@ -31,6 +31,8 @@ from studylib.evidence.statistics import (
     Array,
     Interval,
     Scale,
+    clustered,
+    clusters_worth,
     freedom,
     paired_bootstrap,
     perplexity,
@@ -66,8 +68,11 @@ CONTEXT = 2048  # tokens whose cache counts as memory: the sequence length of LL
 STEP = 1e-5  # nats by which a mean loss is moved to see what a contrast makes of it
 RESAMPLED = 20_000_000  # numbers drawn for one interval at most: 10,000 draws up to 2,000 items, never below 2,000
 
+PROCESS = "process"  # the scores that say which process timed each round
 Contrast = Callable[..., Any]  # of arrays [...], a value of each cell
-Kind = Literal["perplexity", "accuracy", "share", "bits", "seconds", "bytes"]  # of numbers that arms are compared by
+# Of numbers that arms are compared by.
+Kind = Literal["perplexity", "kl", "accuracy", "bits_per_byte", "probability", "share", "bits", "seconds", "bytes"]
+IN_PERCENT = ("accuracy", "probability", "share")
 FULL = setting("full-precision", "16-16-16")
 
 
@@ -139,10 +144,10 @@ def gather(records: Sequence[Record]) -> Cells:
 @functools.lru_cache(maxsize=16)  # every measure of every claim asks
 def _gathered(records: tuple[Record, ...]) -> Cells:
     unique: list[Record] = []
-    found: dict[Arm, list[dict[str, list[float | None]]]] = defaultdict(list)
+    found: dict[Arm, list[Record]] = defaultdict(list)
     for record in records:
-        if record.scores not in found[record.arm]:
-            found[record.arm].append(record.scores)
+        if not any(_same_scores(record, other) for other in found[record.arm]):
+            found[record.arm].append(record)
             unique.append(record)
     wholes: list[tuple[str, Callable[[Arm], Any]]] = [
         ("model", lambda arm: arm.model),
@@ -179,6 +184,12 @@ def _tasks(evaluation: Evaluation) -> Any:
     """Which items of which zero-shot tasks are scored; None where none are."""
     tasks = _shared(evaluation).tasks
     return (tasks, evaluation.items, evaluation.source) if tasks else None
+
+
+def _same_scores(record: Record, other: Record) -> bool:
+    """Whether two runs came to the same, as far as both tell: an older studylib kept less."""
+    common = record.scores.keys() & other.scores.keys()
+    return record.status == other.status and all(record.scores[name] == other.scores[name] for name in common)
 
 
 def _shared(evaluation: Evaluation) -> Evaluation:
@@ -253,12 +264,14 @@ def _is_as_usual(name: str, own: Any, usual: Any) -> bool:
 class Measure:
     """A number that arms are compared by.
 
-    kind and of: "perplexity" of a corpus, of "text" (geometric mean over the corpora) or of "responses"; "accuracy", in
-    %, of a task or as "mean" (zero-shot tasks, each weighing the same); "share", in %, of something; stored "bits" a
+    kind and of: "perplexity" of a corpus, of "text" (geometric mean over the corpora) or of "responses"; "kl" to full
+    precision, in nats, likewise; "accuracy", in %, of a task or as "mean" (zero-shot tasks, each weighing the same),
+    and "bits_per_byte" and "probability", in %, of right answers likewise; "share", in %, of something; stored "bits" a
     weight; "seconds" of a model's decoded token, whose parts are EXECUTIONS; planned "bytes".
     parts: the scores behind it. sizes: items of each part. weights: the scores that items weigh by, where they do not
-    count alike: the tokens of each text. short: the title where there is little room, if another. spreads: how far
-    runs lie apart by the measure, for each kind of cell that was run with several seeds. alone: what it is a mean of.
+    count alike: the tokens of each text. clusters: for each part, the scores that say which of its items belong
+    together: windows of one document. short: the title where there is little room, if another. spreads: how far runs
+    lie apart by the measure, for each kind of cell that was run with several seeds. alone: what it is a mean of.
     """
 
     kind: Kind
@@ -268,6 +281,7 @@ class Measure:
     sizes: tuple[int, ...] = ()
     short: str = ""
     weights: str = ""
+    clusters: tuple[str, ...] = ()
     spreads: Mapping[str, Spread] = field(default_factory=dict, compare=False, repr=False)
     alone: tuple["Measure", ...] = field(default=(), compare=False, repr=False)
 
@@ -295,7 +309,7 @@ class Measure:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.kind == "accuracy"
+        return self.kind in ("accuracy", "probability")
 
     def loss(self, reference: Any, value: Any) -> Any:
         """How much worse `value` is than `reference`, in the measure's unit; negative if better."""
@@ -303,24 +317,31 @@ class Measure:
 
     def text(self, value: float) -> str:
         """The value as people read it: one decimal of a percentage, three digits of others."""
-        return points(value) if self.kind in ("accuracy", "share") else number(value)
+        return points(value) if self.kind in IN_PERCENT else number(value)
 
     def interval(self, contrast: Contrast, *cells: Cell) -> Interval:
         """95% interval of contrast(value of each cell), resampling the items that all of them were scored on.
 
-        To that comes the variance between runs with other seeds: as `spreads` have it of each cell, also of one that
-        was run once; where they do not, the spread over seeds that all cells with several have.
+        Items of one cluster are resampled together, where any of the cells' records says which these are: windows of
+        one document are no independent evidence (Miller 2024, "Adding Error Bars to Evals", section 2.2). To that comes
+        the variance between runs with other seeds: as `spreads` have it of each cell, also of one that was run once;
+        where they do not, the spread over seeds that all cells with several have.
         """
-        strata, statistic = self._statistic()
         seeds = _common_seeds(cells)
         scale = RATIO if self.is_perplexity and contrast in (identity, np.divide) else PLAIN
-        draws = int(np.clip(RESAMPLED // self.items, 2_000, 10_000))
         scores = [
             np.stack([self._scores(cell, seed) for seed in seeds])
             if len(seeds) > 1 and len(cell.records) > 1
             else self._scores(cell)
             for cell in cells
         ]
+        own, count = self, None
+        if labels := self._labels(cells):
+            count = sum(clusters_worth(part) for part in labels)
+            own = replace(self, sizes=tuple(len(np.unique(part)) for part in labels))
+            scores = [self._by_cluster(values, labels) for values in scores]
+        strata, statistic = own._statistic()
+        draws = int(np.clip(RESAMPLED // own.items, 2_000, 10_000))
         n = len(cells)
         found = paired_bootstrap(
             lambda *values: contrast(*(statistic(value, *values[n:]) for value in values[:n])),
@@ -329,9 +350,26 @@ class Measure:
             strata=strata,
             draws=draws,
             scale=scale,
-            runs=self._between(contrast, scale, cells, scores, seeds),
+            runs=own._between(contrast, scale, cells, scores, seeds),
+            count=count,
         )
         return replace(found, kinds=frozenset(cell.kind for cell in cells if cell.kind))
+
+    def _labels(self, cells: Sequence[Cell]) -> list[Array]:
+        """The cluster of each item, part by part; nothing where no record has them of all parts. Cells that can be
+        compared have the same items, so that any of them can tell."""
+        records = [record for cell in cells for record in cell.records]
+        having = [next((own for own in records if name in own.scores), None) for name in self.clusters]
+        return [
+            np.asarray(own.scores[name], dtype=float)
+            for name, own in zip(self.clusters, having, strict=True)
+            if own and None not in having
+        ]
+
+    def _by_cluster(self, values: Array, labels: Sequence[Array]) -> Array:
+        """Scores [..., n] of items as one for each cluster, part by part."""
+        parts = np.split(values, np.cumsum(self.sizes)[:-1], axis=-1)
+        return np.concatenate([clustered(part, own) for part, own in zip(parts, labels, strict=True)], axis=-1)
 
     def _between(
         self, contrast: Contrast, scale: Scale, cells: Sequence[Cell], scores: Sequence[Array], seeds: Sequence[int]
@@ -386,8 +424,10 @@ class Measure:
             return self
         if len(others) == 1:
             return others[0]
-        parts, sizes = (tuple(getattr(own, name)[0] for own in others) for name in ("parts", "sizes"))
-        return replace(self, parts=parts, sizes=sizes)
+        parts, sizes, clusters = (
+            tuple(getattr(own, name)[0] for own in others) for name in ("parts", "sizes", "clusters")
+        )
+        return replace(self, parts=parts, sizes=sizes, clusters=clusters)
 
     def value(self, contrast: Contrast, *cells: Cell, seed: int | None = None) -> float:
         """contrast(value of each cell), without an interval; of one seed where given."""
@@ -413,7 +453,7 @@ class Measure:
         if self.is_perplexity and len(self.parts) == 1:
             return None, perplexity
         strata = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        mean, unit = stratified_mean(strata), 1 if self.kind == "bits" else 100
+        mean, unit = stratified_mean(strata), 100 if self.kind in IN_PERCENT else 1
         if self.is_perplexity:
             return strata, lambda losses: perplexity(mean(losses)[..., None])
         return strata, lambda scores: unit * mean(scores)
@@ -472,15 +512,35 @@ def covering(measures: Sequence[Measure], records: Sequence[Record]) -> list[Mea
 
 def perplexities(records: Sequence[Record]) -> list[Measure]:
     """Perplexity on each corpus."""
-    record = _finished([record for record in records if record.arm.evaluation.corpora])
-    if record is None:
-        return []
+    return [with_spreads(measure, records) for measure in _of_corpora("perplexity", "loss", "perplexity", records)]
+
+
+def divergences(records: Sequence[Record]) -> list[Measure]:
+    """KL to full precision on all corpora together; empty where no arm has it."""
+    each = _of_corpora("kl", "kl", "KL divergence from full precision", records)
+    return [_together(each, "KL divergence from full precision")] if each else []
+
+
+def _of_corpora(kind: Kind, score: str, what: str, records: Sequence[Record]) -> list[Measure]:
+    """A measure of each corpus, of scores of its windows; of the corpora whose scores some arm has."""
     found = []
-    for corpus in record.arm.evaluation.corpora:
-        part = f"loss/{corpus}"
-        title = f"perplexity on {corpus_title(corpus)}"
-        found.append(with_spreads(Measure("perplexity", corpus, title, (part,), (len(record.scores[part]),)), records))
+    scored = _finished([record for record in records if record.arm.evaluation.corpora])
+    for corpus in scored.arm.evaluation.corpora if scored else ():
+        part, title = f"{score}/{corpus}", f"{what} on {corpus_title(corpus)}"
+        having = next((record for record in records if record.finished and part in record.scores), None)
+        if having:
+            size = len(having.scores[part])
+            found.append(Measure(kind, corpus, title, (part,), (size,), clusters=(f"document/{corpus}",)))
     return found
+
+
+def _together(each: Sequence[Measure], what: str) -> Measure:
+    """The measure of all corpora, each weighing the same."""
+    title = f"{what} on {listed([corpus_title(measure.of) for measure in each])}"
+    parts, sizes, clusters = (
+        tuple(getattr(measure, name)[0] for measure in each) for name in ("parts", "sizes", "clusters")
+    )
+    return Measure(each[0].kind, "text", title, parts, sizes, clusters=clusters, alone=tuple(each))
 
 
 def accuracies(records: Sequence[Record]) -> list[Measure]:
@@ -488,10 +548,44 @@ def accuracies(records: Sequence[Record]) -> list[Measure]:
     record = _finished([record for record in records if _tasks(record.arm.evaluation)])
     if record is None:
         return []
-    tasks = [task for task in record.arm.evaluation.tasks if task in ZERO_SHOT]
+    tasks = _zero_shot(record)
     short = accuracy_title(tasks)
     title = short + (f" on {len(tasks)} zero-shot tasks" if len(tasks) > 1 else "")
-    return [replace(_accuracy("mean", title, tasks, record), short=short)]
+    return [replace(_answers("accuracy", "mean", title, tasks, record), short=short)]
+
+
+def right_answers(records: Sequence[Record]) -> list[Measure]:
+    """How sure the right answers of the zero-shot tasks are: their bits a byte, and their probability among all
+    choices. They tell arms apart that answer alike (DataDecide, arXiv 2504.11393). Empty where no arm has them."""
+    parts = ("bits_per_byte", "probability")
+    for record in records:
+        tasks = _zero_shot(record)
+        if tasks and all(f"{part}/{task}" in record.scores for part in parts for task in tasks):
+            where = TASK_TITLES[tasks[0]] if len(tasks) == 1 else f"{len(tasks)} zero-shot tasks"
+            return [
+                _answers("bits_per_byte", "mean", f"bits a byte of right answers on {where}", tasks, record),
+                _answers("probability", "mean", f"probability of right answers on {where}", tasks, record),
+            ]
+    return []
+
+
+def answers(records: Sequence[Record]) -> list[Measure]:
+    """Of fine-tuned models: the mean accuracy, and the bits a byte of right answers."""
+    return accuracies(records) + right_answers(records)[:1]
+
+
+def unchanged(records: Sequence[Record]) -> list[Measure]:
+    """Of models that should stay what they were: all of text, and the answers."""
+    return perplexities(records) + divergences(records) + answers(records)
+
+
+def unchanged_text(records: Sequence[Record]) -> list[Measure]:
+    """`unchanged`, without the answers."""
+    return perplexities(records) + divergences(records)
+
+
+def _zero_shot(record: Record) -> list[str]:
+    return [task for task in record.arm.evaluation.tasks if task in ZERO_SHOT]
 
 
 def nothing(records: Sequence[Record]) -> list[Measure]:
@@ -509,9 +603,7 @@ def text_measures(records: Sequence[Record]) -> list[Measure]:
     each = perplexities(records)
     if not each:
         return []
-    title = f"perplexity on {listed([corpus_title(measure.of) for measure in each])}"
-    parts, sizes = tuple(measure.parts[0] for measure in each), tuple(measure.sizes[0] for measure in each)
-    return [with_spreads(Measure("perplexity", "text", title, parts, sizes, alone=tuple(each)), records)]
+    return [with_spreads(_together(each, "perplexity"), records)]
 
 
 def response_measures(records: Sequence[Record]) -> list[Measure]:
@@ -570,14 +662,21 @@ def decoding_measures(records: Sequence[Record]) -> list[Measure]:
 
 def speedup(measure: Measure, cell: Cell, fast: str, slow: str) -> Interval:
     """How many times as fast a decoded token is in one of EXECUTIONS as in another: the ratio of the medians of their
-    rounds, which took turns."""
+    rounds, which took turns. Of several processes, the geometric mean, and the interval is over these."""
     parts = dict(zip(EXECUTIONS, measure.parts, strict=True))
-    return paired_bootstrap(
-        lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1),
-        cell.scores(parts[fast]),
-        cell.scores(parts[slow]),
-        scale=RATIO,
-    )
+    own, other = by_process(cell, parts[fast]), by_process(cell, parts[slow])
+    if PROCESS not in cell.records[0].scores:
+        return paired_bootstrap(lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), own, other, scale=RATIO)
+    return paired_bootstrap(lambda times: np.exp(times.mean(-1)), np.log(other / own), scale=RATIO)
+
+
+def by_process(cell: Cell, part: str) -> Array:
+    """The median of the rounds in each process that timed them; of an older record, which had one, the rounds."""
+    times = cell.scores(part)
+    if PROCESS not in cell.records[0].scores:
+        return times
+    process = cell.scores(PROCESS)
+    return np.array([np.median(times[process == number]) for number in np.unique(process)])
 
 
 def task_measures(records: Sequence[Record]) -> list[Measure]:
@@ -586,16 +685,16 @@ def task_measures(records: Sequence[Record]) -> list[Measure]:
     for record in records:
         if record.finished:
             found |= {
-                task: _accuracy(task, TASK_TITLES[task], [task], record)
+                task: _answers("accuracy", task, TASK_TITLES[task], [task], record)
                 for task in record.arm.evaluation.tasks
                 if task not in found
             }
     return list(found.values())
 
 
-def _accuracy(name: str, title: str, tasks: Sequence[str], record: Record) -> Measure:
-    parts = tuple(f"accuracy/{task}" for task in tasks)
-    return Measure("accuracy", name, title, parts, tuple(len(record.scores[part]) for part in parts))
+def _answers(kind: Kind, name: str, title: str, tasks: Sequence[str], record: Record) -> Measure:
+    parts = tuple(f"{kind}/{task}" for task in tasks)
+    return Measure(kind, name, title, parts, tuple(len(record.scores[part]) for part in parts))
 
 
 def identity(value: Any) -> Any:

@@ -5,13 +5,13 @@ from functools import partial
 from studylib.config import Format
 from studylib.evidence.gigabytes import activations_dominate, fits_cards, planned_memory
 from studylib.evidence.measures import (
-    accuracies,
+    answers,
     normality,
     nothing,
-    perplexities,
     response_measures,
     stored_bits,
     training_times,
+    unchanged_text,
 )
 from studylib.evidence.rules import (
     doubles_for_free,
@@ -46,7 +46,7 @@ CLAIMS = (
         "groups of 64",
         (NF4_DQ, INT4, E2M1, E3M0),
         is_best,
-        beside=perplexities,
+        beside=unchanged_text,
         effect=PaperNumber(29.48 / 27.41 - 1, COST, "{} (E3M0)", of=(E3M0,)),
     ),
     Claim(
@@ -77,7 +77,7 @@ CLAIMS = (
         matches,
         optional=(setting("qlora", "4-16-16", {"format": Format("fp-bnb", 4, 64, double=True)}),),
         primary=response_measures,
-        beside=accuracies,
+        beside=answers,
         effect=PaperNumber(53.0 - 53.1, ACCURACY, "{} of MMLU", of=(setting("qlora", "4-16-16"),)),
     ),
     Claim(
@@ -94,7 +94,7 @@ CLAIMS = (
         ),
         layers_matter,
         primary=response_measures,
-        beside=accuracies,
+        beside=answers,
     ),
     Claim(
         "B6",
@@ -151,6 +151,6 @@ CLAIMS = (
             setting("qlora", "4-16-16", {"adapter.kind": "pissa"}),
         ),
         primary=response_measures,
-        beside=accuracies,
+        beside=answers,
     ),
 )

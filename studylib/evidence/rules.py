@@ -14,7 +14,9 @@ from studylib.evidence.statistics import Interval, paired_bootstrap
 from studylib.evidence.verdicts import (
     ACCURACY,
     BITS,
+    BITS_PER_BYTE,
     COST,
+    DIVERGENCE,
     NATS,
     NEURONS,
     PERPLEXITY,
@@ -22,7 +24,6 @@ from studylib.evidence.verdicts import (
     WON_BACK,
     Effect,
     Outcome,
-    Unit,
 )
 from studylib.methods import corpus_title, method_title
 from studylib.study import Record
@@ -33,6 +34,14 @@ MOST = 0.5  # "most of the loss": more than this share
 NORMAL = 10.0  # "near-normal": at most this % of neurons fail a test that 5% of normal ones fail
 SAVED_BITS = 0.01  # tolerance of a number of bits that a paper derives
 EXPLODES = 2.0  # "explodes": at least this many times full precision's perplexity
+UNITS = {  # of differences by a measure, for each of its kinds
+    "perplexity": PERPLEXITY,
+    "accuracy": ACCURACY,
+    "probability": ACCURACY,
+    "bits_per_byte": BITS_PER_BYTE,
+    "kl": DIVERGENCE,
+}
+TOLERANCES = {"perplexity": SHARE, "accuracy": POINTS}  # of what is judged, or was
 
 
 def together(effects: Sequence[Effect], text: str) -> Outcome:
@@ -44,7 +53,7 @@ def wins_back(measure: Measure, full: Cell, rtn: Cell, qat: Cell) -> Outcome:
     """Whether training wins back more than MOST of what rounding to nearest loses."""
     loss, share = won_back(measure, full, rtn, qat)
     if share is None:
-        lost = Effect(loss, _unit(measure), f"lost by {rtn.title}", above=0)
+        lost = Effect(loss, UNITS[measure.kind], f"lost by {rtn.title}", above=0)
         text = f"{rtn.title} loses {lost.text}, which is not clearly above zero"
         return Outcome((lost,), f"{text}: what share of it {_name(qat)} wins back cannot be told.")
     # The share's interval is only shown: the rule is linear, so that no division can blow it up.
@@ -75,7 +84,7 @@ def cache_breaks(
 
     beside = smooth or four
     found = measure.interval(gained, beside, qat)
-    gain = Effect(found, _unit(measure), f"gained by {_name(qat)} over {beside.title}", above=0, of=qat.setting)
+    gain = Effect(found, UNITS[measure.kind], f"gained by {_name(qat)} over {beside.title}", above=0, of=qat.setting)
     text += f" {_name(qat)} gains {gain.text} over {_name(beside)}{_seeds(measure, gained, measure.text, beside, qat)}."
     return together([cost, where, gain], text)
 
@@ -89,6 +98,9 @@ def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4
 
 
 def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
+    if not measure.is_perplexity:  # full precision has none of it
+        lost = _worse(measure, full, cell)
+        return together([lost], f"{_is(cell.title, lost, full.title)}.")
     found = measure.interval(np.divide, cell, full)
     effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES, of=cell.setting)
     return together([effect], f"{cell.title} has {effect.text} full precision's.")
@@ -165,17 +177,37 @@ def near_normal(measure: Measure, cell: Cell) -> Outcome:
 
 def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     """Whether the validation loss of `fast` is below that of `slow` at half of the training, wherever both began."""
-
-    def behind(own: Record, other: Record, at: float) -> float:
-        ours, theirs = (record.curve[int(at * len(record.curve))]["loss"] for record in (own, other))
-        return math.nan if ours is None or theirs is None else theirs - ours
-
-    found, seeds = _by_seed(partial(behind, at=0.5), fast, slow)
-    began, _ = _by_seed(partial(behind, at=0), fast, slow)
+    found, seeds = _behind(0.5, fast, slow)
+    began, _ = _behind(0, fast, slow)
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
     text = f"half-way, the validation loss of {slow.title} minus that of {fast.title} is {effect.text} ({seeds}); "
     text += f"before training, {began.text(nats)}."
     return together([effect], text)
+
+
+def _behind(at: float, fast: Cell, slow: Cell) -> tuple[Interval, str]:
+    """How far the validation loss of `slow` is above that of `fast` at a share of the training, over validation pairs
+    and seeds; over seeds alone where a record does not tell the loss of each pair. How many seeds, in words."""
+
+    def point(record: Record) -> dict[str, Any]:
+        return record.curve[int(at * len(record.curve))]
+
+    def behind(own: Record, other: Record) -> float:
+        ours, theirs = point(own)["loss"], point(other)["loss"]
+        return math.nan if ours is None or theirs is None else theirs - ours
+
+    found, seeds = _by_seed(behind, fast, slow)
+    by_seed = [{record.arm.seed: point(record) for record in cell.records} for cell in (fast, slow)]
+    common = sorted(by_seed[0].keys() & by_seed[1].keys())
+    points = [[own[seed] for seed in common] for own in by_seed]
+    if len(common) < 2 or not all("pairs" in own for of_cell in points for own in of_cell):
+        return found, seeds
+    ours, theirs = (np.array([own["pairs"]["loss"] for own in of_cell]) for of_cell in points)
+    tokens = points[0][0]["pairs"]["tokens"]
+    interval = paired_bootstrap(
+        lambda a, b, weights: ((b - a) * weights).sum(-1) / weights.sum(-1), ours, theirs, tokens
+    )
+    return interval, f"{len(tokens)} validation pairs, {seeds}"
 
 
 def takes_at_most(times: float, measure: Measure, usual: Cell, cell: Cell) -> Outcome:
@@ -243,12 +275,12 @@ def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eigh
 
 
 def _worse(measure: Measure, a: Cell, b: Cell, what: str = "") -> Effect:
-    """How much worse b is than a, as a share of the perplexity or in points of accuracy."""
+    """How much worse b is than a, as a share of the perplexity or in the measure's own unit."""
     what = what or f"{_short(b, a)} behind {_short(a, b)}"
     tolerance = _tolerance(measure)
     if measure.is_perplexity:
         return Effect(measure.above(b, a), COST, what, of=b.setting, tolerance=tolerance)
-    return Effect(measure.interval(measure.loss, a, b), ACCURACY, what, of=b.setting, tolerance=tolerance)
+    return Effect(measure.interval(measure.loss, a, b), UNITS[measure.kind], what, of=b.setting, tolerance=tolerance)
 
 
 def _within(measure: Measure, a: Cell, b: Cell) -> Effect:
@@ -265,10 +297,12 @@ def _all_within(measure: Measure, reference: Cell, others: Sequence[Cell]) -> tu
 
 
 def _tolerance(measure: Measure) -> float:
-    return SHARE if measure.is_perplexity else POINTS
+    return TOLERANCES.get(measure.kind, 0.0)
 
 
 def _tolerated(measure: Measure) -> str:
+    if measure.kind not in TOLERANCES:
+        return ""
     return f" (tolerance {percent(SHARE) if measure.is_perplexity else points(POINTS)})"
 
 
@@ -292,10 +326,6 @@ def _turned(effect: Effect) -> tuple[str, str]:
     if found.estimate >= 0:
         return "worse", effect.text
     return "better", f"{form(-found.estimate)} [{form(-found.high)}, {form(-found.low)}]{effect.unit.suffix}"
-
-
-def _unit(measure: Measure) -> Unit:
-    return PERPLEXITY if measure.is_perplexity else ACCURACY
 
 
 def _short(cell: Cell, beside: Cell) -> str:

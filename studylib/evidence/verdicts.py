@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from studylib.config import capital, listed, nats, number, percent, points
-from studylib.evidence.measures import Cell, Measure, gather, text_measures, usual_measures
+from studylib.evidence.measures import Cell, Measure, gather, text_measures, unchanged
 from studylib.evidence.spread import ENOUGH
 from studylib.evidence.statistics import Interval
 from studylib.methods import Setting
@@ -47,6 +47,7 @@ PERPLEXITY = Unit(number, " of perplexity")
 TIMES = Unit(number, " times", ratio=True)
 NEURONS = Unit(points, "%")
 BITS, NATS, GIGABYTES = Unit(number, " bits"), Unit(nats, " nats"), Unit(number, " GB")
+BITS_PER_BYTE, DIVERGENCE = Unit(number, " bits a byte"), Unit(number, " nats a token")
 MEMORY = Unit(percent, " of the memory")
 
 
@@ -248,7 +249,7 @@ class Claim:
     test: Callable[..., Outcome] | None = None
     optional: tuple[Setting, ...] = ()
     primary: Callable[[Sequence[Record]], list[Measure]] = text_measures
-    beside: Callable[[Sequence[Record]], list[Measure]] = usual_measures
+    beside: Callable[[Sequence[Record]], list[Measure]] = unchanged
     untested: str = ""
     effect: PaperNumber | None = None
 

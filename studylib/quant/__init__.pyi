@@ -8,7 +8,7 @@ from .formats import (
     levels,
     scale_levels,
 )
-from .kernel import check_executable, check_format, int4_model
+from .kernel import Int4Linear, check_executable, check_format, int4_model
 from .layers import (
     QuantizedLinear,
     cache_bytes_per_token,
@@ -47,6 +47,7 @@ __all__ = [
     "DeployedLinear",
     "EncodedLinear",
     "FixedIntegersLinear",
+    "Int4Linear",
     "LearnedGridLinear",
     "QuantizedLinear",
     "bits_per_parameter",

@@ -16,6 +16,7 @@ from studylib.evidence import (
     gather,
     identity,
     response_measures,
+    right_answers,
     task_measures,
     usual_measures,
 )
@@ -59,16 +60,18 @@ def scoreboard(records: Sequence[Record]) -> "pd.DataFrame":
     """One row for each setting, ordered as measures.gather does; plain numbers, NaN where there is none.
 
     Columns: method, bits, variant, seeds (finished), diverged (seeds), bytes/weights, bytes/cache_per_token; for each
-    corpus, for the Alpaca responses and for "accuracy/mean" (%, over the zero-shot tasks) the estimate, .../low and
-    .../high (95%, items resampled, scores averaged over seeds) and, with several seeds, .../lowest_seed and
-    .../highest_seed; accuracy/<task> (%); training_minutes (mean over seeds). A cell without a finished seed has no
-    measures.
+    corpus, for the Alpaca responses, for "accuracy/mean" (%, over the zero-shot tasks), "bits_per_byte/mean" and
+    "probability/mean" (%) of their right answers the estimate, .../low and .../high (95%, items resampled, scores
+    averaged over seeds) and, with several seeds, .../lowest_seed and .../highest_seed; accuracy/<task> (%);
+    training_minutes (mean over seeds). A cell without a finished seed has no measures, one of an older studylib not
+    all.
     """
     import pandas as pd
 
     cells = gather(records).values()
     several = any(len(cell.records) + len(cell.diverged) > 1 for cell in cells)
-    main, tasks = usual_measures(records) + response_measures(records), task_measures(records)
+    main = usual_measures(records) + right_answers(records) + response_measures(records)
+    tasks = task_measures(records)
     return pd.DataFrame([_row(cell, main, tasks, several) for cell in cells])
 
 
@@ -89,8 +92,8 @@ def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -
         row |= dict(zip(names, (found.estimate, found.low, found.high) if found else (np.nan,) * 3, strict=True))
         if several:
             names = [f"{measure.name}/lowest_seed", f"{measure.name}/highest_seed"]
-            seeds = measure.over_seeds(identity, cell) if measure.covers(cell) else None
-            row |= dict(zip(names, seeds or (np.nan, np.nan), strict=True))
+            ends = measure.over_seeds(identity, cell) if found else None
+            row |= dict(zip(names, ends or (np.nan, np.nan), strict=True))
     for task in tasks:
         row[task.name] = task.value(identity, cell) if task.covers(cell) else np.nan
     minutes = [record.cost["seconds"]["train"] / 60 for record in cell.records if "train" in record.cost["seconds"]]
@@ -102,7 +105,8 @@ def _first(cell: Cell) -> Record:
 
 
 def readable(board: "pd.DataFrame", tasks: bool = True) -> "pd.DataFrame":
-    """The scoreboard as text, "26.7 [24.9, 28.6]" for estimate and 95% interval; single tasks if `tasks`."""
+    """The scoreboard as text, "26.7 [24.9, 28.6]" for estimate and 95% interval; single tasks if `tasks`. The
+    probability of right answers, which tells what their bits a byte tell, is left out."""
     import pandas as pd
 
     shown = pd.DataFrame({"Method": board["method"], "W-A-KV": board["bits"]})
@@ -117,13 +121,18 @@ def readable(board: "pd.DataFrame", tasks: bool = True) -> "pd.DataFrame":
     ]
     shown["Cache, kB/token"] = [number(value / 1e3) for value in board["bytes/cache_per_token"]]
     asked = [task for task in TASK_TITLES if f"accuracy/{task}" in board]
-    accuracy = f"{capital(accuracy_title([task for task in asked if task in ZERO_SHOT]))}, %"
+    titles = {
+        "accuracy": f"{capital(accuracy_title([task for task in asked if task in ZERO_SHOT]))}, %",
+        "bits_per_byte": "Right answers, bits a byte",
+    }
     for name in board:
         kind, _, part = name.partition("/")
         if f"{name}/low" in board:
             what = "Alpaca responses" if part == "responses" else corpus_title(part)
-            title = f"Perplexity, {what}" if kind == "perplexity" else accuracy
-            shown[title] = [_cell(row, name, number if kind == "perplexity" else points) for _, row in board.iterrows()]
+            title = titles.get(kind, f"Perplexity, {what}")
+            form = points if kind == "accuracy" else number
+            if kind != "probability":
+                shown[title] = [_cell(row, name, form) for _, row in board.iterrows()]
         elif kind == "accuracy" and part in TASK_TITLES and tasks and len(asked) > 1:
             shown[f"{TASK_TITLES[part]}, %"] = [points(value) if np.isfinite(value) else EMPTY for value in board[name]]
     shown["Training, min"] = [number(value) if np.isfinite(value) else EMPTY for value in board["training_minutes"]]

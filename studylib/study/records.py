@@ -99,7 +99,9 @@ class Record:
     """The result of one arm.
 
     metrics: numbers by name; None where not finite. scores: per-item numbers by name, in the same item order for all
-    arms. training: the log of a training, one entry a step; curve: its held-out loss at {"step", "tokens", "loss"}.
+    arms, but for what items have several of: choices, "choice_...". training: the log of a training, one entry a step;
+    curve: its held-out loss at {"step", "tokens", "loss"} and, of validation pairs, "pairs", of each its "loss" and
+    "tokens".
     data: {"statistics", "samples"} of the text that the method was trained or calibrated on. cost: seconds and tokens
     by phase, peak_bytes. provenance: code, versions, hardware, hashes: where it comes from, and no part of the key but
     for "numerics" and "contents".
@@ -111,7 +113,7 @@ class Record:
     metrics: dict[str, float | None]
     scores: dict[str, list[float | None]]
     training: list[dict[str, float | None]]
-    curve: list[dict[str, float | None]]
+    curve: list[dict[str, Any]]
     data: dict[str, Any]
     cost: dict[str, Any]
     provenance: dict[str, Any]
@@ -347,6 +349,7 @@ def _as_trained(arm: Arm) -> Arm:
 # What several arms of a model share, by the phase in which the first of them makes it.
 SHARED: dict[str, Callable[[Arm], Any]] = {
     "data": attrgetter("model", "data"),
+    "full precision": attrgetter("model", "evaluation.corpora", "evaluation.windows", "evaluation.length"),
     "train": functools.lru_cache(maxsize=4096)(_as_trained),
 }
 

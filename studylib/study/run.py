@@ -27,11 +27,12 @@ from studylib.config import (
     RealText,
     Sampling,
     kept_if_possible,
+    make_folder,
     usable,
     write_whole,
 )
 from studylib.data import TODAY, beginning, corpora, models, writes_date
-from studylib.evaluate import decoding_seconds, score, weight_scores
+from studylib.evaluate import FullPrecision, decoding_seconds, evaluation_windows, score, weight_scores
 from studylib.methods import Method, Work, find, title
 from studylib.quant import (
     cache_bytes_per_token,
@@ -73,13 +74,16 @@ def carry_out(
             work = _work_on(arm, store, keep_checkpoints, progress, phase)
         identity, vocabulary = models.identity(arm.model), work.model.config.get_text_config().vocab_size
         cache_bytes = cache_bytes_per_token(work.model, arm.bits, arm.scheme)
+        full = None
+        if arm.tuning is None and arm.evaluation.corpora:  # else it is not to stay what it was
+            with phase("full precision"):
+                full = _full_precision(work, store, key)
         log = _deploy(method, work, store, key, progress)
         if method.checks_weights:
             scores |= weight_scores(work.load(), work.model)
         if arm.decoding and arm.format:
             with phase("decode"):
-                timed = decoding_seconds(work.load, arm.format, arm.decoding)
-                scores |= {f"seconds/{name}/{kind}": values for (name, kind), values in timed.items()}
+                scores |= decoding_seconds(arm.model, arm.format, arm.decoding)
         if work.data:
             tokens["data"] = work.data.windows.numel()
         if arm.training and arm.data:
@@ -91,7 +95,7 @@ def carry_out(
         size = None if diverged else stored_bytes(work.model)
         sizes: dict[str, float | None] = {"bytes/weights": size, "bytes/cache_per_token": cache_bytes}
         with phase("evaluate"), _counted(work.model, progress) as seen:
-            metrics, found = ({}, {}) if diverged else score(work.model, work.tokenizer, arm.evaluation)
+            metrics, found = ({}, {}) if diverged else score(work.model, work.tokenizer, arm.evaluation, full)
         tokens["evaluated"] = seen["tokens"]
     finite = all(map(math.isfinite, metrics.values())) and not diverged
     _check_unchanged(arm, key)
@@ -222,8 +226,17 @@ def trained_adapter(arm: Arm, store: Store) -> Path:
     return store.adapter_file(arm_key(find(arm.method).as_trained(arm))) if arm.tuning else Path()
 
 
-def _json_entries(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
+def _json_entries(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers by name, also several or some by name, with None for those that are not finite."""
+    return {name: _json_value(value) for name, value in numbers.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _json_entries(value)
+    if isinstance(value, list):
+        return [_json_value(own) for own in value]
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _json_numbers(values: np.ndarray) -> list[float | None]:
@@ -268,6 +281,32 @@ def _prepare_data(work: Work, store: Store, key: str, progress: Progress) -> Tra
         with kept_if_possible(str(description)):
             write_whole(description, json.dumps(_data_description(arm) | environment(), indent=1))
     return data
+
+
+def _full_precision(work: Work, store: Store, key: str) -> FullPrecision | None:
+    """What the loaded model predicts for the windows that the arm is scored on, made once for all arms of the model;
+    None where there is no room for it."""
+    windows, files = evaluation_windows(work.tokenizer, work.arm.evaluation), {}
+    _check_unchanged(work.arm, key)
+    with contextlib.ExitStack() as alone, kept_if_possible("what full precision predicts"):
+        for corpus in sorted(windows):  # in one order, so that no two processes wait for each other
+            folder = store.data_folder(digest(json.dumps(_windows_description(work.arm, corpus), sort_keys=True)))
+            alone.enter_context(store.lock(data_lock(folder)))
+            make_folder(folder)
+            files[corpus] = folder / "full_precision_states.npy"
+        return FullPrecision(work.model, windows, files)
+    return None
+
+
+def _windows_description(arm: Arm, corpus: str) -> dict[str, Any]:
+    """What the full-precision model's states depend on, in the windows of a corpus that arms are scored on."""
+    return {
+        "model": models.identity(arm.model),
+        "contents": {name: found for name, found in contents(arm).items() if name in (arm.model, corpus)},
+        "windows": [corpus, arm.evaluation.windows, arm.evaluation.length],
+        "type": str(models.compute_dtype()),
+        "numerics": {name: NUMERICS[name].number for name in ("models", "corpora")},
+    }
 
 
 def _checkpoints(arm: Arm, store: Store) -> Path:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def train_llm_qat(
     if settings.masters == "bf16":
         cast_parameters(student, torch.bfloat16)
 
-    def held_out_loss() -> Tensor:
+    def held_out_loss() -> dict[str, Any]:
         losses = [
             label_loss(
                 last_hidden(student, tokens)[:, :-1].flatten(0, 1),
@@ -161,7 +162,7 @@ def train_llm_qat(
             )
             for tokens in held_out.to(student.device).split(settings.batch)
         ]
-        return torch.stack(losses).mean()
+        return {"loss": torch.stack(losses).mean().item()}
 
     try:
         return fit(

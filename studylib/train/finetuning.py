@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from studylib.config import Instructions, Log, Tuning
 from studylib.data import Pair, context_length, conversation, instruction_pairs
 from studylib.train.distillation import last_hidden
-from studylib.train.losses import label_loss
+from studylib.train.losses import label_loss, label_losses
 
 IGNORED = -100  # the label of a position whose next token is not learned
 PADDED_TO = 8  # rows are padded to a multiple of it,
@@ -81,6 +82,15 @@ def response_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Ten
     return label_loss(hidden, model.get_output_embeddings().weight, labels[learned])
 
 
+@torch.no_grad()
+def pair_losses(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross-entropy in nats of the labelled tokens of each row [B, T], as in response_loss: [B]."""
+    learned = labels != IGNORED
+    each = label_losses(last_hidden(model, tokens)[learned], model.get_output_embeddings().weight, labels[learned])
+    rows = learned.nonzero()[:, 0]
+    return each.new_zeros(len(tokens)).index_add(0, rows, each)
+
+
 def usable_length(model: PreTrainedModel, instructions: Instructions) -> int:
     """Where rows are cut: at instructions.length, and at what the model's context holds with the padding."""
     context = context_length(model)
@@ -103,8 +113,8 @@ def fine_tune(
     """Train the parameters of `model` that require gradients (see methods.attach) on `pairs`, in place.
 
     Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
-    whose response loss is measured as training goes on. folder, keep, and what happens to a killed training: as
-    training_loop.fit.
+    whose response loss is measured as training goes on, each by itself, the shortest first. folder, keep, and what
+    happens to a killed training: as training_loop.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
     from studylib.train.loop import fit
@@ -123,13 +133,15 @@ def fine_tune(
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def held_out_loss() -> Tensor:
+    def held_out_loss() -> dict[str, Any]:
         losses, counts, size = [], [], max(settings.batch, MEASURED)
         for at in range(0, len(measured), size):
             part = {name: x.to(model.device) for name, x in collate(measured[at : at + size]).items()}
-            counts.append((part["labels"] != IGNORED).sum())
-            losses.append(response_loss(model, **part) * counts[-1])
-        return torch.stack(losses).sum() / torch.stack(counts).sum()
+            counts.append((part["labels"] != IGNORED).sum(1))
+            losses.append(pair_losses(model, **part))
+        nats, tokens = torch.cat(losses).double(), torch.cat(counts)
+        each = {"loss": (nats / tokens).tolist(), "tokens": tokens.double().tolist()}
+        return {"loss": (nats.sum() / tokens.sum()).item(), "pairs": each}
 
     try:
         return fit(

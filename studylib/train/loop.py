@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,9 @@ from studylib.quant import trained_grids
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
 COMPILED_STEPS = 20  # from so many steps on, compiling the layers pays for itself
 OWNER = "owner.txt"  # in a checkpoint: the names of the training's folder and of the checkpoint that it was made as
+
+
+HeldOut = dict[str, Any]  # "loss"; of a fine-tuning also "pairs" (see config.Log)
 
 
 class _InOrder(Trainer):
@@ -120,7 +124,7 @@ class _Watch(TrainerCallback):
         self,
         budget: Budget,
         tokens_per_step: int,
-        held_out_loss: Callable[[], float] | None,
+        held_out_loss: Callable[[], HeldOut] | None,
         keep: bool,
         progress: Callable[[int], None],
     ):
@@ -130,7 +134,9 @@ class _Watch(TrainerCallback):
     def measure(self, state) -> float:
         if self.held_out_loss is None:
             return math.nan
-        state.log_history.append({"step": state.global_step, "held_out_loss": (loss := self.held_out_loss())})
+        found = self.held_out_loss()
+        loss = found.pop("loss")
+        state.log_history.append({"step": state.global_step, "held_out_loss": loss} | found)
         return loss
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -179,7 +185,7 @@ def fit(
     folder: str | Path,
     *,
     tokens_per_step: int,
-    held_out_loss: Callable[[], Tensor] | None = None,
+    held_out_loss: Callable[[], HeldOut] | None = None,
     collate: Callable[[list], dict[str, Tensor]] | None = None,
     compiled: bool = False,
     optimizer: str = "adamw_torch_fused",
@@ -191,8 +197,9 @@ def fit(
 
     loss_function: what stands in for the model's forward pass while it trains, so that a wrapper (FSDP, autocast) sees
     all of it: fields of a batch -> {"loss"}. Products run in bf16 where the hardware has it. held_out_loss: the loss of
-    the model as it is, asked for now and then. compiled: compile the decoder's layers, where a compiler is found and
-    the steps are many enough. optimizer: a name that TrainingArguments takes.
+    the model as it is, as "loss", asked for now and then, and "pairs" where the curve is to have them. compiled:
+    compile the decoder's layers, where a compiler is found and the steps are many enough. optimizer: a name that
+    TrainingArguments takes.
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
     so does an extended one (budget.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
     A last loss that is not finite means that the training diverged and was stopped there.
@@ -225,12 +232,12 @@ def fit(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would wrap the model in DataParallel
 
-    def measured() -> float:
+    def measured() -> HeldOut:
         model.eval()
         with torch.no_grad(), _uncompiled(layers), models.autocast(model.device):
-            loss = float(held_out_loss())
+            found = held_out_loss()
         model.train()
-        return loss
+        return found
 
     grids = [scale for scale, *_ in trained_grids(model)]
     first = [scale.detach().clone() for scale in grids]
@@ -261,6 +268,7 @@ def fit(
         ],
         [
             {"step": entry["step"], "tokens": entry["step"] * tokens_per_step, "loss": entry["held_out_loss"]}
+            | ({"pairs": entry["pairs"]} if "pairs" in entry else {})
             for entry in history
             if "held_out_loss" in entry
         ],

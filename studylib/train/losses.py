@@ -103,6 +103,16 @@ def label_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     return _ChunkedLoss.apply(hidden, head, of_chunk)
 
 
+def label_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """That of each token [N], without gradients."""
+    dtype, found = _matmul_dtype(hidden), []
+    w = head.to(dtype)
+    for part, ids in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+        log_q = (part.to(dtype) @ w.T).float().log_softmax(-1)
+        found.append(-log_q.gather(1, ids[:, None])[:, 0])
+    return torch.cat(found)
+
+
 def attention_loss(maps: tuple[Tensor, ...], teacher_maps: tuple[Tensor, ...]) -> Tensor:
     """Mean over layers, heads and positions of KL(teacher's attention || student's), maps [B, H, T, T] a layer.
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from studylib.config.budgets import check_corpus
 from studylib.data import corpora
-from studylib.data.corpora import Pair, documents, instruction_pairs, windows
+from studylib.data.corpora import Pair, documents, instruction_pairs, window_documents, windows
 
 
 @pytest.mark.parametrize("corpus", ["wikipedia", "c4"])
@@ -24,7 +24,7 @@ def test_training_and_evaluation_share_no_document(corpus):
 def test_windows_are_pieces_of_the_text_and_never_overlap(tiny_tokenizer, length, count):
     found = windows("wikipedia", tiny_tokenizer, length, count, "evaluation")
     assert found.shape == (count, length)
-    stream = corpora._stream("wikipedia", corpora.sha256("wikipedia"), tiny_tokenizer, "evaluation").numpy()
+    stream = corpora._stream("wikipedia", corpora.sha256("wikipedia"), tiny_tokenizer, "evaluation")[0].numpy()
     view = np.lib.stride_tricks.sliding_window_view(stream, length)[::length]
     at = [int(np.flatnonzero((view == row).all(1))[0]) for row in found.numpy()]
     assert at == sorted(set(at)) or length < 20  # short windows can be equal by chance
@@ -42,6 +42,22 @@ def test_own_files(tmp_path, tiny_tokenizer):
     assert documents(str(tmp_path / "own.jsonl"), "training") == ["c d"]
     # one token a byte, and end-of-text after each document
     assert windows(str(tmp_path / "own.txt"), tiny_tokenizer, 5, 2, "evaluation").shape == (2, 5)
+
+
+@pytest.mark.parametrize("around", ["$A", "<s> $A"])
+def test_a_window_is_of_the_document_of_its_first_token(tmp_path, byte_tokenizer, around):
+    """One token a byte, and end-of-text after each: documents of 4, 1, 9 and 2 bytes, windows of 3 tokens of text."""
+    path, texts = tmp_path / "own.txt", ("aaaa", "b", "ccccccccc", "dd")
+    path.write_text("\n".join(line for text in texts for line in (text, "training")))
+    tokenizer = byte_tokenizer(around=around, bos="<s>" if "<s>" in around else None)
+    wanted = (str(path), tokenizer, 3 + ("<s>" in around))
+    letters = "aaaa.b.ccccccccc.dd."
+    expected = [0, 0, 1, 2, 2, 2]  # aaa, a.b (begins in a), .cc (the end of b), ccc, ccc, c.d
+    for count in (6, 3):
+        found = window_documents(*wanted, count, "evaluation").tolist()
+        assert found == [expected[i * 6 // count] for i in range(count)]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in windows(*wanted, 6, "evaluation")]
+    assert texts == [letters[at : at + 3].replace(".", "") for at in range(0, 18, 3)]
 
 
 def jsonl(*texts):

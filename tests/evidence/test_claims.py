@@ -126,6 +126,88 @@ def test_decoding_is_judged_by_the_median_of_its_rounds(make_record, slower, exp
     assert verdict("C5", [make_record("full-precision")]) == NOT_TESTED
 
 
+@pytest.mark.parametrize(("slower", "expected"), [(1.5, REPRODUCED), (1.05, NOT_REPRODUCED), (1.2, UNDECIDED)])
+def test_decoding_is_judged_over_processes_where_there_were_several(make_record, slower, expected):
+    """Rounds of a process agree to 0.1%, processes to 2%: 200 rounds tell no more than their 8."""
+    record, processes = make_record("4-bit kernel", "4-16-16", changes={"format": AFFINE}), 8
+    random = np.random.default_rng(1)
+    process = np.repeat(np.arange(float(processes)), 25)
+    times = np.array([[0.06], [0.03], [0.03 * slower]]) * (1 + 0.001 * random.normal(size=(3, len(process))))
+    apart = np.exp(0.02 * random.normal(size=processes))
+    times[2] *= (apart / np.exp(np.log(apart).mean()))[process.astype(int)]
+    scores = {f"seconds/own/{kind}": row.tolist() for kind, row in zip(EXECUTIONS, times, strict=True)}
+    one = dataclasses.replace(record, scores=record.scores | scores)
+    several = dataclasses.replace(one, scores=one.scores | {"process": process.tolist()})
+    narrow, wide = (judge(CLAIMS["C5"], [timed])[0] for timed in (one, several))
+    assert wide.verdict == expected
+    assert wide.effect.interval.estimate == pytest.approx(slower, rel=2e-3) and wide.effect.interval.free == 7
+    ratios = np.log(apart)
+    error = ratios.std(ddof=1) / np.sqrt(processes)
+    assert np.mean(wide.effect.interval.errors) == pytest.approx(error, rel=0.1)
+    assert np.mean(narrow.effect.interval.errors) < error
+
+
+AFFINE = Format("affine", 4)
+
+
+def with_pairs(record, off):
+    """The record with the loss of each validation pair: their mean, weighted by tokens, is the curve's."""
+    tokens = np.array([10.0, 20.0, 30.0, 40.0, 10.0, 20.0, 30.0, 40.0])
+    off = np.asarray(off) - np.average(off, weights=tokens)
+    curve = [
+        point | {"pairs": {"loss": (point["loss"] + off).tolist(), "tokens": tokens.tolist()}} for point in record.curve
+    ]
+    return dataclasses.replace(record, curve=curve)
+
+
+def test_convergence_counts_validation_pairs_and_seeds(tuned):
+    """Arms that differ by 0.1 on the mean of pairs, and by much more or less on single ones."""
+    random = np.random.default_rng(3)
+    hard = random.normal(size=8)
+    alike = [with_pairs(record, hard) if record.curve else record for record in tuned]
+    (finding,) = judge(CLAIMS["C9"], alike)
+    assert finding.verdict == REPRODUCED and "8 validation pairs, 2 seeds" in finding.text
+    own = CLAIMS["C9"].needs[0]
+    apart = [
+        with_pairs(record, hard + 0.5 * random.normal(size=8)) if Setting.of(record.arm) == own else record
+        for record in alike
+    ]
+    (finding,), (before,) = (judge(CLAIMS["C9"], records) for records in (apart, tuned))
+    assert finding.verdict == UNDECIDED and finding.effect.interval.estimate == pytest.approx(0.1)
+    assert before.verdict == REPRODUCED and "(2 seeds)" in before.text  # an older record tells the mean alone
+    one = [record for record in apart if record.arm.seed == 0]
+    assert verdict("C9", one) == UNDECIDED
+    mixed = [a if Setting.of(a.arm) == own else b for a, b in zip(apart, tuned, strict=True)]
+    assert judge(CLAIMS["C9"], mixed) == [before]
+
+
+def known_divergence(record):
+    """The record as one of today: with divergences from full precision, which has none, and sure answers."""
+    lost = np.mean(record.scores["loss/c4"]) - 4 if record.finished else 0
+    kl = {f"kl/{corpus}": (lost * np.linspace(0.9, 1.1, 32)).tolist() for corpus in ("wikipedia", "c4")}
+    tasks = record.arm.evaluation.tasks
+    sure = {f"bits_per_byte/{task}": (1 + lost * np.linspace(0.9, 1.1, 40)).tolist() for task in tasks}
+    sure |= {f"probability/{task}": [0.5] * 40 for task in tasks}
+    return dataclasses.replace(record, scores=record.scores | ({} if record.arm.tuning else kl) | sure)
+
+
+@pytest.mark.parametrize("claim", TESTABLE)
+def test_divergence_and_sure_answers_stand_beside_the_same_verdict(ablations, tuned, claim):
+    records = [known_divergence(record) for record in ablations + tuned]
+    assert verdict(claim, records) == REPRODUCED
+    titles = [finding.measure for finding in judge(CLAIMS[claim], records)[1:]]
+    kept = claim[0] == "A" or claim in ("B1", "B2")
+    assert ("KL divergence from full precision on Wikipedia and C4" in titles) == kept
+    judged = {title for title in titles if title.startswith(("mean accuracy", "bits a byte of right answers"))}
+    assert len(judged) in (0, 2)  # one wherever the other
+
+
+def test_a_claim_on_what_explodes_says_how_far_it_is_from_full_precision(ablations):
+    records = [known_divergence(record) for record in ablations]
+    (text,) = [own.text for own in judge(CLAIMS["A6"], records) if own.measure.startswith("KL")]
+    assert text.startswith("RTN at 4-8-4 is worse than full precision by 1.20 [") and "nats a token" in text
+
+
 def test_convergence_needs_several_seeds(tuned):
     one = [record for record in tuned if record.arm.seed == 0]
     assert verdict("C9", one) == UNDECIDED

@@ -13,8 +13,10 @@ from studylib.evidence.measures import (
     identity,
     of_profile,
     response_measures,
+    right_answers,
     task_measures,
     text_measures,
+    unchanged,
     usual_measures,
     won_back,
 )
@@ -228,3 +230,89 @@ def test_responses_weigh_by_their_tokens(make_record):
     assert measure.interval(np.divide, cells[1], cells[0]).estimate == pytest.approx(np.exp(each[1] - each[0]))
     found = measure.interval(identity, cells[0])
     assert found.low < np.exp(np.mean(full.scores["loss/responses"])) < found.high  # one text rules it
+
+
+def with_scores(record, **scores):
+    return dataclasses.replace(
+        record, scores=record.scores | {name.replace("__", "/"): own for name, own in scores.items()}
+    )
+
+
+def test_intervals_over_windows_count_documents_where_records_know_them(make_record):
+    """All windows of a document are off by the same, as far as an arm is."""
+    noise = np.random.default_rng(5)
+    full, low = make_record("full-precision"), make_record("rtn", "4-8-4")
+    labels = {f"document/{corpus}": np.repeat(np.arange(8.0), 4).tolist() for corpus in ("wikipedia", "c4")}
+    off = {corpus: np.repeat(noise.normal(0.3, 0.1, size=8), 4) for corpus in ("wikipedia", "c4")}
+    moved = {f"loss__{corpus}": (np.array(full.scores[f"loss/{corpus}"]) + own).tolist() for corpus, own in off.items()}
+    low = with_scores(low, **moved)
+    known = dataclasses.replace(low, scores=low.scores | labels)
+    distinct = {name: noise.permutation(32).astype(float).tolist() for name in labels}
+    apart = dataclasses.replace(low, scores=low.scores | distinct)
+
+    def found(low):
+        (measure,), cells = text_measures([full, low]), gather([full, low])
+        return measure.interval(np.divide, *reversed(cells.values()))
+
+    plain, together = found(low), found(known)
+    assert found(apart) == plain  # to the last bit
+    assert together.estimate == pytest.approx(plain.estimate, rel=1e-12) and together.free < plain.free
+    sums = [np.add.reduceat(own - own.mean(), range(0, 32, 4)) for own in off.values()]
+    error = np.sqrt(sum(np.square(own).sum() for own in sums)) / 64 * np.sqrt(16 / 15)
+    assert np.mean(together.errors) == pytest.approx(error, rel=0.05)
+    assert np.mean(plain.errors) < 0.6 * error
+
+
+def test_seeds_count_once_also_where_windows_are_counted_by_document(ablations, make_record):
+    labels = {f"document/{corpus}": np.repeat(np.arange(8.0), 4).tolist() for corpus in ("wikipedia", "c4")}
+    known = [dataclasses.replace(record, scores=record.scores | labels) for record in ablations]
+    for records in (ablations, known):
+        (measure,), cells = text_measures(records), gather(records)
+        found = measure.interval(np.divide, cells[setting("llm-qat", "4-8-4")], cells[FULL])
+        assert found.estimate == pytest.approx(np.exp(0.3)) and found.kinds == {"text"}
+
+
+def answered(record, bits, items=40):
+    """The record with sure answers: all arms share how hard items are."""
+    hard = np.random.default_rng(9).uniform(0.5, 1.5, size=items)
+    tasks = record.arm.evaluation.tasks
+    own = {f"bits_per_byte__{task}": (bits * hard).tolist() for task in tasks}
+    return with_scores(record, **own, **{f"probability__{task}": (0.5 / bits * hard).tolist() for task in tasks})
+
+
+def test_arms_are_compared_by_the_bits_of_right_answers(make_record):
+    full, low = answered(make_record("full-precision"), 1.0), answered(make_record("rtn", "4-8-4", accuracy=0.5), 1.1)
+    cells = gather([full, low])
+    bits, probability = right_answers([full, low])
+    assert (bits.name, probability.name) == ("bits_per_byte/mean", "probability/mean")
+    assert not bits.higher_is_better and probability.higher_is_better
+    pair = cells[FULL], cells[Setting("rtn", "4-8-4")]
+    hard = np.mean(full.scores["bits_per_byte/piqa"])
+    worse = bits.interval(bits.loss, *pair)
+    assert worse.estimate == pytest.approx(0.1 * hard) and 0 < worse.low < worse.high
+    assert probability.interval(probability.loss, *pair).estimate == pytest.approx(50 * hard * (1 - 1 / 1.1))
+    assert right_answers([make_record("full-precision")]) == []  # of an older studylib
+    old = make_record("rtn", "4-8-4")
+    assert [own.covers(gather([old])[Setting("rtn", "4-8-4")]) for own in right_answers([full, old])] == [False, False]
+
+
+def test_the_divergence_stands_beside_text_and_answers(make_record):
+    full, low = make_record("full-precision"), make_record("rtn", "4-8-4")
+    assert [own.kind for own in unchanged([full, low])] == ["perplexity", "perplexity", "accuracy"]
+    kl = {f"kl__{corpus}": np.linspace(0.1, 0.3, 32).tolist() for corpus in ("wikipedia", "c4")}
+    full, low = with_scores(full, **dict.fromkeys(kl, [0.0] * 32)), answered(with_scores(low, **kl), 1.0)
+    found = unchanged([full, low])
+    assert [own.name for own in found if own.kind != "perplexity"] == ["kl/text", "accuracy/mean", "bits_per_byte/mean"]
+    measure, pair = found[2], gather([full, low]).values()
+    assert measure.title == "KL divergence from full precision on Wikipedia and C4"
+    lost = measure.interval(measure.loss, *pair)
+    assert lost.estimate == pytest.approx(0.2) and lost.low > 0
+
+
+def test_a_run_of_an_older_studylib_and_one_of_today_count_once(make_record):
+    old = make_record("rtn", "4-8-4")
+    new = dataclasses.replace(answered(old, 1.0), key="another")
+    (cell,) = gather([old, new]).values()
+    assert cell.records == (old,)
+    with pytest.raises(ValueError, match="different arms"):
+        gather([old, with_scores(new, loss__c4=[1.0] * 32)])

@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from studylib.evidence.statistics import (
     EXCESS,
     POWER,
     RATIO,
     Interval,
+    clustered,
+    clusters_worth,
     freedom,
     paired_bootstrap,
     perplexity,
@@ -55,6 +60,45 @@ def test_intervals_cover_as_often_as_they_say():
         found = paired_bootstrap(lambda x: x.mean(-1), random.normal(1.0, 1.0, size=60), draws=1000)
         hits += found.low <= 1.0 <= found.high
     assert 0.91 <= hits / 400 <= 0.98
+
+
+@pytest.mark.parametrize("clusters", [[5] * 12, [1] * 10 + [3] * 6 + [8] * 4])
+def test_windows_of_a_document_count_together_where_documents_differ(clusters):
+    """Half of the variance is between documents: plain intervals leave the truth out too often, those over documents
+    do not."""
+    random, labels = np.random.default_rng(11), np.repeat(np.arange(len(clusters)), clusters)
+    plain = together = 0
+    for _ in range(600):
+        scores = random.normal(1.0, 1.0, size=len(clusters))[labels] + random.normal(size=len(labels))
+        for own in (scores, clustered(scores, labels)):
+            count = None if own is scores else clusters_worth(labels)
+            found = paired_bootstrap(lambda x: x.mean(-1), own, draws=500, count=count)
+            hit = found.low <= 1.0 <= found.high
+            plain, together = plain + (own is scores) * hit, together + (own is not scores) * hit
+    assert plain / 600 < 0.88 and 0.92 <= together / 600 <= 0.98
+
+
+def test_what_clusters_are_worth():
+    assert clusters_worth(np.repeat(np.arange(12), 5)) == 12
+    assert clusters_worth(np.repeat(np.arange(20), [1] * 10 + [3] * 6 + [8] * 4)) == pytest.approx(11.25)
+    assert clusters_worth(np.zeros(7)) == 1
+
+
+def test_the_variance_over_documents_is_the_cluster_robust_one():
+    random = np.random.default_rng(12)
+    labels = random.integers(0, 9, size=40)
+    scores = random.normal(size=(2, 40))
+    found = clustered(scores, labels)
+    np.testing.assert_allclose(found.mean(-1), scores.mean(-1), rtol=1e-12)
+    for own, values in zip(found, scores, strict=True):
+        sums = [(values - values.mean())[labels == label].sum() for label in np.unique(labels)]
+        assert own.var() / len(own) == pytest.approx(np.square(sums).sum() / 40**2)
+
+
+@given(arrays(float, st.integers(1, 30), elements=st.floats(-1e3, 1e3)), st.randoms())
+def test_where_all_documents_differ_nothing_changes(scores, random):
+    labels = np.array(random.sample(range(1000), len(scores)))
+    assert clustered(scores, labels) is scores and clusters_worth(labels) == len(scores)
 
 
 def test_strata_keep_their_sizes_and_weigh_the_same():

@@ -328,7 +328,7 @@ def of_training() -> Iterator[float]:
             budget,
             folder,
             tokens_per_step=24,
-            held_out_loss=lambda: model.lm_head.weight.abs().mean(),
+            held_out_loss=lambda: {"loss": model.lm_head.weight.abs().mean().item()},
         )
     yield from trained_by(model, log, before)
     learned.l4q_model(tuned := tiny(opinionated=True), 4, group=32)

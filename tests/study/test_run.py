@@ -56,6 +56,35 @@ def test_arms_become_records_that_are_loaded_the_second_time(tmp_path, monkeypat
     assert schedule.run([TRAINED, FP], tmp_path) == [made[2], made[0]]
 
 
+def test_what_should_stay_what_it_was_is_held_against_full_precision(tmp_path, monkeypatch, capsys):
+    """Whose predictions are computed once for all arms of a model, and again where the file is damaged."""
+    tuned = build_arm(BUDGET, "tiny-random", "lora")
+    full, trained, adapted = schedule.run([FP, TRAINED, tuned], tmp_path)
+    assert full.scores["kl/wikipedia"] == [0.0] * 4 and min(trained.scores["kl/wikipedia"]) > 0
+    assert "kl/wikipedia" not in adapted.scores and "full precision" not in adapted.cost["seconds"]
+    assert full.scores["document/wikipedia"] == adapted.scores["document/wikipedia"]
+    (kept,) = (tmp_path / "data").glob("*/full_precision_states.npy")
+    monkeypatch.setattr(distillation, "written_whole", lambda *args, **kwargs: pytest.fail("computed again"))
+    (rounded,) = schedule.run([ROUNDED], tmp_path)
+    assert min(rounded.scores["kl/wikipedia"]) > 0
+    monkeypatch.undo()
+    (tmp_path / "records" / rounded.file_name).unlink()
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    assert without_cost(*schedule.run([ROUNDED], tmp_path)) == without_cost(rounded)
+    assert f"{kept} is not as it was written; it is made again" in capsys.readouterr().err
+
+
+def test_without_room_for_what_full_precision_predicts_the_record_has_the_rest(tmp_path, monkeypatch, capsys):
+    def full_disk(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (whole,) = schedule.run([ROUNDED], tmp_path / "whole")
+    monkeypatch.setattr(distillation, "written_whole", full_disk)
+    (record,) = schedule.run([ROUNDED], tmp_path / "small")
+    assert "what full precision predicts is not kept (No space left on device)" in capsys.readouterr().err
+    assert record.scores == {name: own for name, own in whole.scores.items() if name != "kl/wikipedia"}
+
+
 ALL_KINDS = {
     "chat text": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", sampling={"strategy": "chat"}),
     "real text": build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4", corpus="c4"),

@@ -82,6 +82,13 @@ def test_training_equals_a_hand_written_loop(adapted, tiny_tokenizer, tmp_path):
     with torch.no_grad():
         assert log.curve[-1]["loss"] == pytest.approx(response_loss(by_hand, **collate(rows)).item(), rel=1e-3)
     assert log.curve[-1]["loss"] < log.curve[0]["loss"] and len(log.curve) == 5
+    shortest_first = sorted(rows, key=lambda row: len(row["tokens"]))
+    with torch.no_grad():
+        alone = [response_loss(by_hand, **collate([row])).item() for row in shortest_first]
+    pairs = log.curve[-1]["pairs"]
+    assert pairs["tokens"] == [sum(label != IGNORED for label in row["labels"]) for row in shortest_first]
+    assert pairs["loss"] == pytest.approx(alone, rel=1e-3)
+    assert np.average(pairs["loss"], weights=pairs["tokens"]) == pytest.approx(log.curve[-1]["loss"], rel=1e-9)
 
 
 def test_a_random_order_pads_little_and_prefers_no_length():

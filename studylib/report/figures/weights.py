@@ -32,6 +32,7 @@ from studylib.evidence import (
     Cell,
     Measure,
     accuracies,
+    by_process,
     covering,
     decoding_measures,
     frontier,
@@ -40,6 +41,7 @@ from studylib.evidence import (
     paired_bootstrap,
     perplexities,
     response_measures,
+    right_answers,
     speedup,
     usual_measures,
 )
@@ -143,8 +145,11 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
     from studylib.evaluate import normal_error
     from studylib.quant import bits_per_parameter
 
-    full, shown = gather(records).get(FULL), []
-    for cell in sorted(_encoded(records), key=_bits, reverse=True):
+    full, cells, shown = gather(records).get(FULL), sorted(_encoded(records), key=_bits, reverse=True), []
+    compared = [*cells, *([full] if full and full.records else [])]
+    measures = usual_measures(records)
+    measures += [own for own in right_answers(records)[:1] if all(own.covers(cell) for cell in compared)]
+    for cell in cells:
         format = _format(cell)
         row = {
             "Format": format.title,
@@ -153,7 +158,7 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
             "Error, N(0,1)": EMPTY if format.group is None else f"{normal_error(format):.4f}",
             "Error, weights, %": points(100 * np.mean(np.concatenate(list(_errors(cell).values())))),
         }
-        for measure in usual_measures(records):
+        for measure in measures:
             name = capital(measure.title)
             if full is None or not full.records:
                 row[name] = measure.text(measure.value(identity, cell))
@@ -161,7 +166,8 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
                 row[name] = measure.text(measure.value(identity, cell))
                 row[f"{name}: cost"] = measure.above(cell, full).text(percent)
             else:
-                row[f"{name}: loss, points"] = measure.interval(measure.loss, full, cell).text(points)
+                unit = ", points" if measure.kind == "accuracy" else ""
+                row[f"{name}: loss{unit}"] = measure.interval(measure.loss, full, cell).text(measure.text)
         shown.append(row)
     return pd.DataFrame(shown)
 
@@ -278,7 +284,7 @@ def decoding_times(records: Sequence[Record]) -> Figure:
         for ax, measure in zip(axes, panels, strict=True):
             for row, (part, colour) in enumerate(zip(measure.parts, LINES, strict=False)):
                 times = 1000 * cell.scores(part)
-                middle = paired_bootstrap(lambda x: np.median(x, axis=-1), times)
+                middle = paired_bootstrap(lambda x: np.median(x, axis=-1), 1000 * by_process(cell, part))
                 ax.plot(times, np.full(len(times), row - 0.15), ".", ms=4, color=colour, alpha=0.4)
                 ax.plot([middle.low, middle.high], [row, row], color=colour, lw=1.5)
                 ax.plot(middle.estimate, row, "o", ms=5.5, color=colour)
@@ -291,7 +297,7 @@ def decoding_times(records: Sequence[Record]) -> Figure:
             where = "" if measure.of == OWN else f"in {TIMED_LAYERS} layers of {measure.of} "
             found.append(f"{where}{times_as_fast}" if found else f"{times_as_fast} times as fast")
         name_rows(axes[0], EXECUTIONS)
-        handle = Line2D([], [], color="#444444", marker="o", label="median of the rounds (dots) with its 95% interval")
+        handle = Line2D([], [], color="#444444", marker="o", label="rounds (dots), their median and its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
         set_title(figure, f"Without an adapter beside them, 4-bit weights decode {', '.join(found)}")
     return figure
