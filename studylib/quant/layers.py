@@ -11,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from studylib.config import AFTER_ROTARY, ASYMMETRIC, LEARNED, OFF, PER_HEAD, BitWidths, Grid, Scheme
 from studylib.quant.grids import fake_quantize, initial_step, quantize
+from studylib.quant.integers import IntegerProduct, multiplies
 from studylib.quant.storage import FLOAT_BYTES, Codes
 
 SCALE_BYTES = 4  # scales are fp32
@@ -25,6 +26,9 @@ class QuantizedLinear(nn.Linear):
     channel--> output [..., out] --cache grid, one scale a token--> (keys and values only, before rotary embedding). A
     grid of None means not quantized. The parameters are those of the layer it replaces; a LEARNED grid of the weight
     adds its scales: weight_step [out, in // group, 1].
+
+    Products of frozen weights that need no gradient are those of the integers (see quant.integers) where fp32 is
+    computed in. Where bf16 is, which rounds what is dequantized, they stay as they are: so do the records' numbers.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class QuantizedLinear(nn.Linear):
         if weight is not None and weight.kind in LEARNED:
             self.weight_step = nn.Parameter(initial_step(linear.weight.detach(), weight))
         self.stored: Codes | None = None
+        self._integers: tuple[Codes, IntegerProduct] | None = None
 
     @property
     def grid_parameters(self) -> list[nn.Parameter]:
@@ -69,10 +74,25 @@ class QuantizedLinear(nn.Linear):
             return self.weight
         return fake_quantize(self.weight, self.weight_grid, self.mask, self.weight_step)
 
+    def _product(self, x: Tensor) -> IntegerProduct | None:
+        """What multiplies the weight's integers; None where x has to be multiplied otherwise."""
+        plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if not plain or torch.is_grad_enabled() or self.weight_grid is not None:
+            return None
+        if self.stored is None or not multiplies(self.stored, self.activation_grid):
+            return None
+        if self._integers is None or self._integers[0] is not self.stored:
+            self._integers = self.stored, IntegerProduct(self.stored)
+        return self._integers[1]
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation_grid is not None:
-            x = fake_quantize(x, self.activation_grid, self.mask)
-        y = F.linear(x, self.dense(), self.bias)
+        if self.activation_grid is not None and (product := self._product(x)) is not None:
+            y = product(x, self.activation_grid)
+            y = y if self.bias is None else y.add_(self.bias)
+        else:
+            if self.activation_grid is not None:
+                x = fake_quantize(x, self.activation_grid, self.mask)
+            y = F.linear(x, self.dense(), self.bias)
         return y if self.output_grid is None else fake_quantize(y, self.output_grid, self.mask)
 
     def extra_repr(self) -> str:
