@@ -43,6 +43,8 @@ from studylib.data import (
 from studylib.quant import cast_parameters
 from studylib.train.losses import attention_loss, hidden_loss, label_loss, raw_hidden_loss, soft_logit_loss
 
+MEASURED = 8  # rows of a batch, at least, where nothing is trained: low-bit weights are made once for all of them
+
 
 def last_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """The decoder's normalised last hidden states [B, T, D] for token ids [B, T]; times the head: the logits."""
@@ -160,9 +162,10 @@ def train_llm_qat(
                 student.get_output_embeddings().weight,
                 tokens[:, 1:].flatten(),
             )
-            for tokens in held_out.to(student.device).split(settings.batch)
+            * len(tokens)
+            for tokens in held_out.to(student.device).split(max(settings.batch, MEASURED))
         ]
-        return {"loss": torch.stack(losses).mean().item()}
+        return {"loss": (torch.stack(losses).sum() / len(held_out)).item()}
 
     try:
         return fit(
@@ -173,6 +176,7 @@ def train_llm_qat(
             folder,
             tokens_per_step=settings.batch * windows.shape[1],
             held_out_loss=None if held_out is None else held_out_loss,
+            held_out_text=b"" if held_out is None else held_out.numpy().tobytes(),
             compiled=not settings.features,
             seed=seed,
             keep=keep,

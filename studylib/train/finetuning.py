@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from studylib.config import Instructions, Log, Tuning
 from studylib.data import Pair, context_length, conversation, instruction_pairs
-from studylib.train.distillation import last_hidden
+from studylib.train.distillation import MEASURED, last_hidden
 from studylib.train.losses import label_loss, label_losses
 
 IGNORED = -100  # the label of a position whose next token is not learned
 PADDED_TO = 8  # rows are padded to a multiple of it,
 PADDED_TO_COMPILED = 64  # and to one of this where layers are compiled, which are compiled anew for each shape
-MEASURED = 8  # rows of a batch, at least, where nothing is trained: low-bit weights are decoded once for all of them
+BATCH_TOKENS = 100  # of padding that cost as much as one batch more, for which low-bit weights are decoded again
 DRAWN = 8  # batches whose rows are drawn together and sorted by their length
 OPTIMIZER = "adamw_torch_fused"
 PAGED_ADAMW = "paged_adamw_32bit"  # transformers' name for bitsandbytes' AdamW whose states are paged to the CPU
@@ -75,6 +75,21 @@ def collate(rows: Sequence[dict[str, list[int]]], multiple: int = PADDED_TO) -> 
     }
 
 
+def little_padded(lengths: Sequence[int], most: int) -> list[slice]:
+    """Batches of at most `most` rows, whose lengths rise, in which padding and the batches' own cost are least.
+
+    Worked: rows of 60, 64, 250 and 256 tokens are two batches, which saves some 380 tokens of padding.
+    """
+    best: list[tuple[int, list[slice]]] = [(0, [])]
+    for end in range(1, len(lengths) + 1):
+        ways = [
+            (best[at][0] + BATCH_TOKENS + (end - at) * lengths[end - 1], [*best[at][1], slice(at, end)])
+            for at in range(max(0, end - most), end)
+        ]
+        best.append(min(ways, key=lambda way: way[0]))
+    return best[-1][1]
+
+
 def response_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the labelled tokens [B, T]; logits are held for a few of them at a time."""
     learned = labels != IGNORED
@@ -129,14 +144,15 @@ def fine_tune(
     examples = [rows[i] for i in random_order(lengths, settings.batch, instructions.seed)]
     measured = encode(tokenizer, held_out, length) if held_out else []
     measured = sorted(measured, key=lambda row: len(row["tokens"]))
+    batches = little_padded([len(row["tokens"]) for row in measured], max(settings.batch, MEASURED))
     compiled = settings.steps >= COMPILED_STEPS and not settings.checkpointing
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def held_out_loss() -> dict[str, Any]:
-        losses, counts, size = [], [], max(settings.batch, MEASURED)
-        for at in range(0, len(measured), size):
-            part = {name: x.to(model.device) for name, x in collate(measured[at : at + size]).items()}
+        losses, counts = [], []
+        for rows in batches:
+            part = {name: x.to(model.device) for name, x in collate(measured[rows]).items()}
             counts.append((part["labels"] != IGNORED).sum(1))
             losses.append(pair_losses(model, **part))
         nats, tokens = torch.cat(losses).double(), torch.cat(counts)
@@ -152,6 +168,7 @@ def fine_tune(
             folder,
             tokens_per_step=settings.batch * sum(lengths) // len(rows),
             held_out_loss=held_out_loss if held_out else None,
+            held_out_text=repr(measured).encode() if held_out else b"",
             collate=functools.partial(collate, multiple=PADDED_TO_COMPILED) if compiled else collate,
             compiled=compiled,
             optimizer=PAGED_ADAMW if settings.paged else OPTIMIZER,

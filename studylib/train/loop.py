@@ -4,6 +4,7 @@ Trainer imports peft and bitsandbytes, which takes seconds: import this module w
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -117,6 +118,28 @@ def _trained(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[s
     }
 
 
+_BEGUN: dict[str, HeldOut] = {}  # held-out losses of models before their training, which many arms begin alike
+
+
+def _beginning(model: PreTrainedModel, text: bytes) -> str:
+    """A digest of all that the held-out loss on this text depends on.
+
+    An A that a B of zeros multiplies is no part of it: seeds begin alike.
+    """
+    digest = hashlib.sha256(f"{model} {model.config._attn_implementation} {models.compute_dtype()}".encode())
+    digest.update(text)
+    state, seen = model.state_dict(), set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.data_ptr() in seen:
+            continue
+        after = state.get(name.replace("lora_A", "lora_B")) if "lora_A" in name else None
+        if after is None or after.any():
+            seen.add(tensor.data_ptr())
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class _Watch(TrainerCallback):
     """Reports finished steps, measures the held-out loss, asks for checkpoints, stops where the loss is not finite."""
 
@@ -125,18 +148,25 @@ class _Watch(TrainerCallback):
         budget: Budget,
         tokens_per_step: int,
         held_out_loss: Callable[[], HeldOut] | None,
+        beginning: str,
         keep: bool,
         progress: Callable[[int], None],
     ):
+        self.beginning = beginning
         self.budget, self.tokens_per_step, self.held_out_loss = budget, tokens_per_step, held_out_loss
         self.keep, self.progress, self.saved = keep, progress, time.monotonic()
 
     def measure(self, state) -> float:
         if self.held_out_loss is None:
             return math.nan
-        found = self.held_out_loss()
-        loss = found.pop("loss")
-        state.log_history.append({"step": state.global_step, "held_out_loss": loss} | found)
+        known = self.beginning if state.global_step == 0 else ""
+        found = _BEGUN.get(known)
+        if found is None:
+            found = self.held_out_loss()
+            if known:
+                _BEGUN[known] = found
+        loss, others = found["loss"], {name: value for name, value in found.items() if name != "loss"}
+        state.log_history.append({"step": state.global_step, "held_out_loss": loss} | others)
         return loss
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -186,6 +216,7 @@ def fit(
     *,
     tokens_per_step: int,
     held_out_loss: Callable[[], HeldOut] | None = None,
+    held_out_text: bytes = b"",
     collate: Callable[[list], dict[str, Tensor]] | None = None,
     compiled: bool = False,
     optimizer: str = "adamw_torch_fused",
@@ -197,7 +228,8 @@ def fit(
 
     loss_function: what stands in for the model's forward pass while it trains, so that a wrapper (FSDP, autocast) sees
     all of it: fields of a batch -> {"loss"}. Products run in bf16 where the hardware has it. held_out_loss: the loss of
-    the model as it is, as "loss", asked for now and then, and "pairs" where the curve is to have them. compiled:
+    the model as it is, as "loss", asked for now and then, and "pairs" where the curve is to have them; held_out_text:
+    on what, in bytes, for a model that begins as another one did in this process is not measured again. compiled:
     compile the decoder's layers, where a compiler is found and the steps are many enough. optimizer: a name that
     TrainingArguments takes.
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
@@ -239,6 +271,8 @@ def fit(
         model.train()
         return found
 
+    resumed = last_checkpoint(folder, budget)
+    beginning = _beginning(model, held_out_text) if held_out_text and resumed is None else ""
     grids = [scale for scale, *_ in trained_grids(model)]
     first = [scale.detach().clone() for scale in grids]
     model.forward = loss_function
@@ -248,12 +282,12 @@ def fit(
             args=arguments,
             train_dataset=examples,
             data_collator=collate,
-            callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, keep, progress)],
+            callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, beginning, keep, progress)],
         )
         trainer.budget, trainer.run_dir, trainer.first_scales = budget, Path(folder), first
         trainer.remove_callback(PrinterCallback)
         make_folder(Path(folder))
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder, budget))
+        trainer.train(resume_from_checkpoint=resumed)
     finally:
         del model.forward
         for layer in layers:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -15,10 +16,12 @@ from studylib.data.corpora import Pair, instruction_pairs
 from studylib.data.prompts import conversation
 from studylib.methods import attach
 from studylib.train.finetuning import (
+    BATCH_TOKENS,
     IGNORED,
     collate,
     encode,
     fine_tune,
+    little_padded,
     random_order,
     response_loss,
     training_pairs,
@@ -103,6 +106,26 @@ def test_a_random_order_pads_little_and_prefers_no_length():
     assert padding(order) < 0.3 * padding(torch.randperm(4000).tolist())
     begun = [np.mean([lengths[i] for i in random_order(lengths, 2, seed)[:48]]) for seed in range(200)]
     assert np.mean(begun) == pytest.approx(np.mean(lengths), abs=4 * np.std(begun) / 200**0.5)
+
+
+def test_what_is_measured_is_little_padded_and_complete():
+    lengths = [60, 64, 250, 256]
+    assert little_padded(lengths, 8) == [slice(0, 2), slice(2, 4)]
+    assert little_padded([30, 31, 40], 8) == [slice(0, 3)] and little_padded([5] * 20, 8)[-1].stop == 20
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = sorted(rng.integers(2, 300, 7).tolist())
+        cuts = [
+            [at for at in range(1, 7) if choice >> (at - 1) & 1] for choice in range(2**6)
+        ]  # all ways to cut seven rows
+        costs = [
+            sum(BATCH_TOKENS + (b - a) * lengths[b - 1] for a, b in itertools.pairwise([0, *cut, 7]))
+            for cut in cuts
+            if all(b - a <= 4 for a, b in itertools.pairwise([0, *cut, 7]))
+        ]
+        found = little_padded(lengths, 4)
+        assert [row for rows in found for row in range(7)[rows]] == list(range(7))
+        assert min(costs) == sum(BATCH_TOKENS + (s.stop - s.start) * lengths[s.stop - 1] for s in found)
 
 
 def test_checkpointing_changes_no_number(adapted, tiny_tokenizer, tmp_path):

@@ -20,6 +20,7 @@ from studylib.quant import quantize_model, trained_grids
 from studylib.train import loop as training_loop
 from studylib.train.loop import fit, last_checkpoint, take_over
 
+NF4 = Format("nf", 4, 32, False)
 BUDGET = Budget(steps=8, batch=2, learning_rate=1e-2)
 EXAMPLES = [{"tokens": torch.arange(8) + i} for i in range(16)]
 
@@ -252,3 +253,29 @@ def test_only_what_requires_gradients_is_trained_and_kept(fp32, tiny_model, tmp_
     assert moved == ["model.layers.0.mlp.down_proj.weight"]
     (file,) = (tmp_path / "c").glob("*/model.safetensors")
     assert file.stat().st_size < trained.numel() * 4 + 1000
+
+
+def test_what_begins_alike_is_measured_before_training_once(fp32, tiny_model, tmp_path):
+    """Adapters of any seed begin alike; another base, another text or a trained adapter does not."""
+
+    def measured(folder, text=b"text", format=None, seed=0, last=0.0):
+        model = attach(copy.deepcopy(tiny_model), "qlora", format=format or NF4, adapter=Adapter(rank=4), seed=seed)
+        if last:
+            model.get_submodule("model.layers.1.mlp.down_proj").lora_B["default"].weight.data.fill_(last)
+        asked = []
+
+        def held_out_loss():
+            asked.append(model(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss)
+            return asked[-1]
+
+        curve = train(model, tmp_path / folder, held_out_loss=held_out_loss, held_out_text=text).curve
+        assert len(curve) == 5
+        return len(asked), [point["loss"] for point in curve]
+
+    asked, first = measured("first")
+    again, second = measured("second", seed=1)
+    assert (asked, again) == (5, 4) and second[0] == first[0] and second[1:] != first[1:]
+    assert measured("base", format=Format("fp-e2m1", 4, 32))[0] == 5
+    assert measured("text", text=b"another")[0] == 5
+    asked, other = measured("trained", last=0.1)
+    assert asked == 5 and other[0] != first[0]
