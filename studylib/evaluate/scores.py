@@ -53,6 +53,7 @@ from studylib.evaluate.packing import log_likelihoods
 from studylib.quant import check_matrix, decoder_linears, encode
 
 CHUNK = 512  # tokens whose fp32 logits are held at once
+CACHED = 16  # and on the CPU, whose caches hold them
 GENERATED = 8  # answers of a batch, in tasks where the model writes them
 ANSWER_TOKENS = 24  # of an answer that never stops by itself; those of TriviaQA are shorter
 PAIR_TOKENS = 512  # where an instruction with its response is cut
@@ -126,13 +127,14 @@ def _window_scores(
     for at, tokens in zip(range(0, len(windows), batch), windows.split(batch), strict=True):
         tokens = tokens.to(model.device)
         with autocast(model.device):
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-        target = tokens[:, 1:].flatten()
-        normalizers = torch.cat([part.float().logsumexp(1) for part in logits.split(CHUNK)])
-        token_losses = normalizers - logits.gather(1, target[:, None])[:, 0].float()
-        losses.append(token_losses.double().view(len(tokens), -1).mean(1))
+            logits = model(input_ids=tokens, use_cache=False).logits
+        rows = CACHED if model.device.type == "cpu" else CHUNK
+        for own, following in zip(logits, tokens[:, 1:], strict=True):  # window by window, of which nothing is copied
+            normalizers = torch.cat([part.float().logsumexp(1) for part in own[:-1].split(rows)])
+            token_losses = normalizers - own[:-1].gather(1, following[:, None])[:, 0].float()
+            losses.append(token_losses.double().mean()[None])
         if full:
-            divergences.append(mean_divergence(full, corpus, at, tokens, logits))
+            divergences.append(mean_divergence(full, corpus, at, tokens, logits[:, :-1].flatten(0, 1)))
     found = {"loss": torch.cat(losses).cpu().numpy()}
     return found | {"kl": np.concatenate(divergences)} if full else found
 
