@@ -5,6 +5,7 @@ fp32 it is two times as fast on AVX2, four times with VNNI.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class IntegerProduct:
         """Integers [N, in] (int8) times the weight's, fp32 [N, out], each column times its scale [out]: sums are exact
         in 32 bits, and rounded to fp32 (above 2^24) before they are multiplied."""
         shifted = codes.view(torch.uint8).bitwise_xor(SHIFT)
-        settings = (None, 1.0, 0, torch.float32, "none", [], "")
+        settings: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         return torch.ops.onednn.qlinear_pointwise(shifted, 1.0, SHIFT, self.packed, scale, self.zeros, *settings)
 
     def __call__(self, x: Tensor, grid: Grid) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from studylib import study  # a door: what computes is loaded when it is asked for
 from studylib.config import Arm, check_known, listed, percent
 from studylib.evidence import (
     ENOUGH,
@@ -16,7 +17,6 @@ from studylib.evidence import (
 )
 from studylib.methods import Setting
 from studylib.report.ledger import CLAIMS
-from studylib.study import environment, time_text
 
 LITTLE = 0.01  # a chance below that is told as one that further seeds do not have
 
@@ -31,7 +31,7 @@ def named(names: Iterable[str]) -> list[Claim]:
 def why_not(claim: Claim, arms: Sequence[Arm]) -> str:
     """Why a claim cannot be tested by carrying out these arms, and what would; "" where it can."""
     missing = set(claim.needs) - {Setting.of(arm) for arm in arms}
-    alone = claim.primary is training_times and environment()["hardware"]["accelerator"] is None
+    alone = claim.primary is training_times and study.environment()["hardware"]["accelerator"] is None
     if claim.test is None or (claim.untested and missing) or alone:
         return claim.untested
     if missing:
@@ -55,7 +55,7 @@ def outlook(claim: Claim, plan: Plan, finding: Finding | None, prospect: Prospec
     if finding and finding.verdict not in (UNDECIDED, NOT_TESTED):
         return f"{text}. It has its word; nothing is computed for it."
     lacks = _missing(claim, plan, finding)
-    planned = f"{len(prospect.arms)} arms, {time_text(prospect.work / jobs)}"
+    planned = f"{len(prospect.arms)} arms, {study.time_text(prospect.work / jobs)}"
     if not prospect.arms:
         return f"{text}. {_cannot(lacks)}"
     return f"{text}. {lacks}{_chance(plan, finding, prospect)} Planned: {planned}."

@@ -9,9 +9,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from studylib import data, evaluate  # doors: what stands behind them is loaded when it is used
 from studylib.config import Arm, Sampling
-from studylib.data import models
-from studylib.evaluate import TASKS
 from studylib.methods import find, title
 from studylib.study.records import SHARED, Record
 
@@ -32,7 +31,7 @@ def tokens(arm: Arm) -> dict[str, float]:
     wanted = arm.evaluation
     scored = len(wanted.corpora) * wanted.windows * wanted.length
     scored += wanted.pairs * (arm.instructions.length if arm.instructions else wanted.length)
-    scored += sum(ITEM_WORK * TASKS[task].count(wanted.items) for task in wanted.tasks)
+    scored += sum(ITEM_WORK * evaluate.TASKS[task].count(wanted.items) for task in wanted.tasks)
     found: dict[str, float] = {"besides": BESIDES, "evaluate": scored}
     windows = arm.data.count * arm.data.length if arm.data else 0
     if arm.data:
@@ -190,4 +189,4 @@ def _parameters(model: str) -> int:
     import torch
 
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in models.skeleton(models.load_config(model)).parameters())
+        return sum(parameter.numel() for parameter in data.models.skeleton(data.models.load_config(model)).parameters())
