@@ -393,8 +393,12 @@ class Measure:
         changes = [(moved(at, STEP) - moved(at, -STEP)) / (2 * STEP) for at in range(len(cells))]
         parts: list[tuple[float, float]] = []
         weights: dict[str, dict[int, float]] = {kind: defaultdict(float) for kind in sorted(kinds)}
-        for cell, loss, change in zip(cells, losses, changes, strict=True):
+        by_setting: dict[Setting, float] = defaultdict(float)
+        for cell, change in zip(cells, changes, strict=True):
+            by_setting[cell.setting] += change
+        for cell, loss in dict(zip(cells, losses, strict=True)).items():
             if cell.kind:
+                change = by_setting.pop(cell.setting, 0.0)  # of a cell beside itself: none
                 used = seeds if len(seeds) > 1 and len(cell.records) > 1 else cell.seeds
                 variance, free = self.spreads[cell.kind].of(cell.setting, loss)
                 parts.append((change**2 * variance / len(used), free))

@@ -316,3 +316,13 @@ def test_a_run_of_an_older_studylib_and_one_of_today_count_once(make_record):
     assert cell.records == (old,)
     with pytest.raises(ValueError, match="different arms"):
         gather([old, with_scores(new, loss__c4=[1.0] * 32)])
+
+
+def test_an_arm_beside_itself_differs_by_nothing(ablations):
+    (measure,) = text_measures(ablations)
+    cells = [cell for cell in gather(ablations).values() if cell.kind]
+    assert measure.spreads and len(cells) > 1
+    for cell in cells:
+        same = measure.above(cell, cell)
+        assert (same.estimate, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    assert measure.above(cells[0], cells[1]).low < measure.above(cells[0], cells[1]).high
