@@ -142,18 +142,23 @@ class Scheme:
     two are symmetric then). group: how many input columns share a scale of the weights, None for one scale an output
     channel. cache_scale "token": one scale for a token's keys (or
     values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
-    embedding (values have none).
+    embedding (values have none). rotated: numbers are rotated before they are rounded, and the model with them (see
+    quant.rotation).
     """
 
     grid: str = SYMMETRIC
     group: int | None = None
     cache_scale: str = PER_TOKEN
     keys: str = BEFORE_ROTARY
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("grid", GRIDS), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
             check_known(name, getattr(self, name), allowed)
         check_group(self.group)
+        check_flag("rotated", self.rotated)
+        if self.rotated and self.keys != BEFORE_ROTARY:
+            raise ValueError(f"keys: {self.keys!r} does not go with rotated; its keys are quantized {BEFORE_ROTARY!r}")
 
     @property
     def on_the_fly(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studylib.config import written_whole
+from studylib.quant.rotation import take_over_rotations
 
 SCALES_IN_GROUP = 256  # double quantization: scales that share an fp32 number
 PEFT_ADAPTER = "default"  # peft's name for the only adapter of a model
@@ -342,7 +343,9 @@ def restore_model(model: nn.Module, path: Path) -> nn.Module:
             linear.weight.copy_(weight)
             linear.stored = stored
         else:
-            model.set_submodule(name, DeployedLinear(weight, linear.bias, stored, beside))
+            deployed = DeployedLinear(weight, linear.bias, stored, beside)
+            take_over_rotations(deployed, linear)
+            model.set_submodule(name, deployed)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     return model.requires_grad_(False).eval()
