@@ -1,7 +1,7 @@
 from .config.arm import Arm
 from .config.budgets import PROFILES, Profile, profile
 from .config.learning_rates import find_rates
-from .config.settings import Adapter, BitWidths, Format, Grid, Scheme
+from .config.settings import MICROSCALING, Adapter, BitWidths, Format, Grid, Scheme
 from .data.models import load_model, load_tokenizer
 from .evidence.verdicts import judge
 from .methods.adapters import merge
@@ -21,6 +21,7 @@ from .study.schedule import run
 __all__ = [
     "CLAIMS",
     "METHODS",
+    "MICROSCALING",
     "PROFILES",
     "Adapter",
     "Arm",

@@ -26,6 +26,7 @@ def test_there_are_notebooks():
         "06_number_formats",
         "07_memory",
         "08_low_bit_execution",
+        "09_four_bit_activations",
     ]
 
 

@@ -31,6 +31,7 @@ NUMERICS = {
     "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
     # grids of weights alone: StatsQ, LSQ, ParetoQ. Apart from "grids", so that arms on MinMax grids keep their keys
     "weight grids": Version(1, "activations and cache beside them are MinMax; LSQ starts where the error is least"),
+    "rotation": Version(1, "Hadamard matrices, from Paley's and Sylvester's constructions"),
     # NormalFloat, 4-bit floats, integers in groups, double quantization
     "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
     # text that the model writes itself
@@ -57,6 +58,7 @@ def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
     names = {"models", "corpora", "evaluation", *further}
     names |= {"generation"} if isinstance(arm.data, Sampling) else set()
     names |= {"weight grids"} if arm.scheme.grid in OF_WEIGHTS else set()
+    names |= {"rotation"} if arm.scheme.rotated else set()
     names |= {"training", "distillation"} if arm.training else set()
     names |= {"hidden states"} if arm.training and HIDDEN in arm.training.features else set()
     names |= {"training", "fine-tuning"} if arm.tuning else set()

@@ -142,18 +142,23 @@ class Scheme:
     two are symmetric then). group: how many input columns share a scale of the weights, None for one scale an output
     channel. cache_scale "token": one scale for a token's keys (or
     values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
-    embedding (values have none).
+    embedding (values have none). rotated: numbers are rotated before they are rounded, and the model with them (see
+    quant.rotation).
     """
 
     grid: str = SYMMETRIC
     group: int | None = None
     cache_scale: str = PER_TOKEN
     keys: str = BEFORE_ROTARY
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("grid", GRIDS), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
             check_known(name, getattr(self, name), allowed)
         check_group(self.group)
+        check_flag("rotated", self.rotated)
+        if self.rotated and self.keys != BEFORE_ROTARY:
+            raise ValueError(f"keys: {self.keys!r} does not go with rotated; its keys are quantized {BEFORE_ROTARY!r}")
 
     @property
     def on_the_fly(self) -> str:
@@ -166,7 +171,8 @@ FLOATS = ("fp-e2m1", "fp-bnb", "fp-e3m0")
 INTEGER_FORMATS = {"int": SYMMETRIC, "int-full": FULL_RANGE, "affine": ASYMMETRIC}  # formats that are a Grid
 BITSANDBYTES = {"nf": "nf4", "fp-bnb": "fp4"}  # its names for our formats
 BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-FORMATS = ("nf", *FLOATS, *INTEGER_FORMATS)
+MICROSCALING = {"mxfp4": 32, "mxfp4-even": 32, "nvfp4": 16}  # formats of E2M1 whose groups have 8-bit float scales
+FORMATS = ("nf", *FLOATS, *MICROSCALING, *INTEGER_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,10 @@ class Format:
     "fp-bnb": what bitsandbytes, QLoRA's own library, calls FP4: E2M1 but for its smallest magnitude, which is
     0.0625/12 = 0.0052 of the largest in place of 0.5/6 = 0.0833.
     "fp-e3m0": sign, three exponent bits: 0 and the powers of two 0.25 to 16 and their negatives, over 16.
+    "mxfp4": E2M1 with a power of two for each 32, in E8M0 (OCP Microscaling Formats 1.0, section 6.3: rounded down, so
+    that what lies beyond 6 becomes 6). "mxfp4-even": the power of two that E2M1 would round the largest number to, as
+    compressed-tensors has it. "nvfp4": E2M1 with a scale in E4M3 for each 16, and one fp32 number for all. Ties go to
+    the even mantissa.
     "int": the symmetric integers -(2^(b-1)-1)..2^(b-1)-1. "int-full": all 2^b integers around 0. "affine": 2^b
     integers from min to max with a zero point of b bits, over a range that includes 0. 2, 3, 4 or 8 bits; see Grid for
     all three.
@@ -200,6 +210,12 @@ class Format:
             raise ValueError(f"bits: {shown(self.bits)} is not allowed for {self.kind!r}; use {choices}")
         check_group(self.group)
         check_flag("double", self.double)
+        own = MICROSCALING.get(self.kind)
+        if own and (self.group, self.double, self.scale_bits) != (own, False, 32):
+            raise ValueError(
+                f"group: {self.group!r}, double: {self.double} and scale_bits: {self.scale_bits} are not allowed for "
+                f"{self.kind!r}; use group {own} and leave the others out"
+            )
         if type(self.scale_bits) is not int or self.scale_bits not in (16, 32):
             raise ValueError(f"scale_bits: {shown(self.scale_bits)} is not allowed; use 16 or 32")
         if self.double and (self.group is None or self.scale_bits != 32):
@@ -216,13 +232,17 @@ class Format:
             "fp-e2m1": "FP4 (E2M1)",
             "fp-bnb": "FP4 (bitsandbytes)",
             "fp-e3m0": "FP4 (E3M0)",
+            "mxfp4": "MXFP4",
+            "mxfp4-even": "MXFP4 (even)",
+            "nvfp4": "NVFP4",
             "int": f"Int{self.bits}",
             "int-full": f"full-range Int{self.bits}",
             "affine": f"affine Int{self.bits}",
         }[self.kind]
         group = "per channel" if self.group is None else f"groups of {self.group}"
         parts = [name + " + DQ" * self.double]
-        parts += [group] * (self.group != DEFAULT_GROUP) + ["16-bit scales"] * (self.scale_bits == 16)
+        parts += [group] * (self.group != MICROSCALING.get(self.kind, DEFAULT_GROUP))
+        parts += ["16-bit scales"] * (self.scale_bits == 16)
         return ", ".join(parts)
 
     @property

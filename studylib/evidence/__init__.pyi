@@ -1,4 +1,4 @@
-from . import l4q, llm_qat, qlora
+from . import beyond, l4q, llm_qat, qlora
 from .gigabytes import against_papers
 from .measures import (
     CONTEXT,
@@ -83,6 +83,7 @@ __all__ = [
     "accuracies",
     "accuracy_title",
     "against_papers",
+    "beyond",
     "by_process",
     "claims_first",
     "covering",

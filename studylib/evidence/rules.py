@@ -106,6 +106,13 @@ def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
     return together([effect], f"{cell.title} has {effect.text} full precision's.")
 
 
+def stays_below(measure: Measure, full: Cell, cell: Cell) -> Outcome:
+    """Whether a perplexity does not reach EXPLODES times full precision's."""
+    found = measure.interval(np.divide, cell, full)
+    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", below=EXPLODES, of=cell.setting)
+    return together([effect], f"{cell.title} has {effect.text} full precision's.")
+
+
 def is_best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
     """Whether `best` is better than each of the others."""
     effects = [replace(_worse(measure, best, other), above=0) for other in others]

@@ -130,6 +130,7 @@ def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> 
     fields, what is compared above all, do not change it."""
     own, base = find(method), _base(method, format)
     on = base.kind if base else scheme.grid if "scheme" in own.takes else ""
+    on += " rotated" * scheme.rotated
     return f"{method} {bits} {on}".rstrip()
 
 
@@ -284,6 +285,7 @@ CHANGES = {
     "scheme.grid": Change(_part("scheme", "grid"), "symmetric", lambda grid: GRID_TITLES[grid]),
     "scheme.group": Change(_part("scheme", "group"), None, "weights in groups of {}".format),
     "scheme.cache_scale": Change(_part("scheme", "cache_scale"), "token", "cache scale a {}".format),
+    "scheme.rotated": Change(_part("scheme", "rotated"), False, lambda on: "rotated"),
     "scheme.keys": Change(_part("scheme", "keys"), "before-rotary", lambda keys: f"keys {keys.replace('-', ' ')}"),
     "format": Change(_format, None, lambda format: format.title),
     "adapter.kind": Change(_part("adapter", "kind"), PLAIN, lambda kind: KIND_TITLES[kind]),

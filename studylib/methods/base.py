@@ -184,6 +184,8 @@ class Method(ABC):
         format = arm.format
         if not self.rounds and not arm.tuning:
             raise ValueError("it is the model as it was loaded")
+        if arm.scheme.rotated:
+            raise ValueError("its activations are rotated on the way, which no container says here")
         if format and in_bitsandbytes(format):
             return FOUR_BIT
         if format and format.kind not in INTEGER_FORMATS:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from studylib.config import AFTER_ROTARY, ATTENTION, LEARNED, OFF, Arm
+from studylib.config import AFTER_ROTARY, ATTENTION, HIDDEN, LEARNED, OFF, RAW_HIDDEN, Arm
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
 from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable, smoothquant
 
@@ -27,6 +27,10 @@ class LLMQAT(Method):
         if arm.scheme.grid in LEARNED and arm.training.mask is not None:
             raise ValueError(
                 f"mask: {arm.training.mask} does not go with the grid {arm.scheme.grid!r}, whose gradients are its own"
+            )
+        if arm.scheme.rotated and {HIDDEN, RAW_HIDDEN} & {*arm.training.features}:
+            raise ValueError(
+                f"loss: {arm.training.loss!r} compares hidden states, which lie in another basis in a rotated model"
             )
         if ATTENTION in arm.training.features and arm.scheme.keys == AFTER_ROTARY and arm.widths.cache < OFF:
             raise ValueError(

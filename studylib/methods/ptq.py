@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from studylib import data, quant  # doors: what stands behind them is loaded when it is used
-from studylib.config import OFF, Arm, BitWidths, Format, check_width
+from studylib.config import OFF, Arm, BitWidths, Format, Scheme, check_width
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, PAPERS, QLORA_PAPER, Look, Method, Work
 
 if TYPE_CHECKING:
@@ -64,10 +64,12 @@ class SmoothQuant(Method):
 class GPTQ(Method):
     name, title, source = "gptq", "GPTQ", "arXiv 2210.17323"
     papers, look = (LLM_QAT_PAPER,), Look("#009E73", "v", hollow=True)
-    needs, takes, numerics = frozenset({"data"}), frozenset({"format"}), ("grids", "ptq")
+    needs, takes, numerics = frozenset({"data"}), frozenset({"format", "scheme"}), ("grids", "ptq")
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
+        if arm.scheme not in (Scheme(), Scheme(rotated=True)):
+            raise ValueError(f"scheme: {self.name!r} takes nothing of it but rotated; its grids are its own")
         _with_weights(arm.bits, self.title, arm.format)
 
     def apply(self, work: Work) -> None:

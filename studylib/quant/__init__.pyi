@@ -28,6 +28,7 @@ from .learned import (
     qa_lora_model,
     train_grids,
 )
+from .rotation import check_rotatable, rotate_model
 from .storage import (
     PEFT_ADAPTER,
     Beside,
@@ -57,6 +58,7 @@ __all__ = [
     "check_format",
     "check_matrices",
     "check_matrix",
+    "check_rotatable",
     "coded_layers",
     "decode_model",
     "decoder_linears",
@@ -71,6 +73,7 @@ __all__ = [
     "qa_lora_model",
     "quantize_model",
     "restore_model",
+    "rotate_model",
     "round_to_nearest",
     "scale_levels",
     "sixteen_bits",

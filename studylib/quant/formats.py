@@ -1,4 +1,4 @@
-"""Weight-only number formats with a scale for each group: NormalFloat, 4-bit floats, integers; stored in real bytes.
+"""Weight-only number formats with a scale for each group, stored in real bytes: NormalFloat, floats, integers.
 
 QLoRA (arXiv 2305.14314), section 3: a weight is cut into groups of neighbours (blocks), each is divided by its largest
 magnitude, and every number becomes the code of the nearest of 2^b levels in -1..1. Double quantization stores the
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studylib.config import INTEGER_FORMATS, Format, in_bitsandbytes
+from studylib.config import INTEGER_FORMATS, MICROSCALING, Format, in_bitsandbytes
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
-from studylib.quant.storage import SCALES_IN_GROUP, Codes, DeployedLinear, pack
+from studylib.quant.storage import SCALES_IN_GROUP, Codes, DeployedLinear, look_up, pack
 
 FLOAT_MAGNITUDES = {
     "fp-e2m1": (0, 0.5, 1, 1.5, 2, 3, 4, 6),
@@ -28,7 +28,8 @@ SCALE_CODE_BITS = 8  # double quantization: of a scale, beside one fp32 number f
 @cache
 def levels(format: Format) -> Tensor:
     """The levels for numbers in -1..1, fp32, ascending: 2^b of NormalFloat and full-range integers, 2^b - 1 of floats
-    and symmetric integers (+0 and -0 are one). Full-range ones begin half a step below -1 and end half a step below 1.
+    and symmetric integers (+0 and -0 are one). Full-range ones begin half a step below -1 and end half a step below 1;
+    those of microscaling formats are E2M1's own, from -6 to 6.
 
     NormalFloat, as bitsandbytes makes it (the paper's Eq. 4 diverges at i = 0): 0, the normal quantiles of 2^(b-1)
     probabilities evenly spaced from delta towards 1/2, the negatives of 2^(b-1) - 1 made alike; divided by the largest.
@@ -42,6 +43,9 @@ def levels(format: Format) -> Tensor:
     if format.kind == "int-full":
         half = 2 ** (format.bits - 1)
         return torch.arange(-half, half).float() / (half - 0.5)
+    if format.kind in MICROSCALING:
+        magnitudes = torch.tensor(E2M1)
+        return torch.cat([-magnitudes.flip(0), magnitudes[1:]])
     if format.kind == "nf":
         half = 2 ** (format.bits - 1)
         delta = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
@@ -69,6 +73,51 @@ def scale_levels() -> Tensor:
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
     positive = torch.cat(positive)
     return torch.cat([-positive.flip(0), torch.zeros(1), positive, torch.ones(1)])
+
+
+@cache
+def e8m0() -> Tensor:
+    """What the 256 codes of E8M0 stand for, fp32: 2^(code - 127), and NaN. Do not write to it."""
+    return torch.cat([torch.exp2(torch.arange(255).double() - 127), torch.tensor([torch.nan])]).float()
+
+
+@cache
+def e4m3() -> Tensor:
+    """What the 256 codes of E4M3 stand for, fp32, in the order of their bits. Do not write to it."""
+    return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+E2M1 = FLOAT_MAGNITUDES["fp-e2m1"]
+LARGEST_EXPONENT = 2  # of E2M1: floor(log2(6))
+E4M3_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+E4M3_IN_PLACE_OF_0 = 0x20  # 0.125: the scale of a group that is too small for one, as compressed-tensors has it
+
+
+def _nearest_e2m1(x: Tensor) -> Tensor:
+    """uint8 codes, in the order of `levels`, of the E2M1 numbers nearest to x; ties go to the even mantissa, and what
+    lies beyond the largest becomes the largest."""
+    magnitudes = torch.tensor(E2M1, device=x.device)
+    between = (magnitudes[:-1] + magnitudes[1:]) / 2
+    between[1::2] = between[1::2].nextafter(between.new_zeros(()))  # a number midway goes up to an even mantissa
+    nearest = torch.bucketize(x.abs(), between)
+    return (len(E2M1) - 1 + nearest * torch.where(x < 0, -1, 1)).to(torch.uint8)
+
+
+def _encode_microscaling(groups: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of numbers fp32 [groups, size]: uint8 of the same shape, their scales uint8 [groups], and the number that
+    all scales are divided by, fp32 [1], where there is one."""
+    largest = groups.abs().amax(1)
+    if kind == "nvfp4":
+        outer = (E4M3_LARGEST * E2M1[-1] / largest.max().clamp_min(torch.finfo(torch.float32).tiny)).view(1)
+        outer = torch.where(outer.isinf(), 1, outer)
+        scales = (outer * (largest / E2M1[-1])).clamp(max=E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        scales = torch.where(scales == 0, E4M3_IN_PLACE_OF_0, scales)
+        return _nearest_e2m1(groups / (look_up(scales, e4m3()) / outer)[:, None]), scales, outer
+    mantissas, exponents = largest.frexp()  # from 0.5 to 1: the exponent is one more than floor(log2)
+    if kind == "mxfp4-even":
+        exponents = exponents + (mantissas >= 0.875)  # E2M1 rounds 1.75 to 2
+    scales = (exponents - 1 - LARGEST_EXPONENT + 127).clamp(0, 254).to(torch.uint8)
+    return _nearest_e2m1(groups / look_up(scales, e8m0())[:, None]), scales, None
 
 
 def _nearest(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
@@ -101,8 +150,11 @@ def encode(weight: Tensor, format: Format) -> Codes:
     rows, columns = weight.shape
     format.check_width(columns)
     weight, zeros = weight.detach().float(), None
-    low, table = 0, None
-    if format.kind in INTEGER_FORMATS:
+    low, table, outer, mean = 0, None, None, None
+    if format.kind in MICROSCALING:
+        table = levels(format)
+        codes, scales, outer = _encode_microscaling(weight.reshape(-1, MICROSCALING[format.kind]), format.kind)
+    elif format.kind in INTEGER_FORMATS:
         low = format.grid.low
         integers = quantize(weight, format.grid)
         codes, scales = integers.codes.short() - low, integers.scale.flatten()
@@ -112,14 +164,17 @@ def encode(weight: Tensor, format: Format) -> Codes:
         groups, table = weight.reshape(-1, format.group or columns), levels(format)
         scales = groups.abs().amax(1)
         codes = _nearest(groups, scales[:, None], table)
-    codes, outer, mean = pack(codes, format.bits), None, None
-    if format.double:
+    codes, scale_table = pack(codes, format.bits), None
+    if format.kind in MICROSCALING:
+        scale_table = e4m3() if format.kind == "nvfp4" else e8m0()
+    elif format.double:
+        scale_table = scale_levels()
         scales, outer, mean = _encode_scales(scales, negative=in_bitsandbytes(format))
     elif format.scale_bits == 16:
         largest, scales = scales.max().item(), scales.half()
         if not torch.isfinite(scales).all():
             raise ValueError(f"scale_bits: 16 is not allowed for a scale of {largest:.3g}, which fp16 lacks; use 32")
-    further = {"outer": outer, "mean": mean, "levels": table, "scale_levels": scale_levels() if format.double else None}
+    further = {"outer": outer, "mean": mean, "levels": table, "scale_levels": scale_table}
     return Codes(format.bits, (rows, columns), codes, scales, low, zeros, **further)
 
 
@@ -142,12 +197,14 @@ def bits_per_parameter(format: Format, width: int | None = None) -> float:
     """Stored bits of one number; `width` is the length of a row, needed where a row is the group.
 
     Worked (QLoRA, section 3): NF4 in groups of 64: 4 + 32/64 = 4.5; with double quantization 4 + 8/64 + 32/(64 * 256)
-    = 4.127, 0.373 less. The one mean of a weight's scales and what the last group of 256 lacks are not counted.
+    = 4.127, 0.373 less. MXFP4: 4 + 8/32 = 4.25; NVFP4: 4 + 8/16 = 4.5. One mean or outer scale of a whole
+    weight, and what the last group of 256 lacks, are not counted.
     """
     group = format.group or width
     if group is None:
         raise ValueError("width: missing; a format with one scale an output channel needs the length of a row")
     scale = SCALE_CODE_BITS + 32 / SCALES_IN_GROUP if format.double else format.scale_bits
+    scale = SCALE_CODE_BITS if format.kind in MICROSCALING else scale
     return format.bits + (scale + format.bits * (format.kind == "affine")) / group
 
 

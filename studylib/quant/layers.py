@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from studylib.config import AFTER_ROTARY, ASYMMETRIC, LEARNED, OFF, PER_HEAD, BitWidths, Grid, Scheme
 from studylib.quant.grids import fake_quantize, initial_step, quantize
 from studylib.quant.integers import IntegerProduct, multiplies
+from studylib.quant.rotation import take_over_rotations
 from studylib.quant.storage import FLOAT_BYTES, Codes
 
 SCALE_BYTES = 4  # scales are fp32
@@ -55,6 +56,7 @@ class QuantizedLinear(nn.Linear):
             self.weight_step = nn.Parameter(initial_step(linear.weight.detach(), weight))
         self.stored: Codes | None = None
         self._integers: tuple[Codes, IntegerProduct] | None = None
+        take_over_rotations(self, linear)
 
     @property
     def grid_parameters(self) -> list[nn.Parameter]:

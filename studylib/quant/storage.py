@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studylib.config import written_whole
+from studylib.quant.rotation import take_over_rotations
 
 SCALES_IN_GROUP = 256  # double quantization: scales that share an fp32 number
 PEFT_ADAPTER = "default"  # peft's name for the only adapter of a model
@@ -73,8 +74,9 @@ class Codes:
     A number is scale * (level - zero) + offset, with one scale, zero and offset for each group of neighbours in a row.
     codes: uint8, packed (see `pack`), from 0 up. levels: the table of what they stand for; None for the integers
     low, low + 1, ... scales [groups]: fp32 or fp16; under double quantization uint8 codes of `scale_levels`, the number
-    being level * outer + mean with outer fp32 [ceil(groups / 256)] and mean fp32 [1]. zeros: packed zero points, whole
-    numbers from 0 up in the same bits. offsets [groups]: learned ones, in the type of the scales.
+    being level * outer + mean with outer fp32 [ceil(groups / 256)] and mean fp32 [1]; in microscaling formats uint8
+    codes of `scale_levels` as well, without a mean: level or, with outer fp32 [1], level / outer. zeros: packed zero
+    points, whole numbers from 0 up in the same bits. offsets [groups]: learned ones, in the type of the scales.
     Tables are known from the format, and not counted.
     """
 
@@ -135,11 +137,14 @@ class Codes:
     @property
     def scale(self) -> Tensor:
         """Of each group, [out, groups], fp32 (fp64 where it is stored so)."""
-        if self.outer is None or self.mean is None or self.scale_levels is None:
+        if self.scale_levels is None:
             found = self.scales.to(torch.promote_types(self.scales.dtype, torch.float32))
         else:
-            outer = self.outer.repeat_interleave(SCALES_IN_GROUP)[: len(self.scales)]
-            found = look_up(self.scales, self.scale_levels) * outer + self.mean
+            found = look_up(self.scales, self.scale_levels)
+        if self.outer is not None and self.mean is not None:
+            found = found * self.outer.repeat_interleave(SCALES_IN_GROUP)[: len(self.scales)] + self.mean
+        elif self.outer is not None:
+            found = found / self.outer
         return found.view(self.shape[0], -1)
 
     @property
@@ -338,7 +343,9 @@ def restore_model(model: nn.Module, path: Path) -> nn.Module:
             linear.weight.copy_(weight)
             linear.stored = stored
         else:
-            model.set_submodule(name, DeployedLinear(weight, linear.bias, stored, beside))
+            deployed = DeployedLinear(weight, linear.bias, stored, beside)
+            take_over_rotations(deployed, linear)
+            model.set_submodule(name, deployed)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     return model.requires_grad_(False).eval()

@@ -23,6 +23,7 @@ from studylib.evidence import (
     Effect,
     Finding,
     PaperNumber,
+    beyond,
     decide,
     judge,
     kind_of,
@@ -39,7 +40,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-BY_PAPER = {LLM_QAT_PAPER: llm_qat.CLAIMS, QLORA_PAPER: qlora.CLAIMS, L4Q_PAPER: l4q.CLAIMS}
+LATER = "Later work"  # in the place of a paper
+BY_PAPER = {
+    LLM_QAT_PAPER: llm_qat.CLAIMS,
+    QLORA_PAPER: qlora.CLAIMS,
+    L4Q_PAPER: l4q.CLAIMS,
+    LATER: beyond.CLAIMS,
+}
 CLAIMS = {claim.id: claim for claims in BY_PAPER.values() for claim in claims}  # all, in the order of the papers
 SYMBOLS = {REPRODUCED: "✓", NOT_REPRODUCED: "✗", NO_DIFFERENCE: "=", UNDECIDED: "?", NOT_TESTED: EMPTY}
 PAUSE = 60  # seconds between two pages of a run that is under way: one takes some ten

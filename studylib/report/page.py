@@ -12,7 +12,7 @@ from studylib.config import Arm, Evaluation, markdown, number, write_whole
 from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
 from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
-from studylib.report.ledger import BY_PAPER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
+from studylib.report.ledger import BY_PAPER, LATER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
 from studylib.study import Record, RecordError, read_published, webp
 
@@ -39,6 +39,7 @@ SECTIONS = (
     ),
     Section(QLORA_PAPER, "arXiv 2305.14314", "adapters trained on a frozen 4-bit base", ("06", "07")),
     Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "08")),
+    Section(LATER, "QuaRot, SpinQuant, NVFP4", "what the three papers leave open", ("09",)),
 )
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
 

@@ -27,7 +27,7 @@ from studylib.data import (
 )
 from studylib.evaluate import check_requests, pair_requests
 from studylib.methods import adapted_layers, find
-from studylib.quant import check_matrices, decoder_linears, quantize_model
+from studylib.quant import check_matrices, check_rotatable, decoder_linears, quantize_model
 from studylib.study.records import contents
 from studylib.train import check_head, check_paging, encode, training_pairs, usable_length
 
@@ -53,6 +53,8 @@ def check(arm: Arm) -> None:
     if arm.tuning and arm.tuning.paged:
         check_paging()
     method.check_model(arm, skeleton)
+    if arm.scheme.rotated:
+        check_rotatable(skeleton)
     for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
         check_length(skeleton, length)
     if isinstance(arm.data, Sampling) and arm.data.top_k > config.get_text_config().vocab_size:

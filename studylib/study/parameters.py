@@ -204,7 +204,8 @@ PARAMETERS = {
         "kinds": _some_of(ADAPTER_KINDS),
         "merges": _some_of(MERGES),
     },
-    "06_number_formats": POOLED | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG},
+    "06_number_formats": POOLED
+    | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG, "micro": FLAG},
     "07_memory": COMMON
     | {
         "methods": _some_of(PLANNED, least=1),
@@ -215,6 +216,8 @@ PARAMETERS = {
         "length": _whole(2, MAX_LENGTH, 256),
     },
     "08_low_bit_execution": COMMON | {"group": GROUP},
+    "09_four_bit_activations": TRAINED
+    | {"settings": SETTINGS, "methods": _some_of(("rtn", "gptq")), "trained": SETTINGS, "smoothed": SETTINGS},
 }
 
 

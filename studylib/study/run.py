@@ -39,6 +39,7 @@ from studylib.quant import (
     keep_model,
     quantize_model,
     restore_model,
+    rotate_model,
     stored_bytes,
 )
 from studylib.study.check import check
@@ -150,7 +151,7 @@ def _work_on(
     progress: Progress,
     phase: Callable[[str], contextlib.AbstractContextManager[None]],
 ) -> Work:
-    load = functools.partial(models.load_model, arm.model)
+    load = functools.partial(_loaded, arm)
     model, tokenizer = load(), models.load_tokenizer(arm.model)
     if arm.budget:
         check_head(model)
@@ -166,6 +167,12 @@ def _work_on(
         progress=functools.partial(progress, "train"),
         phase=phase,
     )
+
+
+def _loaded(arm: Arm) -> PreTrainedModel:
+    """The model that the method begins with."""
+    model = models.load_model(arm.model)
+    return rotate_model(model) if arm.scheme.rotated else model
 
 
 def _deploy(method: Method, work: Work, store: Store, key: str, progress: Progress) -> Log:
@@ -205,7 +212,7 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 def _restored(arm: Arm, path: Path) -> PreTrainedModel:
     """The deployed model from its file: weights, and the rounding of activations and cache on the fly."""
-    model = models.load_model(arm.model)
+    model = _loaded(arm)
     if (arm.widths.activations, arm.widths.cache) != (OFF, OFF):
         quantize_model(model, f"{OFF}-{arm.widths.activations}-{arm.widths.cache}", arm.scheme)
     return restore_model(model, path)

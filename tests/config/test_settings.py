@@ -73,7 +73,10 @@ def test_titles():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "nf5"}, "format: 'nf5' is not known; use one of nf, fp-e2m1, fp-bnb, fp-e3m0, int, int-full, affine"),
+        (
+            {"kind": "nf5"},
+            "format: 'nf5' is not known; use one of nf, fp-e2m1, fp-bnb, fp-e3m0, mxfp4",
+        ),
         ({"kind": "nf", "bits": 5}, "bits: 5 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "nf", "bits": 4.0}, "bits: 4.0 is not allowed for 'nf'; use 2 or 3 or 4"),
         ({"kind": "nf", "bits": 8}, "bits: 8 is not allowed for 'nf'; use 2 or 3 or 4"),

@@ -8,6 +8,9 @@ import peft
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize as compressed_tensors_rounding
+from compressed_tensors.quantization.quant_scheme import MXFP4A16, NVFP4A16
+from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,6 +19,8 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 from torchao.prototype.custom_fp_utils import _floatx_unpacked_to_f32
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from studylib.config.settings import INTEGER_FORMATS, Format, Grid, Scheme
@@ -44,6 +49,8 @@ ALL = [
 VARIANTS = [*ALL, *(dataclasses.replace(format, double=True) for format in ALL)]
 VARIANTS += [dataclasses.replace(format, group=None) for format in ALL]
 VARIANTS += [dataclasses.replace(format, scale_bits=16) for format in ALL]
+MICRO = [Format("mxfp4", 4, 32), Format("mxfp4-even", 4, 32), Format("nvfp4", 4, 16)]
+OWN_SCALES, VARIANTS = VARIANTS, VARIANTS + MICRO
 
 
 def title(format):
@@ -229,7 +236,7 @@ def test_double_quantization_saves_the_papers_bits_by_formula_and_in_bytes():
     assert saved * 8 / weight.numel() == pytest.approx(0.373, abs=1e-3)
 
 
-@pytest.mark.parametrize("format", VARIANTS, ids=title)
+@pytest.mark.parametrize("format", OWN_SCALES, ids=title)
 def test_bits_by_formula_are_the_stored_bytes(format):
     weight = normal(64, 2048)
     stored = encode(weight, format)
@@ -273,7 +280,7 @@ def test_integer_formats_are_the_grids_of_quantizers(bits, kind, block):
     assert torch.equal(encode(weight, Format(kind, bits, block)).decode(), expected)
 
 
-@pytest.mark.parametrize("format", VARIANTS, ids=title)
+@pytest.mark.parametrize("format", OWN_SCALES, ids=title)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_degenerate_rows_stay_finite_and_zeros_stay_zeros(format, dtype):
     weight = normal(6, 128, dtype=dtype)
@@ -495,3 +502,61 @@ def test_bad_questions_are_refused(model):
     assert not any(isinstance(module, EncodedLinear) for module in model.modules())
     with pytest.raises(ValueError, match=r"q_proj: EncodedLinear cannot be encoded; load the model anew"):
         encode_model(encode_model(model, NF4), NF4)
+
+
+def blocks_of_all_sizes(columns=256):
+    """Numbers whose groups differ in size by far, some of them zeros, some all that ties can be."""
+    torch.manual_seed(0)
+    x = torch.randn(64, columns) * torch.exp2(torch.randint(-12, 4, (64, columns // 16)).float()).repeat_interleave(
+        16, 1
+    )
+    x[3, :64] = 0
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6])
+    x[4] = torch.cat([ties, -ties]).repeat(columns // 16)
+    return x
+
+
+@pytest.mark.parametrize("kind", ["mxfp4-even", "nvfp4"])
+def test_microscaling_is_that_of_compressed_tensors_to_the_bit(kind):
+    x = blocks_of_all_sizes()
+    arguments = {"mxfp4-even": MXFP4A16, "nvfp4": NVFP4A16}[kind]["weights"]
+    groups = x.view(len(x), -1, arguments.group_size)
+    outer = generate_gparam(x.min(), x.max()) if kind == "nvfp4" else None
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments, outer)
+    theirs = compressed_tensors_rounding(x, scale, zero, arguments, global_scale=outer)
+    assert torch.equal(encode(x, Format(kind, 4, arguments.group_size)).decode(), theirs)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("mxfp4", "FLOOR"), ("mxfp4-even", "EVEN")])
+def test_microscaling_is_that_of_torchao_to_the_bit(kind, mode):
+    """FLOOR is the OCP specification's, section 6.3."""
+    x = blocks_of_all_sizes()
+    theirs = MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32, getattr(ScaleCalculationMode, mode)).dequantize(
+        torch.float32
+    )
+    assert torch.equal(encode(x, Format(kind, 4, 32)).decode(), theirs)
+
+
+@pytest.mark.parametrize("format", MICRO)
+def test_microscaling_weights_are_stored_in_their_bits(format):
+    x = blocks_of_all_sizes()
+    codes = encode(x, format)
+    assert 8 * codes.nbytes == bits_per_parameter(format) * x.numel() + 32 * (format.kind == "nvfp4")
+    scale = codes.scale.repeat_interleave(format.group, 1)
+    nearest = levels(format)[(x[..., None] / scale[..., None] - levels(format)).abs().argmin(-1)] * scale
+    error = (codes.decode() - x).abs().double()
+    assert (error <= (nearest - x).abs().double() * (1 + 1e-5) + 1e-30).all()  # no number of E2M1 is nearer
+    again = encode(codes.decode(), format).decode()
+    if format.kind != "nvfp4":
+        assert torch.equal(again, codes.decode())  # whose scales are powers of two
+
+
+@pytest.mark.parametrize("bad", [{"group": 64}, {"group": None}, {"double": True}, {"scale_bits": 16}, {"bits": 3}])
+def test_what_a_microscaling_format_has_not_is_refused(bad):
+    with pytest.raises(ValueError, match="not allowed"):
+        Format(**{"kind": "nvfp4", "bits": 4, "group": 16} | bad)
+
+
+def test_a_width_that_the_block_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="group"):
+        encode(torch.ones(2, 48), Format("mxfp4", 4, 32))

@@ -197,7 +197,9 @@ def test_a_replaced_corpus_gives_new_text_and_new_states(fp32, make_folder, tmp_
         samples.append(records[0].data["samples"][0])
     assert "purr" in samples[0] and "percent" in samples[1]
     model, tokenizer = models.load_model(str(folder)), models.load_tokenizer(str(folder))
-    states = sorted((tmp_path / "results" / "data").glob("*/teacher_states-*.npy"), key=lambda file: file.stat().st_mtime_ns)
+    states = sorted(
+        (tmp_path / "results" / "data").glob("*/teacher_states-*.npy"), key=lambda file: file.stat().st_mtime_ns
+    )
     assert len(states) == 2
     windows = _real_windows(arms[0].data, tokenizer)
     np.testing.assert_allclose(np.load(states[1]), last_hidden(model, windows).detach().numpy(), atol=1e-4)

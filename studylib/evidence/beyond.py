@@ -1,0 +1,40 @@
+"""What the papers leave open and later work claims, each with its rule, written before the runs that it judges."""
+
+from studylib.config import Format
+from studylib.evidence.measures import FULL
+from studylib.evidence.rules import is_best, stays_below
+from studylib.evidence.verdicts import TIMES, Claim, PaperNumber
+from studylib.methods import setting
+
+ROTATED = {"scheme.rotated": True}
+CLAIMS = (
+    Claim(
+        "O1",
+        "Rotations make 4-bit activations work",
+        "SpinQuant, LLaMA-2-7B at 4-4-4, WikiText-2: full precision 5.5, SpinQuant 5.9 (recalled)",
+        "LLM-QAT of the rotated model at 4-4-16 has less than twice full precision's perplexity",
+        (FULL, setting("llm-qat", "4-4-16", ROTATED)),
+        stays_below,
+        effect=PaperNumber(5.9 / 5.5, TIMES, recalled=True),
+    ),
+    Claim(
+        "O2",
+        "Without training, rotations keep more of 4-bit activations than SmoothQuant",
+        "QuaRot, LLaMA-2-7B at 4-4-4, WikiText-2: SmoothQuant 83.1, QuaRot 6.1 (recalled)",
+        "At 4-4-16 SmoothQuant and RTN are worse than RTN of the rotated model",
+        (setting("rtn", "4-4-16", ROTATED), setting("smoothquant", "4-4-16"), setting("rtn", "4-4-16")),
+        is_best,
+    ),
+    Claim(
+        "O3",
+        "Of today's 4-bit float formats NVFP4 keeps most",
+        "NVFP4's smaller blocks and finer scales keep more than MXFP4's (NVIDIA; direction only)",
+        "Weights rounded to MXFP4, with scales rounded down or to the even, are worse than to NVFP4",
+        (
+            setting("encoded", "4-16-16", {"format": Format("nvfp4", 4, 16)}),
+            setting("encoded", "4-16-16", {"format": Format("mxfp4", 4, 32)}),
+            setting("encoded", "4-16-16", {"format": Format("mxfp4-even", 4, 32)}),
+        ),
+        is_best,
+    ),
+)
