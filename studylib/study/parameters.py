@@ -217,7 +217,13 @@ PARAMETERS = {
     },
     "08_low_bit_execution": COMMON | {"group": GROUP},
     "09_four_bit_activations": TRAINED
-    | {"settings": SETTINGS, "methods": _some_of(("rtn", "gptq")), "trained": SETTINGS, "smoothed": SETTINGS},
+    | {
+        "settings": SETTINGS,
+        "methods": _some_of(("rtn", "gptq", "smoothquant")),
+        "rotated": FLAG,
+        "trained": SETTINGS,
+        "smoothed": SETTINGS,
+    },
 }
 
 
