@@ -1,4 +1,4 @@
-"""From records to verdicts: measures, intervals, rules, and the claims of the three papers.
+"""From records to verdicts: measures, intervals, rules, and the claims of the three papers and of later work.
 
 What other wings may use is listed in __init__.pyi, and imported when it is asked for.
 """

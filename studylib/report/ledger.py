@@ -328,4 +328,4 @@ def _positions(effect: Effect, entry: Entry) -> list[float]:
 def _title(entries: Sequence[Entry]) -> str:
     counts = Counter(entry.verdict for entry in entries)
     found = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
-    return f"Of {len(entries)} claims of three papers: {listed(found)}"
+    return f"Of {len(entries)} claims of three papers and later work: {listed(found)}"
