@@ -300,8 +300,8 @@ class Measure:
         return self.short or self.title
 
     def covers(self, cell: Cell) -> bool:
-        """Whether the cell has finished records that were scored on it."""
-        return bool(cell.records) and all(part in cell.records[0].scores for part in self.parts)
+        """Whether the cell has finished records, all of which were scored on it."""
+        return bool(cell.records) and all(part in record.scores for record in cell.records for part in self.parts)
 
     @property
     def items(self) -> int:

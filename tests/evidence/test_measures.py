@@ -12,6 +12,7 @@ from studylib.evidence.measures import (
     gather,
     identity,
     of_profile,
+    perplexities,
     response_measures,
     right_answers,
     task_measures,
@@ -326,3 +327,12 @@ def test_an_arm_beside_itself_differs_by_nothing(ablations):
         same = measure.above(cell, cell)
         assert (same.estimate, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)
     assert measure.above(cells[0], cells[1]).low < measure.above(cells[0], cells[1]).high
+
+
+def test_a_measure_covers_what_all_seeds_were_scored_on(make_record):
+    """As where some seeds were run by an older studylib."""
+    first, second = (make_record("llm-qat", "4-8-4", seed=seed) for seed in (0, 1))
+    (measure, *_) = perplexities([first, second])
+    lacking = dataclasses.replace(second, scores={"loss/c4": second.scores["loss/c4"]})
+    assert [measure.covers(cell) for cell in gather([first, second]).values()] == [True]
+    assert [measure.covers(cell) for cell in gather([first, lacking]).values()] == [False]
