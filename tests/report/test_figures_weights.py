@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from studylib.config.budgets import EXECUTIONS
-from studylib.config.settings import Format
+from studylib.config.settings import FORMATS, Format
 from studylib.report.figures import weights as weight_figures
 
 
@@ -64,3 +64,8 @@ def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_fast
     figure = weight_figures.decoding_times([dataclasses.replace(record, scores=record.scores | scores)])
     assert flat(figure) == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(EXECUTIONS)
+
+
+def test_no_two_kinds_of_formats_look_alike():
+    assert len(set(weight_figures.COLOURS)) == len(weight_figures.COLOURS) >= len(FORMATS)
+    assert set(FORMATS) == set(weight_figures.LEVELS)

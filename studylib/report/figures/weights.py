@@ -80,6 +80,7 @@ LEVELS = {
     "affine": "affine Int",
 }  # what a format's levels are called at any width
 NF4_DQ = Format("nf", 4, double=True)
+COLOURS = (*LINES, "#882255", "#999933", "#888888")  # of kinds of formats, of which there are more than lines
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
@@ -185,7 +186,7 @@ def format_frontier(records: Sequence[Record]) -> Figure:
     shown = _encoded(records)
     if not panels or not shown:
         return empty_figure("No weights were rounded")
-    colours = _styles((_format(cell).kind for cell in shown), LINES)
+    colours = _styles((_format(cell).kind for cell in shown), COLOURS)
     markers = _styles((_scales(_format(cell)) for cell in shown), MARKERS)
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6.5)
