@@ -235,6 +235,10 @@ def tuned(make_record):
         make_record("encoded", "4-16-16", loss, 0.6 - (loss - 3), changes={"format": Format(kind, 4, 64, double)})
         for kind, double, loss in formats
     ]
+    records += [
+        make_record("encoded", "4-16-16", loss, 0.6 - (loss - 3), changes={"format": Format(kind, 4, group)})
+        for kind, group, loss in (("nvfp4", 16, 3.01), ("mxfp4", 32, 3.25), ("mxfp4-even", 32, 3.15))
+    ]
     nf, nf3 = Format("nf", 4, 64, True), Format("nf", 3, 64, True)
     variants = [
         ("lora", "16-16-16", 2.80, {}),
@@ -293,6 +297,9 @@ def ablations(picture, make_record):
         make_record("llm-qat", "4-4-16", loss=5.0, accuracy=0.30),
         make_record("smoothquant+llm-qat", "4-4-16", loss=4.5, accuracy=0.45),
         make_record("smoothquant+llm-qat", "4-8-4", loss=3.3, accuracy=0.52),
+        make_record("smoothquant", "4-4-16", loss=9.0, accuracy=0.26),
+        make_record("rtn", "4-4-16", loss=4.4, accuracy=0.40, changes={"scheme": Scheme(rotated=True)}),
+        make_record("llm-qat", "4-4-16", loss=3.4, accuracy=0.50, changes={"scheme": Scheme(rotated=True)}),
     ]
     return [run for record in records for run in repeated(record)]
 

@@ -195,7 +195,7 @@ def test_records_are_shared_between_notebooks(finished, output):
     )
     assert distilled == {"full precision", "RTN 4-8-4", "LLM-QAT 4-8-4"} and everywhere == {"full precision"}
     # All generated data but the chat's and those of four strategies are one set; each real corpus is another.
-    assert len(list((finished[0] / "data").iterdir())) == 6 + 1 + 2
+    assert len(list((finished[0] / "data").iterdir())) == 6 + 1 + 2 + 2  # full precision's predictions
 
 
 def test_list_and_show(finished, capsys):
@@ -280,7 +280,10 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--set", "settings=4-8-4"], "settings: '4-8-4' is not allowed; use a list of bit widths"),
         (["--set", "settings"], "--set: 'settings' is not NAME=VALUE"),
         (["--set", "settings=[4-8-4"], "--set: the value of 'settings=[4-8-4' is not YAML"),
-        (["--set", "output=here"], "--set: 'output' is not allowed; use --results, in which each run has its folder"),
+        (
+            ["--set", "output=here"],
+            "--set: 'output' is not allowed; use --output, or --results, in which each run has its folder",
+        ),
         (["--set", "hard=4-4-16", "--set", "seeds=[1]"], "--set: 'seeds' is not allowed; use --seeds"),
         (["--notebooks", "01", "--notebooks", "78"], "notebook: '78' is not known"),
         (["--jobs", "0"], "jobs: 0 is not allowed; use a whole number from 1 to 1024"),

@@ -1,7 +1,7 @@
 """What the papers leave open and later work claims, each with its rule, written before the runs that it judges."""
 
 from studylib.config import Format
-from studylib.evidence.measures import FULL
+from studylib.evidence.measures import FULL, unchanged_text
 from studylib.evidence.rules import is_best, stays_below
 from studylib.evidence.verdicts import TIMES, Claim, PaperNumber
 from studylib.methods import setting
@@ -15,6 +15,7 @@ CLAIMS = (
         "LLM-QAT of the rotated model at 4-4-16 has less than twice full precision's perplexity",
         (FULL, setting("llm-qat", "4-4-16", ROTATED)),
         stays_below,
+        beside=unchanged_text,
         effect=PaperNumber(5.9 / 5.5, TIMES, recalled=True),
     ),
     Claim(

@@ -108,6 +108,9 @@ def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
 
 def stays_below(measure: Measure, full: Cell, cell: Cell) -> Outcome:
     """Whether a perplexity does not reach EXPLODES times full precision's."""
+    if not measure.is_perplexity:  # full precision has none of it
+        lost = _worse(measure, full, cell)
+        return together([lost], f"{_is(cell.title, lost, full.title)}.")
     found = measure.interval(np.divide, cell, full)
     effect = Effect(found, TIMES, f"full precision's, by {cell.title}", below=EXPLODES, of=cell.setting)
     return together([effect], f"{cell.title} has {effect.text} full precision's.")

@@ -69,7 +69,7 @@ class GPTQ(Method):
     def check(self, arm: Arm) -> None:
         super().check(arm)
         if arm.scheme not in (Scheme(), Scheme(rotated=True)):
-            raise ValueError(f"scheme: {self.name!r} takes nothing of it but rotated; its grids are its own")
+            raise ValueError(f"scheme: {self.name!r} takes none but rotated; its grids are its own")
         _with_weights(arm.bits, self.title, arm.format)
 
     def apply(self, work: Work) -> None:

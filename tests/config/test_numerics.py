@@ -16,7 +16,7 @@ from studylib.config.numerics import NUMERICS, Version
 from studylib.data import corpora, generation, models
 from studylib.evaluate import packing, scores
 from studylib.methods import adapters, ptq
-from studylib.quant import formats, grids, kernel, learned
+from studylib.quant import formats, grids, kernel, learned, rotation
 from studylib.train import losses
 
 
@@ -148,6 +148,10 @@ def another_random_model(patch):
     patch.setattr(models, "skeleton", changed)
 
 
+def smaller_blocks(patch):
+    patch.setattr(rotation, "block_of", lambda width: 16)
+
+
 def another_middle_of_the_codes(patch):
     patch.setattr(kernel, "MIDDLE", 7)
 
@@ -164,6 +168,7 @@ CHANGES = [
     ("evaluation", rows_that_are_packed_otherwise),
     ("evaluation", shorter_windows_of_responses),
     ("formats", another_middle),
+    ("rotation", smaller_blocks),
     ("generation", samples_of_more_tokens),
     ("ptq", another_strength),
     ("fine-tuning", adapters_that_are_scaled_otherwise),

@@ -45,7 +45,7 @@ from studylib.config.settings import (
     Scheme,
 )
 from studylib.data import corpora, generation, models, prompts
-from studylib.quant import formats, grids, kernel, layers, learned, storage
+from studylib.quant import formats, grids, kernel, layers, learned, rotation, storage
 
 FILE = Path(__file__).with_name("numerics.json")
 TOLERANCE = 2e-3
@@ -227,6 +227,14 @@ def of_weight_grids() -> Iterator[float]:
         model = layers.quantize_model(tiny(opinionated=True), bits, scheme)
         yield from summary(logits(model) - plain)
         yield from (storage.stored_bytes(model), layers.cache_bytes_per_token(tiny(), bits, scheme))
+
+
+def of_rotation() -> Iterator[float]:
+    signs = torch.arange(576) % 3 % 2 * 2 - 1
+    for width, given in ((64, None), (576, signs), (848, None), (1536, None)):
+        own = rotation.Rotation(width, given)
+        turned = own(normal(4, width))
+        yield from (turned.std(), turned.abs().max(), *turned[1, 3:6], own.back(normal(4, width))[2, 5])
 
 
 def of_formats() -> Iterator[float]:
@@ -514,6 +522,7 @@ VALUES: dict[str, Callable[[], Iterable[float]]] = {
     "evaluation": of_evaluation,
     "grids": of_grids,
     "weight grids": of_weight_grids,
+    "rotation": of_rotation,
     "formats": of_formats,
     "generation": of_generation,
     "training": of_training,

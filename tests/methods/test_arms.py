@@ -55,6 +55,7 @@ CHANGED = {  # for each field an arm without a change, one with this change alon
         "head",
         "cache scale a head",
     ),
+    "scheme.rotated": (QAT, dataclasses.replace(QAT, scheme=Scheme(rotated=True)), True, "rotated"),
     "scheme.keys": (
         QAT,
         dataclasses.replace(QAT, scheme=Scheme(keys="after-rotary")),

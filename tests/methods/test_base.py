@@ -200,7 +200,11 @@ def test_each_part_is_there_where_it_is_needed_and_nowhere_else(method, part):
 def test_schemes_merges_and_bits_are_checked(method):
     arm = usual(method)
     other = dataclasses.replace(arm, scheme=Scheme("statsq"))
-    if "scheme" in method.takes:
+    if method.name == "gptq":
+        method.check(dataclasses.replace(arm, scheme=Scheme(rotated=True)))
+        with pytest.raises(ValueError, match=r"^scheme: 'gptq' takes none but rotated; its grids are its own$"):
+            method.check(other)
+    elif "scheme" in method.takes:
         method.check(other)
         for grid in OF_WEIGHTS if "training" in method.needs else ("statsq",):
             with pytest.raises(

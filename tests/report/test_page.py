@@ -144,7 +144,7 @@ def test_the_recipe_follows_the_ledger(page, picture):
 def test_readme_and_report_show_the_reference_results():
     reference = NOTEBOOKS.parent / "results" / "reference"
     (report,) = reference.glob("*/report.html")
-    notebooks = [path.parent.with_suffix(".ipynb") for path in report.parent.glob("*/published.json")]
+    notebooks = sorted(path.parent.with_suffix(".ipynb") for path in report.parent.glob("*/published.json"))
     records = batch.used_records(report.parent, notebooks, reference / "records")
     known = {record.key for record in read_records(reference / "records")}
     assert {record.key for record in records} == known

@@ -267,7 +267,7 @@ def test_what_begins_alike_is_measured_before_training_once(fp32, tiny_model, tm
         def held_out_loss():
             hidden = model.base_model(input_ids=torch.arange(16)[None]).last_hidden_state
             asked.append(hidden.float().abs().mean())
-            return asked[-1]
+            return {"loss": asked[-1].item()}
 
         curve = train(model, tmp_path / folder, held_out_loss=held_out_loss, held_out_text=text).curve
         assert len(curve) == 5
