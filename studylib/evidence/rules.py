@@ -98,21 +98,22 @@ def small_gain(measure: Measure, rtn: Cell, qat: Cell, rtn_4: Cell | None, qat_4
 
 
 def explodes(measure: Measure, full: Cell, cell: Cell) -> Outcome:
-    if not measure.is_perplexity:  # full precision has none of it
-        lost = _worse(measure, full, cell)
-        return together([lost], f"{_is(cell.title, lost, full.title)}.")
-    found = measure.interval(np.divide, cell, full)
-    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above=EXPLODES, of=cell.setting)
-    return together([effect], f"{cell.title} has {effect.text} full precision's.")
+    return _beside_full(measure, full, cell, above=EXPLODES)
 
 
 def stays_below(measure: Measure, full: Cell, cell: Cell) -> Outcome:
     """Whether a perplexity does not reach EXPLODES times full precision's."""
+    return _beside_full(measure, full, cell, below=EXPLODES)
+
+
+def _beside_full(
+    measure: Measure, full: Cell, cell: Cell, above: float = -math.inf, below: float = math.inf
+) -> Outcome:
     if not measure.is_perplexity:  # full precision has none of it
         lost = _worse(measure, full, cell)
         return together([lost], f"{_is(cell.title, lost, full.title)}.")
     found = measure.interval(np.divide, cell, full)
-    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", below=EXPLODES, of=cell.setting)
+    effect = Effect(found, TIMES, f"full precision's, by {cell.title}", above, below, cell.setting)
     return together([effect], f"{cell.title} has {effect.text} full precision's.")
 
 
