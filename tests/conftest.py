@@ -26,13 +26,13 @@ from studylib.study.records import FINISHED, Record, arm_key, digest
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries_frozen():
+@pytest.fixture(autouse=True)
+def libraries_frozen(monkeypatch):
     """Every arm asks for garbage collections, which else walk through all libraries for a quarter of a second each."""
-    gc.collect()
     gc.freeze()
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)  # a run lets go at its end what it has frozen
     yield
-    gc.unfreeze()
+    gc.collect()  # what the test has left, which the next one would freeze
 
 
 BUDGET = dataclasses.replace(

@@ -5,6 +5,7 @@ Little is imported here: a helper imports what it works with, which takes second
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -18,21 +19,23 @@ NO_MORE = -1  # behind the last of Turns
 
 
 class Turns:
-    """Places in a list of so many, in the order in which they are to be taken; one process sets it, others read it."""
+    """Places in a list of so many, in the order in which they are to be taken; one process sets it, others read it.
+
+    Nothing is locked: a process that is killed while it holds a lock would stop all others for ever. Who reads while
+    they are set may get some of the old ones and some of the new.
+    """
 
     def __init__(self, count: int):
-        self._places = multiprocessing.get_context("spawn").Array("i", count + 1)
+        self._places = multiprocessing.get_context("spawn").RawArray("i", [NO_MORE] * (count + 1))
 
     def set(self, places: Iterable[int]) -> None:
         """Each at most once."""
         chosen = [*places, NO_MORE]
-        with self._places.get_lock():
-            self._places[: len(chosen)] = chosen
+        self._places[: len(chosen)] = chosen
 
     def get(self) -> list[int]:
-        with self._places.get_lock():
-            found = self._places[:]
-        return found[: found.index(NO_MORE)]
+        """Each once."""
+        return list(dict.fromkeys(itertools.takewhile(lambda place: place != NO_MORE, self._places[:])))
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_pages_with_a_false_word_are_rare():
-    command = [sys.executable, BENCHMARKS / "false_words.py", "--sample", "10"]
+    command = [sys.executable, BENCHMARKS / "false_words.py", "--sample", "6"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 10 and all(re.fullmatch(r"page \d+: .*; \d+ with one so far", line) for line in lines)
-    assert int(lines[-1].split("; ")[1].split()[0]) <= 3  # more in one case of a thousand, at one page of twenty
+    assert len(lines) == 6 and all(re.fullmatch(r"page \d+: .*; \d+ with one so far", line) for line in lines)
+    assert int(lines[-1].split("; ")[1].split()[0]) <= 2  # more in two cases of a thousand, at one page of twenty
 
 
 @pytest.mark.parametrize("name", ["false_words", "false_words_skewed"])

