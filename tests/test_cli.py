@@ -46,8 +46,8 @@ def test_the_run_ends_with_the_table_and_the_reports_path(finished, output):
     assert last == f"Report: {output / 'report.html'}" and blank == ""
     assert any(line.startswith("LLM-QAT") and "4-8-4" in line for line in table)
     recipe = table[table.index("Which recipe for this model") :]
-    assert any(line.startswith("To keep what the model can do: ") for line in recipe)
-    assert any(line.startswith("Fine-tuned on instructions: ") for line in recipe)
+    assert any(line.startswith("Served as it is: ") for line in recipe)
+    assert any(line.startswith("Fine-tuned and deployed: ") for line in recipe)
     assert (output / "report.html").stat().st_size > 100_000
     assert "study run --profile smoke --model tiny-random" in (output / "report.html").read_text()
 
@@ -405,7 +405,7 @@ def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, 
     monkeypatch.setattr(batch, "execute", execute)
     assert main(["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "04", "--budget-mb", "5"]) == 0
     best = "The best within 5 MB: LLM-QAT at 4-8-8, "
-    assert f"\nWhich recipe for this model\n\nTo keep what the model can do: {best}" in capsys.readouterr().out
+    assert f"\nWhich recipe for this model\n\nServed as it is: {best}" in capsys.readouterr().out
     output = tmp_path / "smoke-tiny-random"
     assert best in (output / "report.html").read_text() and "--budget-mb 5" in (output / "report.html").read_text()
     assert main(["report", "--output", str(output), "--budget-mb", "9"]) == 0

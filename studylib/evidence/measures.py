@@ -26,7 +26,9 @@ from studylib.evidence.spread import Spread, pool
 from studylib.evidence.statistics import (
     EXCESS,
     LARGEST,
+    PERCENT,
     PLAIN,
+    POSITIVE,
     RATIO,
     Array,
     Interval,
@@ -328,7 +330,7 @@ class Measure:
         where they do not, the spread over seeds that all cells with several have.
         """
         seeds = _common_seeds(cells)
-        scale = RATIO if self.is_perplexity and contrast in (identity, np.divide) else PLAIN
+        scale = self._scale(contrast)
         scores = [
             np.stack([self._scores(cell, seed) for seed in seeds])
             if len(seeds) > 1 and len(cell.records) > 1
@@ -354,6 +356,13 @@ class Measure:
             count=count,
         )
         return replace(found, kinds=frozenset(cell.kind for cell in cells if cell.kind))
+
+    def _scale(self, contrast: Contrast) -> Scale:
+        if self.is_perplexity and contrast in (identity, np.divide):
+            return RATIO
+        if contrast is not identity:
+            return PLAIN
+        return PERCENT if self.kind in IN_PERCENT else POSITIVE
 
     def _labels(self, cells: Sequence[Cell]) -> list[Array]:
         """The cluster of each item, part by part; nothing where no record has them of all parts. Cells that can be

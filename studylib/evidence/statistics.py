@@ -26,6 +26,8 @@ class Scale:
 
 
 PLAIN = Scale(float, float)
+POSITIVE = Scale(float, lambda x: max(x, 0.0))  # what is never below 0, and has no interval there
+PERCENT = Scale(float, lambda x: min(max(x, 0.0), 100.0))
 RATIO = Scale(math.log, lambda x: math.exp(min(x, LARGEST)))  # perplexities and their ratios, whose errors multiply
 EXCESS = Scale(math.log1p, lambda x: math.expm1(min(x, LARGEST)))  # what a ratio is above 1
 
@@ -226,7 +228,7 @@ def paired_bootstrap(
         raise ValueError(f"strata: shape {labels.shape} is not allowed; use one label for each of the {n} items")
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     means = [array.mean(0) for array in arrays]
-    measured: Callable[..., Any] = statistic if scale is PLAIN else (lambda *scores: np.log(statistic(*scores)))
+    measured: Callable[..., Any] = (lambda *scores: np.log(statistic(*scores))) if scale is RATIO else statistic
     drawn = _drawn if draws * n <= CELLS else _draw
     values = [
         measured(*(mean.take(index) for mean in means))

@@ -296,7 +296,7 @@ def overview(entries: Sequence[Entry]) -> "Figure":
             for marker, fill, label in further
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        set_title(figure, _title(entries))
+        set_title(figure, counted(entries))
     return figure
 
 
@@ -325,7 +325,8 @@ def _positions(effect: Effect, entry: Entry) -> list[float]:
     return [np.copysign(np.inf, value) for value in values[:3]]
 
 
-def _title(entries: Sequence[Entry]) -> str:
+def counted(entries: Sequence[Entry]) -> str:
+    """How many claims have which verdict, as a phrase."""
     counts = Counter(entry.verdict for entry in entries)
     found = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
     return f"Of {len(entries)} claims of three papers and later work: {listed(found)}"

@@ -12,7 +12,7 @@ from studylib.config import Arm, Evaluation, markdown, number, write_whole
 from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
 from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
-from studylib.report.ledger import BY_PAPER, LATER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
+from studylib.report.ledger import BY_PAPER, LATER, SYMBOLS, Entry, counted, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
 from studylib.study import Record, RecordError, read_published, webp
 
@@ -73,7 +73,8 @@ def write_report(
         trained=_plainest([record.arm for record in records if record.arm.training]),
         tuned=_plainest([record.arm for record in records if record.arm.tuning]),
         seeds=sorted({record.arm.seed for record in records if record.arm.training or record.arm.tuning}),
-        entries=entries,
+        counted=counted(entries),
+        papers=[section for section in SECTIONS if section.paper != LATER],
         sections=[
             (
                 section,

@@ -44,6 +44,7 @@ SIZES = (
 PHASES = {"data": "text", "quantize": "rounding", "train": "training"}  # of making a model, in words
 SAVING = 0.1  # of the reference's size: a recipe that saves less is no smaller model
 LIMIT = 3  # times the reference's perplexity; what is above stands at the edge, or is not drawn if off the frontier
+MORE = 2  # times the minutes of what is made fastest: the difference in time decides nothing
 NAMED = 6  # of the recipes that are as good; how many there are besides is said
 
 
@@ -77,7 +78,7 @@ class Candidate:
 
     @property
     def effort(self) -> tuple[bool, float]:
-        """Orders candidates by what making them takes: those without a training first, then by minutes."""
+        """What making it takes: whether it has to be trained, and minutes."""
         return self.trained, sum(self.minutes.values())
 
     @property
@@ -118,17 +119,18 @@ class Family:
 class Recommendation:
     """What to take of a family, in sentences: the headline, and what stands behind it.
 
-    budget: MB, or None. best: None where nothing fits. equals: what fits and is not surely worse, the best first.
-    cheapest: of the best and its equals, what takes least to make.
+    budget: MB, or None. chosen: of the best and its equals, the first that takes little to make (see _cheapest); None
+    where nothing fits. best: the lowest perplexity of what fits. equals: what fits, is not surely worse and is within
+    SHARE of the best, the best first.
     """
 
     family: Family
     budget: float | None
     headline: str
     details: tuple[str, ...]
+    chosen: Candidate | None = None
     best: Candidate | None = None
     equals: tuple[Candidate, ...] = ()
-    cheapest: Candidate | None = None
 
 
 def families(records: Sequence[Record]) -> list[Family]:
@@ -140,8 +142,8 @@ def families(records: Sequence[Record]) -> list[Family]:
     accuracy = next(iter(accuracies(records)), None)
     found = []
     for title, tuned, usual, known in (
-        ("To keep what the model can do", False, FULL, text_measures(records)),
-        ("Fine-tuned on instructions", True, LORA, response_measures(records)),
+        ("Served as it is", False, FULL, text_measures(records)),
+        ("Fine-tuned and deployed", True, LORA, response_measures(records)),
     ):
         own = [cell for cell in cells if cell.tuned == tuned]
         for measure in known:
@@ -172,53 +174,69 @@ def recommendations(records: Sequence[Record], budget: float | None = None) -> l
 
 
 def recommend(family: Family, budget: float | None = None) -> Recommendation:
-    """The lowest perplexity within `budget` MB; without one, the smallest within SHARE of the reference.
+    """What fits in `budget` MB; without one, what is as small as the smallest within SHARE of the reference.
 
-    Raises ValueError for a budget that is not a number above 0.
+    Where nothing smaller is within SHARE, what is nearest of all that saves SAVING. Of those as good as the best, the
+    one that takes least to make. Raises ValueError for a budget that is not a number above 0.
     """
     check_budget(budget)
     by_size = sorted(family.candidates, key=lambda candidate: (candidate.size, family.loss(candidate)))
     near = [c for c in by_size if family.loss(c) <= (1 + SHARE) * family.loss(family.reference)]
-    limit = near[0].size if budget is None else budget
-    fitting = sorted((c for c in by_size if c.size <= limit), key=family.loss)
+    smaller = [c for c in by_size if c.size <= (1 - SAVING) * family.reference.size]
+    if budget is not None:
+        fitting, those = [c for c in by_size if c.size <= budget], "that fit"
+    elif near[0] in smaller:
+        fitting, those = [c for c in by_size if c.size <= near[0].size], "that are no larger"
+    else:
+        fitting, those = smaller or [c for c in near if c.size <= family.reference.size], "that save as much"
     if not fitting:
         smallest = f"{by_size[0].title}, takes {_size(by_size[0])}"
         text = f"Nothing that was run fits in {budget:g} MB: the smallest, {smallest}."
         return Recommendation(family, budget, text, (*_worse_than_guessing(family), *_left_out(family)))
-    best, *others = fitting
+    best, *others = sorted(fitting, key=family.loss)
     gaps = {other: family.above(other, best) for other in others}
     rate = (1 - LEVEL) / 2 / max(1, len(others))  # all of these comparisons hold at once (Bonferroni)
-    equals = tuple(other for other in others if gaps[other].bounds(rate)[0] <= 0)
-    cheapest = min((best, *equals), key=lambda candidate: candidate.effort)
+    equals = tuple(
+        other
+        for other in others
+        if gaps[other].bounds(rate)[0] <= 0
+        and family.loss(other) <= (1 + SHARE) * family.loss(best)
+        and (other in near or best not in near)
+    )
+    chosen = _cheapest((best, *equals))
     details = [
         *_worse_than_guessing(family),
-        *_far_from_reference(family, budget, best),
-        *_beside_others(budget, best, equals, cheapest, gaps),
-        *(_cost(candidate) for candidate in dict.fromkeys((best, cheapest))),
-        *_export(best),
+        *_far_from_reference(family, budget, chosen),
+        *_beside_others(those, best, equals, chosen, gaps),
+        *(_cost(candidate) for candidate in dict.fromkeys((chosen, best))),
+        *_export(chosen),
         *_seeds(family, fitting),
-        *_own_text(best),
+        *_own_text(chosen),
         *_left_out(family),
     ]
-    return Recommendation(family, budget, _headline(family, budget, best), tuple(details), best, equals, cheapest)
+    return Recommendation(family, budget, _headline(family, budget, chosen), tuple(details), chosen, best, equals)
 
 
-def _headline(family: Family, budget: float | None, best: Candidate) -> str:
-    measure, reference = family.measure, family.reference
-    value = f"{measure.title} {measure.text(family.loss(best))}"
-    if best is not reference:
-        value += f", {family.above(best, reference).text(percent)} above {reference.title}"
+def _cheapest(candidates: Sequence[Candidate]) -> Candidate:
+    """The first of those that take about as little to make as any: no training where one needs none, and no more than
+    MORE times the least minutes, or a second."""
+    trained, least = min(candidate.effort for candidate in candidates)
+    return next(c for c in candidates if c.trained == trained and c.effort[1] <= MORE * max(least, 1 / 60))
+
+
+def _headline(family: Family, budget: float | None, chosen: Candidate) -> str:
+    measure, reference, loss = family.measure, family.reference, family.loss(chosen)
+    value = f"{chosen.title}, {measure.title} {measure.text(loss)}"
+    if chosen is not reference:
+        value += f", {family.above(chosen, reference).text(percent)} above {reference.title}"
+    value += f", in {_size(chosen)}"
     if budget is not None:
-        return f"The best within {budget:g} MB: {best.title}, {value}, in {_size(best)}."
-    if best.size <= (1 - SAVING) * reference.size:
-        return f"The smallest within {percent(SHARE)} of {reference.title}: {best.title}, {value}, in {_size(best)}."
-    text = f"Nothing that saves {percent(SAVING)} of the size is within {percent(SHARE)} of {reference.title}"
-    text += f"{'' if best is reference else f': {best.title}'}, {value}, in {_size(best)}"
-    smaller = [candidate for candidate in family.frontier() if candidate.size < best.size]
-    if not smaller:
-        return f"{text}."
-    above = family.above(smaller[-1], best).text(percent)
-    return f"{text}; the next, {smaller[-1].title}, is {above} above it, in {_size(smaller[-1])}."
+        return f"The best within {budget:g} MB: {value}."
+    if chosen.size > (1 - SAVING) * reference.size:
+        return f"Nothing that was run saves {percent(SAVING)} of the size of {reference.title}: {value}."
+    if loss <= (1 + SHARE) * family.loss(reference):
+        return f"The smallest within {percent(SHARE)} of {reference.title}: {value}."
+    return f"Nothing that saves {percent(SAVING)} of the size is within {percent(SHARE)}: the nearest is {value}."
 
 
 def _worse_than_guessing(family: Family) -> list[str]:
@@ -232,34 +250,36 @@ def _worse_than_guessing(family: Family) -> list[str]:
     ]
 
 
-def _far_from_reference(family: Family, budget: float | None, best: Candidate) -> list[str]:
-    if budget is not None or best is family.reference:
+def _far_from_reference(family: Family, budget: float | None, chosen: Candidate) -> list[str]:
+    near = family.loss(chosen) <= (1 + SHARE) * family.loss(family.reference)
+    if budget is not None or chosen is family.reference or not near:
         return []
-    high = family.above(best, family.reference).high
+    high = family.above(chosen, family.reference).high
     return [f"It may be further away than that: the interval reaches {percent(high)}."] if high > SHARE else []
 
 
 def _beside_others(
-    budget: float | None,
-    best: Candidate,
-    equals: Sequence[Candidate],
-    cheapest: Candidate,
-    gaps: dict[Candidate, Interval],
+    those: str, best: Candidate, equals: Sequence[Candidate], chosen: Candidate, gaps: dict[Candidate, Interval]
 ) -> list[str]:
-    """How sure it is that nothing else is better: gaps holds the distance of all that fit, the best first."""
-    those = "that are no larger" if budget is None else "that fit"
+    """How sure it is that nothing else is better: gaps holds the distance of all `those` from the best, best first."""
     if not gaps:
-        return [f"Nothing else that was run {'is as small' if budget is None else 'fits'}."]
-    runner_up, gap = next(iter(gaps.items()))
-    found = [f"The next best of those {those}, {runner_up.title}, is worse by {gap.text(percent)}."]
+        return [f"Nothing else was run of those {those}."]
     over = f"over {len(gaps)} comparisons at once" if len(gaps) > 1 else "by this comparison"
     if not equals:
+        runner_up, gap = next(iter(gaps.items()))
         others = f"all {len(gaps)} others {those}" if len(gaps) > 1 else "it"
-        return [*found, f"{capital(best.title)} is better than {others}, with 95% confidence {over}."]
-    named = [f"{other.title} ({_size(other)})" for other in equals[:NAMED]]
-    more = [f"{len(equals) - NAMED} more"] if len(equals) > NAMED else []
-    found.append(f"As good, as far as these data can tell {over}: {listed([*named, *more])}.")
-    return [*found, f"Of all these, {cheapest.title} costs least to make."]
+        return [
+            f"The next best of those {those}, {runner_up.title}, is worse by {gap.text(percent)}.",
+            f"{capital(best.title)} is better than {others}, with 95% confidence {over}.",
+        ]
+    same = [candidate for candidate in (best, *equals) if candidate is not chosen]
+    named = [f"{other.title} ({_size(other)})" for other in same[:NAMED]]
+    more = [f"{len(same) - NAMED} more"] if len(same) > NAMED else []
+    found = [f"As good, as far as these data can tell {over}: {listed([*named, *more])}."]
+    if chosen is best:
+        return [*found, f"{capital(best.title)} has the lowest perplexity of these, and none is much cheaper to make."]
+    lowest = f"{best.title} has the lowest perplexity of those {those}. {capital(chosen.title)} is"
+    return [*found, f"{capital(lowest)} {gaps[chosen].text(percent)} above it and costs much less to make."]
 
 
 def _cost(candidate: Candidate) -> str:
@@ -308,16 +328,18 @@ def _size(candidate: Candidate) -> str:
 
 
 def frontier_table(found: Recommendation) -> "pd.DataFrame":
-    """A row for each candidate of the frontier, and for the cheapest of equals, as text; the smallest first."""
+    """A row for each candidate of the frontier, and for what is recommended, as text; the smallest first.
+
+    What has more than LIMIT times the reference's perplexity is left out.
+    """
     import pandas as pd
 
     family, accuracy = found.family, found.family.accuracy
-    chosen = family.frontier()
-    chosen += [found.cheapest] if found.cheapest and found.cheapest not in chosen else []
+    chosen = [candidate for candidate in family.frontier() if _times(family, candidate) <= LIMIT]
+    chosen += [own for own in dict.fromkeys((found.chosen, found.best)) if own and own not in chosen]
     shown = []
     for candidate in sorted(chosen, key=lambda candidate: (candidate.size, family.loss(candidate))):
-        notes = ["best"] if candidate is found.best else []
-        notes += ["as good, costs least"] if candidate is found.cheapest and candidate is not found.best else []
+        notes = ["recommended"] if candidate is found.chosen else []
         sizes = candidate.cell.records[0].metrics
         row = {
             "Recipe": capital(candidate.title) + (f" ({', '.join(notes)})" if notes else ""),
@@ -368,7 +390,7 @@ def frontier_figure(found: Recommendation) -> "Figure":
     )
 
     family, front = found.family, found.family.frontier()
-    marked = [candidate for candidate in (found.best, found.cheapest) if candidate]
+    marked = [found.chosen] if found.chosen else []
     named = list(dict.fromkeys([*front, *marked]))
     height = {candidate: min(_times(family, candidate), LIMIT) for candidate in family.candidates}
     with mpl.rc_context(STYLE):

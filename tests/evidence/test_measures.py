@@ -233,6 +233,20 @@ def test_responses_weigh_by_their_tokens(make_record):
     assert found.low < np.exp(np.mean(full.scores["loss/responses"])) < found.high  # one text rules it
 
 
+def test_an_interval_stays_where_its_numbers_can_be(make_record):
+    """An accuracy within 0 and 100 %, a divergence above 0; differences have no such ends."""
+    right = [1.0] + [0.0] * 3
+    few = with_scores(make_record("rtn", "4-8-4"), **{"accuracy/piqa": right, "accuracy/arc_easy": right})
+    few = dataclasses.replace(
+        few, arm=dataclasses.replace(few.arm, evaluation=dataclasses.replace(few.arm.evaluation, items=4))
+    )
+    accuracy = measure([few], "accuracy/mean")
+    (cell,) = gather([few]).values()
+    alone, beside = accuracy.interval(identity, cell), accuracy.interval(np.subtract, cell, cell)
+    assert (alone.low, alone.estimate) == (0.0, 25.0) and 25 < alone.high <= 100
+    assert alone.middle - alone.errors[0] * alone.quantile(0.025) < 0 and beside.estimate == 0
+
+
 def with_scores(record, **scores):
     return dataclasses.replace(
         record, scores=record.scores | {name.replace("__", "/"): own for name, own in scores.items()}

@@ -22,7 +22,7 @@ from studylib.evidence.verdicts import (
 from studylib.methods.base import PAPERS
 from studylib.report import tables
 from studylib.report.figures import comparisons as figures
-from studylib.report.ledger import BY_PAPER, CLAIMS, LATER, ledger, ledger_table, sentences
+from studylib.report.ledger import BY_PAPER, CLAIMS, LATER, counted, ledger, ledger_table, sentences
 from studylib.report.page import SECTIONS, SUMMARY, summary, write_report
 from studylib.report.recipes import SIZES, recommendations
 from studylib.study import notebooks as batch
@@ -115,8 +115,9 @@ def test_the_ledger_is_read_without_eyes_or_colours(page, picture):
     table = page[page.index('<table class="ledger"') : page.index("</table>")]
     counts = [table.count(f"</span> {verdict}") for verdict in VERDICTS]
     assert sum(counts) >= len(CLAIMS) and counts[0] and counts[3]
-    # The telling finding stands in the row; details hold the others, each with its own verdict.
-    assert table.count("<details><summary>") == sum(len(entry.findings) > 1 for entry in ledger(picture))
+    parts = sum(len(entry.main.parts) for entry in ledger(picture) if entry.main.by_part)
+    assert sum(counts) == len(CLAIMS) + parts  # a badge for each claim, and for each part that is not like all
+    assert table.count("<details><summary>") == len(CLAIMS)
 
 
 def test_the_page_says_what_was_found_and_on_what(page, picture):
@@ -134,6 +135,8 @@ def test_the_recipe_follows_the_ledger(page, picture):
     (found,) = recommendations(picture)
     text = " ".join(" ".join(Reader(page).text).split())
     assert all(sentence in text for sentence in (found.headline, *found.details, SIZES))
+    begun = page[page.index("<h1>") : page.index("<nav")]  # the answer, before anything else
+    assert found.headline in begun and f"{counted(ledger(picture))}." in begun
     assert page.index('id="ledger"') < page.index('id="recipe"') < page.index('id="LLM-QAT"')
     assert any(image["alt"].startswith(found.headline) for image in Reader(page).images)
     (within,) = recommendations(picture, 5)
