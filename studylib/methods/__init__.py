@@ -16,7 +16,16 @@ from studylib.methods.lora import (
     QATLoRA,
     QLoRA,
 )
-from studylib.methods.ptq import AWQ, GPTQ, FourBitKernel, FullPrecision, RoundedWeights, RoundToNearest, SmoothQuant
+from studylib.methods.ptq import (
+    AWQ,
+    GPTQ,
+    AutoRound,
+    FourBitKernel,
+    FullPrecision,
+    RoundedWeights,
+    RoundToNearest,
+    SmoothQuant,
+)
 
 register(  # in the order of tables and legends
     FullPrecision(),
@@ -24,6 +33,7 @@ register(  # in the order of tables and legends
     SmoothQuant(),
     GPTQ(),
     AWQ(),
+    AutoRound(),
     LLMQAT(),
     SmoothQuantLLMQAT(),
     RoundedWeights(),

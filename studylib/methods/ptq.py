@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from studylib import data, quant  # doors: what stands behind them is loaded when it is used
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from studylib.quant import Codes
-
 
 SMOOTHABLE = ("llama", "mistral", "qwen2", "qwen3")  # norms that feed q, k, v and gate, up, and nothing else
 CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant and GPTQ, whose time grows with them
 AWQ_WINDOWS = 8  # and for AWQ, which runs each of them some twenty times through every layer
+AUTOROUND_WINDOWS = 8  # and for AutoRound, which trains on BATCH of them in every one of AUTOROUND_STEPS a layer
+AUTOROUND_STEPS = 50  # auto-round's own "light" recipe; the paper has 200
+AUTOROUND_RATE = 5e-3  # of that recipe: a share of a level each step
 
 
 class FullPrecision(Method):
@@ -94,6 +96,23 @@ class AWQ(Method):
             awq(work.model, work.arm.bits, work.calibration(AWQ_WINDOWS), work.arm.format)
 
 
+class AutoRound(Method):
+    name, title, source = "autoround", "AutoRound", "arXiv 2309.05516"
+    look = Look("#56B4E9", "<", hollow=True)
+    needs, takes, numerics = frozenset({"data"}), frozenset({"format"}), ("grids", "ptq")
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        _with_weights(arm.bits, self.title, arm.format)
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
+        check_roundable(skeleton)
+
+    def apply(self, work: Work) -> None:
+        with work.phase("quantize"):
+            autoround(work.model, work.arm.bits, work.calibration(AUTOROUND_WINDOWS), work.arm.format)
+
+
 class RoundedWeights(Method):
     """The decoder's weights rounded once to a number format; everything else as it was."""
 
@@ -157,7 +176,18 @@ def check_smoothable(model: "PreTrainedModel") -> None:
         )
 
 
+def check_roundable(model: "nn.Module") -> None:
+    """Raise ValueError where AutoRound would leave a layer as it is: one with a side that WIDTH does not divide."""
+    for name, layer in quant.decoder_linears(model).items():
+        if layer.in_features % WIDTH or layer.out_features % WIDTH:
+            sides = f"{layer.out_features} x {layer.in_features}"
+            raise ValueError(
+                f"model: {name} is {sides}: AutoRound leaves it as it is, for it takes multiples of {WIDTH}"
+            )
+
+
 BATCH = 4  # windows in one forward pass
+WIDTH = 32  # that AutoRound asks of both sides of a layer
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # with logging off altogether GPTQ fails
 
@@ -201,24 +231,88 @@ def gptq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Fo
 
     grid = _weight_grid(model, bits, group, symmetric)
     calibrated = _calibrate(model, tokens, SequentialPipeline, GPTQModifier(config_groups=grid))
+    low = -(2 ** (bits.weights - 1))
+    zeros = (
+        {}
+        if symmetric
+        else {name: layer.weight_zero_point.short() - low for name, layer in _linears(model, calibrated)}
+    )
+    return _on_its_grid(model, bits, calibrated, symmetric, zeros)
+
+
+def autoround(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
+    """AutoRound (Cheng et al. 2024) for the weights, then activations and cache rounded on the fly as by RTN.
+
+    Layer after layer, signed gradient descent moves what is added to each weight before it is rounded, by up to half a
+    level, and the ends of each group's range, for the least squared error of the layer's output (their Eq. 3-5); the
+    best of AUTOROUND_STEPS steps is kept. Symmetric scales are negative where a group's largest magnitude is positive,
+    which so comes back exactly. Of affine weights llm-compressor keeps no zero points: they are found from the
+    weights, which are whole multiples of their scale.
+    Raises ValueError as `gptq` does, and for a layer with a side that is no multiple of WIDTH.
+    """
+    bits = _with_weights(bits, "AutoRound", format)
+    group, symmetric = _group(format)
+    _check(model, tokens, group)
+    check_roundable(model)
+    import torch
+
+    with torch.random.fork_rng(), _silent("autoround"):
+        from llmcompressor.modifiers.autoround import AutoRoundModifier
+        from llmcompressor.pipelines.sequential import SequentialPipeline
+
+        modifier = AutoRoundModifier(
+            config_groups=_weight_grid(model, bits, group, symmetric),
+            iters=AUTOROUND_STEPS,
+            lr=AUTOROUND_RATE,
+            batch_size=BATCH,
+            enable_torch_compile=False,
+        )
+        calibrated = _calibrate(model, tokens, SequentialPipeline, modifier)
+    layers = [] if symmetric else _linears(model, calibrated)
+    zeros = {name: (-_multiples(layer).amin(-1)).clamp(0, 2**bits.weights - 1) for name, layer in layers}
+    return _on_its_grid(model, bits, calibrated, symmetric, zeros)
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Inside, the logger of this name says nothing."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _linears(model: "nn.Module", calibrated: "nn.Module") -> "list[tuple[str, nn.Module]]":
+    return [(name, calibrated.get_submodule(name)) for name in quant.decoder_linears(model)]
+
+
+def _multiples(layer: "nn.Module") -> "Tensor":
+    """The weights of a layer that llm-compressor has rounded as multiples of their scales, [out, groups, group]."""
+    scale = layer.weight_scale.float()
+    return (layer.weight.float().unflatten(1, (scale.shape[1], -1)) / scale[..., None]).round()
+
+
+def _on_its_grid(
+    model: "nn.Module", bits: BitWidths, calibrated: "nn.Module", symmetric: bool, zeros: "Mapping[str, Tensor]"
+) -> "nn.Module":
+    """The model with the integers of `calibrated`, activations and cache rounded on the fly. zeros: [out, groups], from
+    0 up, of affine weights."""
+    low = -(2 ** (bits.weights - 1))
+    rounded = dict(_linears(model, calibrated))
     quant.quantize_model(model, bits)
     for name, module in model.named_modules():
         if isinstance(module, quant.QuantizedLinear):
-            module.weight_grid = None  # they lie on GPTQ's own grid
-            module.stored = _codes(calibrated.get_submodule(name), bits.weights, symmetric)
+            module.weight_grid = None  # they lie on a grid of the method's own
+            scale, integers = rounded[name].weight_scale.float(), _multiples(rounded[name])
+            if symmetric:
+                codes = quant.Codes.of_integers(integers.clamp(low, -low - 1).flatten(1), bits.weights, low, scale)
+            else:
+                integers = (integers + zeros[name][..., None]).clamp(0, 2 * -low - 1).flatten(1)
+                codes = quant.Codes.of_integers(integers, bits.weights, 0, scale, zeros[name])
+            module.stored = codes
     return model
-
-
-def _codes(layer: "nn.Module", bits: int, symmetric: bool) -> "Codes":
-    """The integers of a layer that llm-compressor has rounded, by the scales and zero points that it left there."""
-    low = -(2 ** (bits - 1))
-    scale = layer.weight_scale.float()
-    rows = layer.weight.float().unflatten(1, (scale.shape[1], -1))
-    zero = 0.0 if symmetric else layer.weight_zero_point.float()[..., None]
-    integers = (rows / scale[..., None] + zero).round().clamp(low, -low - 1).flatten(1)
-    if symmetric:
-        return quant.Codes.of_integers(integers, bits, low, scale)
-    return quant.Codes.of_integers(integers - low, bits, 0, scale, layer.weight_zero_point - low)
 
 
 def awq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
@@ -293,6 +387,7 @@ def _calibrate(model: "nn.Module", tokens: "Tensor", pipeline: type, *modifiers:
     from llmcompressor.core import create_session
     from llmcompressor.pipelines.cache import IntermediatesCache
 
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     shell = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     batches = [{"input_ids": batch} for batch in tokens.split(BATCH)]
     with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -306,4 +401,6 @@ def _calibrate(model: "nn.Module", tokens: "Tensor", pipeline: type, *modifiers:
         session.finalize()
         for name, parameter in model.named_parameters():
             parameter.copy_(shell.get_parameter(name))
+    for parameter, trained in trains.items():  # AutoRound freezes them all
+        parameter.requires_grad_(trained)
     return shell

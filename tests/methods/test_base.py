@@ -57,16 +57,17 @@ def registry(monkeypatch):
 
 
 def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
-    assert list(METHODS)[:7] == [
+    assert list(METHODS)[:8] == [
         "full-precision",
         "rtn",
         "smoothquant",
         "gptq",
         "awq",
+        "autoround",
         "llm-qat",
         "smoothquant+llm-qat",
     ]
-    assert list(METHODS)[7:] == [
+    assert list(METHODS)[8:] == [
         "encoded",
         "4-bit kernel",
         "lora",

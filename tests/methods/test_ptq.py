@@ -27,6 +27,7 @@ METHODS = {
     "smoothquant": ptq.smoothquant,
     "gptq": lambda model, tokens: ptq.gptq(model, "4-8-4", tokens),
     "awq": lambda model, tokens: ptq.awq(model, "4-8-4", tokens),
+    "autoround": lambda model, tokens: ptq.autoround(model, "4-8-4", tokens),
 }
 tokens = torch.randint(0, 320, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -50,6 +51,12 @@ def build(config):
 @pytest.fixture
 def llama(shape):
     return build(LlamaConfig(**shape, tie_word_embeddings=True))
+
+
+@pytest.fixture
+def wide(shape):
+    """As AutoRound takes them."""
+    return build(LlamaConfig(**shape | {"num_key_value_heads": 4, "intermediate_size": 64}, tie_word_embeddings=True))
 
 
 @pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3", "llama without groups"])
@@ -218,8 +225,28 @@ def test_awq_rounds_to_its_format_and_beats_rounding_alone(llama, kind):
         assert (stored.zeros is None) == (kind == "int-full") and stored.integers.unique().numel() == 8
 
 
-@pytest.mark.parametrize(("method", "name"), [(ptq.gptq, "GPTQ"), (ptq.awq, "AWQ")])
-def test_formats_that_gptq_and_awq_do_not_take_are_refused_and_nothing_changes(llama, method, name):
+@pytest.mark.parametrize("kind", ["int-full", "affine"])
+def test_autoround_rounds_to_its_format_and_beats_rounding(wide, kind):
+    """Its zero points, which llm-compressor drops, give back what was rounded."""
+    format, state = Format(kind, 3, 16), torch.random.get_rng_state()
+    exact, nearest = logits(wide), logits(encode_model(copy.deepcopy(wide), format))
+    ptq.autoround(wide, "3-16-16", tokens, format)
+    assert (logits(wide) - exact).square().mean() < 0.9 * (nearest - exact).square().mean()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for layer in decoder_linears(wide).values():
+        stored = layer.codes()
+        assert torch.equal(stored.decode(), layer.weight) and stored.groups == layer.in_features // 16
+        assert (stored.zeros is None) == (kind == "int-full") and stored.integers.unique().numel() == 8
+
+
+def test_a_layer_that_autoround_would_leave_as_it_is_is_named(llama):
+    message = "model: model.layers.0.self_attn.k_proj is 16 x 32: AutoRound leaves it as it is, for it takes mult"
+    with pytest.raises(ValueError, match=message):
+        ptq.autoround(llama, "4-16-16", tokens)
+
+
+@pytest.mark.parametrize(("method", "name"), [(ptq.gptq, "GPTQ"), (ptq.awq, "AWQ"), (ptq.autoround, "AutoRound")])
+def test_formats_that_they_do_not_take_are_refused_and_nothing_changes(llama, method, name):
     before = copy.deepcopy(llama.state_dict())
     for bits, format, message in (
         ("4-16-16", Format("nf", 4, 16), f"format: 'nf' is not allowed for {name}; use 'int-full' or 'affine'"),
@@ -276,32 +303,32 @@ def test_awq_beats_rounding(model):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_left_behind(llama, method, tmp_path, monkeypatch, capfd):
+def test_nothing_is_left_behind(wide, method, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    llama.lm_head.weight.requires_grad = False
-    plain, parameters = copy.deepcopy(llama), dict(llama.named_parameters())
-    forward, random_state = type(llama).forward, torch.get_rng_state()
-    assert METHODS[method](llama, tokens) is llama
+    wide.lm_head.weight.requires_grad = False
+    plain, parameters = copy.deepcopy(wide), dict(wide.named_parameters())
+    forward, random_state = type(wide).forward, torch.get_rng_state()
+    assert METHODS[method](wide, tokens) is wide
 
     from llmcompressor.core import active_session
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     again = METHODS[method](copy.deepcopy(plain), tokens)
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in llama.named_parameters())  # deterministic
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in wide.named_parameters())  # deterministic
     assert torch.equal(torch.get_rng_state(), random_state)
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
     assert active_session().state.model is None and not active_session().lifecycle.recipe.modifiers
     assert IntermediatesCache.pin_memory.__qualname__ == "IntermediatesCache.pin_memory"
 
     expected = plain if method == "smoothquant" else round_to_nearest(plain, "4-8-4")
-    assert type(llama).forward is forward and not llama.training
-    assert {name: id(p) for name, p in llama.named_parameters()} == {name: id(p) for name, p in parameters.items()}
-    assert list(llama.state_dict()) == list(expected.state_dict())
-    assert llama.config.to_dict() == expected.config.to_dict()
-    for (name, module), (_, other) in zip(llama.named_modules(), expected.named_modules(), strict=True):
+    assert type(wide).forward is forward and not wide.training
+    assert {name: id(p) for name, p in wide.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    assert list(wide.state_dict()) == list(expected.state_dict())
+    assert wide.config.to_dict() == expected.config.to_dict()
+    for (name, module), (_, other) in zip(wide.named_modules(), expected.named_modules(), strict=True):
         assert type(module) is type(other) and vars(module).keys() == vars(other).keys(), name
         assert type(module._parameters) is dict and not module._forward_hooks and not module._forward_pre_hooks
-    for name, parameter in llama.named_parameters():
+    for name, parameter in wide.named_parameters():
         assert parameter.dtype == torch.float32 and parameter.device == plain.device
         assert parameter.requires_grad == plain.get_parameter(name).requires_grad
 
@@ -319,20 +346,20 @@ ptq.gptq(models.load_model("tiny-random"), "4-8-4", torch.arange(48).view(2, 24)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_cannot_calibrate_is_refused(llama, shape, method):
-    run, before = METHODS[method], copy.deepcopy(llama.state_dict())
+def test_what_cannot_calibrate_is_refused(wide, shape, method):
+    run, before = METHODS[method], copy.deepcopy(wide.state_dict())
     for wrong in (tokens[:0], tokens[0], tokens[:, :0], tokens.float()):
         with pytest.raises(ValueError, match=r"tokens: torch\..* is not allowed; use int64 \[N, T\]"):
-            run(llama, wrong)
+            run(wide, wrong)
     with pytest.raises(ValueError, match="quantized already"):
-        run(round_to_nearest(copy.deepcopy(llama), "4-16-16"), tokens)
+        run(round_to_nearest(copy.deepcopy(wide), "4-16-16"), tokens)
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         run(AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=320)), tokens)
-    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
 
 
 def test_settings_that_make_no_sense_are_refused(llama):
-    for method, name in ((ptq.gptq, "GPTQ"), (ptq.awq, "AWQ")):
+    for method, name in ((ptq.gptq, "GPTQ"), (ptq.awq, "AWQ"), (ptq.autoround, "AutoRound")):
         with pytest.raises(ValueError, match=rf"16 \(off\) is not allowed for {name}"):
             method(llama, "16-8-8", tokens)
     for strength in (-0.1, 1.5):

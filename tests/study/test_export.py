@@ -64,6 +64,7 @@ WEIGHTS = {
     "full range": arm("rtn", "3-16-16", scheme=Scheme("full-range", 32)),
     "gptq in groups": arm("gptq", format=Format("int-full", 4, 32)),
     "gptq, affine": arm("gptq", "3-16-16", format=Format("affine", 3, 32)),
+    "autoround, affine": arm("autoround", format=Format("affine", 4, 32)),
     "awq in groups": arm("awq", format=Format("int-full", 4, 32)),
     "encoded": arm("encoded", "2-16-16", format=Format("int-full", 2, 32)),
     "affine": arm("encoded", "2-16-16", format=Format("affine", 2, 32)),

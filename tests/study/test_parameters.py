@@ -102,7 +102,7 @@ def test_a_name_has_one_meaning_but_for_bits_and_methods():
             "04_ptq_vs_qat",
             "methods",
             ["llm-qat"],
-            "'llm-qat' is not allowed; use a list of rtn, smoothquant, gptq or awq",
+            "'llm-qat' is not allowed; use a list of rtn, smoothquant, gptq, awq or autoround",
         ),
         ("05", "methods", ["lora"], "'lora' is not allowed; use a list of qlora"),
         ("05", "bits", [4.0], "4.0 is not allowed; use a list of 4, 3, 2 or 8, at least one"),
