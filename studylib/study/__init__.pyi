@@ -1,5 +1,6 @@
 from . import notebooks, schedule
-from .export import export_model, summary
+from .cards import summary
+from .export import export_model
 from .machine import environment
 from .notebooks import read_published, webp
 from .pace import Pace, time_text
