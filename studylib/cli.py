@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the public name of the model it was made of, e.g. owner/name (default: its own)",
     )
     _results(export)
+    check = commands.add_parser("run-check", help="run an exported model in every engine that is installed")
+    check.add_argument("folder", type=_path, metavar="FOLDER", help="what `study export` wrote")
+    check.add_argument(
+        "--base", metavar="MODEL", help="of an adapter: its base, as --model names it (default: by its id)"
+    )
     report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
     report.add_argument(
         "--output", type=_path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder"
@@ -737,6 +742,13 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _run_check(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.study import run_check
+
+    print(run_check(options.folder.resolve(), options.base))
+    return 0
+
+
 def _find(options: argparse.Namespace) -> "Record":
     """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
     of the reference."""
@@ -763,6 +775,7 @@ _COMMANDS = {
     "list": _list,
     "show": _show,
     "export": _export,
+    "run-check": _run_check,
     "report": _report,
     "verify": _verify,
     "clean": _clean,

@@ -72,7 +72,7 @@ def export_model(
         tokenizer.save_pretrained(partial)
         print("Scoring what is loaded from there", file=sys.stderr)
         wanted_scores = dataclasses.replace(arm.evaluation, tasks=())
-        loaded = gguf.read(partial, config) if kind == GGUF else _load(kind, arm.format, base, partial)
+        loaded = gguf.read(partial, config) if kind == GGUF else load(kind, arm.format, base, partial)
         metrics, _ = score(loaded, tokenizer, wanted_scores)
         size = sum(path.stat().st_size for ending in ("safetensors", "gguf") for path in partial.glob(f"*.{ending}"))
         exported = Exported(kind, size, metrics, moved)
@@ -170,7 +170,7 @@ def _write_adapter(arm: Arm, model: PreTrainedModel, base: str, folder: Path) ->
     ).save_pretrained(folder)
 
 
-def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
+def load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
     where = {
         "dtype": torch.float32,

@@ -361,7 +361,7 @@ def _split(tokenizer: PreTrainedTokenizerBase) -> str:
             steps.append(step["type"])
     found, bpe = SPLITS.get(tuple(steps)), told["model"]
     normal = [step["type"] for step in _parts(told["normalizer"], "normalizers")]
-    merges = bpe["type"] == "BPE" and not bpe.get("byte_fallback") and not bpe.get("continuing_subword_prefix")
+    merges = bpe["type"] == "BPE" and not bpe.get("continuing_subword_prefix")
     if (
         not merges
         or bpe.get("ignore_merges", False) != (found in WHOLE_WORDS)
