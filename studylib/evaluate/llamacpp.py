@@ -5,6 +5,7 @@ xllamacpp, which comes as a wheel, wraps llama.cpp's server, and that gives no p
 
 import importlib.util
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,7 @@ class LlamaCpp(nn.Module):
             )
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"llama.cpp does not take {path} ({error})") from error
+        weakref.finalize(self, self.engine.close)  # else at the exit, when what it calls is gone
         self.device = torch.device("cpu")
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:

@@ -6,6 +6,7 @@ Neither names a place on this machine.
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ PERPLEXITY = "perplexity/"
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written: one of CONTAINERS, its bytes, the perplexities of what is loaded from there, and the largest
-    distance between a weight in the file and in the record, in steps of its grid (None: not measured)."""
+    """What was written: one of CONTAINERS, its bytes, the perplexities of what is loaded from there (none where it was
+    not scored), and the largest distance between a weight in the file and in the record, in steps of its grid (None:
+    not measured)."""
 
     container: str
     bytes: int
@@ -126,12 +128,15 @@ def summary(record: Record, exported: Exported) -> str:
     """Size and perplexities of what was written, beside the record's, and what is left out, as Markdown."""
     reader = "gguf reads" if exported.container == GGUF else "transformers loads"
     lines = [f"{markdown(title(record.arm))}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
-    lines += [f"| | as {reader} it, in fp32 | the record |", "|---|---|---|"]
+    columns: dict[str, Mapping[str, float | None]] = {"the record": record.metrics}
+    if exported.metrics:
+        columns = {f"as {reader} it, in fp32": exported.metrics} | columns
+    lines += [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name in (name for name in record.metrics if name.startswith(PERPLEXITY)):
         text = name.removeprefix(PERPLEXITY)
         what = "of held-out Alpaca responses" if text == "responses" else f"on {markdown(corpus_title(text))}"
-        here, there = (number(metrics[name] or math.nan) for metrics in (exported.metrics, record.metrics))
-        lines.append(f"| perplexity {what} | {here} | {there} |")
+        found = [number(metrics[name] or math.nan) for metrics in columns.values()]
+        lines.append(f"| perplexity {what} | {' | '.join(found)} |")
     lines += [line for text in (*_rounding(record.arm, exported), *_numbers(record)) for line in ("", text)]
     return "\n".join(lines)
 
@@ -273,6 +278,9 @@ def _llama_cpp(arm: Arm, file: str) -> list[str]:
         *found,
         "In transformers, which turns it into dense weights:",
         _code("python", code),
+        _code(
+            "sh", [f"lm_eval --model hf --model_args pretrained=FOLDER,gguf_file={file},tokenizer=FOLDER --tasks TASK"]
+        ),
     ]
 
 

@@ -32,11 +32,17 @@ from studylib.study.run import deployed
 
 
 def export_model(
-    record: Record, store: Store, folder: Path, wanted: str | None = None, base_id: str | None = None
+    record: Record,
+    store: Store,
+    folder: Path,
+    wanted: str | None = None,
+    base_id: str | None = None,
+    scored: bool = True,
 ) -> Exported:
     """Write the record's model, its tokenizer, README.md and study.json into the new folder, and score what is loaded.
 
     wanted: which of CONTAINERS, None for the usual one. base_id: the public name of the model that it was made of.
+    scored: whether it is, which takes longer than all else; `study run-check` can do it later.
     The model is the one that was kept, or is made again (see run.deployed). Integers keep their scales in fp32 (in GGUF
     fp16); what is not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that the
     container does not hold, one of other weights, an adapter whose base has no public name, and a folder that is there.
@@ -70,10 +76,11 @@ def export_model(
         model = None
         gc.collect()
         tokenizer.save_pretrained(partial)
-        print("Scoring what is loaded from there", file=sys.stderr)
-        wanted_scores = dataclasses.replace(arm.evaluation, tasks=())
-        loaded = gguf.read(partial, config) if kind == GGUF else load(kind, arm.format, base, partial)
-        metrics, _ = score(loaded, tokenizer, wanted_scores)
+        metrics: dict[str, float] = {}
+        if scored:
+            print("Scoring what is loaded from there", file=sys.stderr)
+            loaded = gguf.read(partial, config) if kind == GGUF else load(kind, arm.format, base, partial)
+            metrics, _ = score(loaded, tokenizer, dataclasses.replace(arm.evaluation, tasks=()))
         size = sum(path.stat().st_size for ending in ("safetensors", "gguf") for path in partial.glob(f"*.{ending}"))
         exported = Exported(kind, size, metrics, moved)
         (partial / "README.md").write_text(cards.card(record, exported, base_id, file))
