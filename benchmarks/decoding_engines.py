@@ -15,7 +15,7 @@ from studylib.config.budgets import Decoding
 from studylib.config.settings import Format
 from studylib.data import models
 from studylib.evaluate.decoding import token_seconds
-from studylib.evaluate.llamacpp import LlamaCpp
+from studylib.evaluate.llamacpp import INSTALL, LlamaCpp, installed
 from studylib.quant.formats import encode_model
 from studylib.quant.kernel import int4_model
 from studylib.study import gguf
@@ -27,6 +27,9 @@ KINDS = {"Q4_0": Format("int", 4, GROUP), "Q4_1": Format("affine", 4, GROUP)}
 
 
 def main() -> None:
+    if not installed():
+        print(f"llama.cpp is not installed, so that nothing is compared; use {INSTALL}")
+        return
     tokenizer, found = models.load_tokenizer(MODEL), {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name, format in {"F16": None, **KINDS}.items():
