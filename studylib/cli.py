@@ -32,6 +32,7 @@ PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an ar
 SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
+FORMATS = ("gguf", "compressed-tensors", "bnb", "peft", "safetensors")  # of `study export`
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
     "output": "--output, or --results, in which each run has its folder"
@@ -87,7 +88,19 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the model of a record in a format that transformers loads")
     export.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
     export.add_argument("--output", type=_path, required=True, metavar="FOLDER", help="a new folder")
+    export.add_argument("--unscored", action="store_true", help="leave the perplexities to `study run-check`")
+    export.add_argument("--format", choices=FORMATS, help="default: the one that holds what was scored")
+    export.add_argument(
+        "--base-id",
+        metavar="ID",
+        help="the public name of the model it was made of, e.g. owner/name (default: its own)",
+    )
     _results(export)
+    check = commands.add_parser("run-check", help="run an exported model in every engine that is installed")
+    check.add_argument("folder", type=_path, metavar="FOLDER", help="what `study export` wrote")
+    check.add_argument(
+        "--base", metavar="MODEL", help="of an adapter: its base, as --model names it (default: by its id)"
+    )
     report = commands.add_parser("report", help="write the report of a finished run again, or print it as Markdown")
     report.add_argument(
         "--output", type=_path, default=Path("results/runs/quick-smollm2-135m"), help="the run's folder"
@@ -721,10 +734,20 @@ def _show(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.methods import OPTIONS as CONTAINERS_BY_OPTION
     from studylib.study import Store, export_model, summary
 
-    record = _find(options)
-    print(summary(record, export_model(record, Store(options.results.resolve()), options.output.resolve())))
+    record, store = _find(options), Store(options.results.resolve())
+    wanted = next((container for container, option in CONTAINERS_BY_OPTION.items() if option == options.format), None)
+    folder = options.output.resolve()
+    print(summary(record, export_model(record, store, folder, wanted, options.base_id, not options.unscored)))
+    return 0
+
+
+def _run_check(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.study import run_check
+
+    print(run_check(options.folder.resolve(), options.base))
     return 0
 
 
@@ -754,6 +777,7 @@ _COMMANDS = {
     "list": _list,
     "show": _show,
     "export": _export,
+    "run-check": _run_check,
     "report": _report,
     "verify": _verify,
     "clean": _clean,

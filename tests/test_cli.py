@@ -218,7 +218,7 @@ def test_export(finished, tmp_path, capsys):
     assert main(["export", keys["LLM-QAT 4-8-4"], *where]) == 0
     told = capsys.readouterr().out
     assert told.startswith("LLM-QAT 4-8-4, compressed-tensors: 0.1 MB") and "| perplexity on C4 | " in told
-    assert "Key/value cache: 16 bits here, 4 in the record." in told
+    assert "Key/value cache: 4 bits here as in the record." in told
     assert told in (tmp_path / "model" / "README.md").read_text()
     for key, message in (
         (keys["RTN 4-8-4"], "give a new folder"),
@@ -544,7 +544,7 @@ def test_help_names_every_command():
     assert done.returncode == 0
     assert all(
         f"    {name} " in done.stdout
-        for name in ("run", "decide", "list", "show", "export", "report", "verify", "clean", "plan")
+        for name in ("run", "decide", "list", "show", "export", "run-check", "report", "verify", "clean", "plan")
     )
 
 

@@ -1,6 +1,7 @@
 """pyproject.toml, constraints.txt, environment.yml, Makefile and README say the same."""
 
 import importlib.metadata
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -18,7 +19,8 @@ PINS = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-EXTRAS = PROJECT["optional-dependencies"]
+EXTRAS = dict(PROJECT["optional-dependencies"])
+COMPILED = list(map(Requirement, EXTRAS.pop("llama-cpp")))  # an engine, which `make` does not install
 REQUIREMENTS = list(map(Requirement, sum(EXTRAS.values(), start=PROJECT["dependencies"])))
 
 
@@ -33,6 +35,14 @@ def test_what_the_project_asks_for_is_pinned_and_installed_as_pinned(requirement
     version = pinned(requirement.name.lower())
     assert version in requirement.specifier
     assert Version(importlib.metadata.version(requirement.name)).public == version.public
+
+
+@pytest.mark.parametrize("requirement", COMPILED, ids=str)
+def test_an_engine_is_pinned_and_where_it_is_there_as_pinned(requirement):
+    version = pinned(requirement.name.lower())
+    assert version in requirement.specifier
+    if importlib.util.find_spec(requirement.name.replace("-python", "").replace("-", "_")):
+        assert Version(importlib.metadata.version(requirement.name)) == version
 
 
 def test_every_constraint_is_an_exact_version():

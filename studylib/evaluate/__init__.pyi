@@ -1,5 +1,5 @@
-from . import memory
-from .decoding import decoding_seconds
+from . import llamacpp, memory
+from .decoding import decoding_seconds, token_seconds
 from .divergence import FullPrecision
 from .memory import GB, PURPOSES, TITLES, measure, plan, plan_text
 from .scores import TASKS, check_requests, evaluation_windows, normal_error, pair_requests, score, weight_scores
@@ -13,6 +13,7 @@ __all__ = [
     "check_requests",
     "decoding_seconds",
     "evaluation_windows",
+    "llamacpp",
     "measure",
     "memory",
     "normal_error",
@@ -20,5 +21,6 @@ __all__ = [
     "plan",
     "plan_text",
     "score",
+    "token_seconds",
     "weight_scores",
 ]

@@ -77,8 +77,8 @@ def seconds_in_this_process(model: str, format: Format, settings: Decoding) -> d
         integers = int4_model(encode_model(original, format), models.compute_dtype())
         executions = (usual, integers, with_adapter(integers))
         for own in executions:
-            _seconds(own, replace(settings, tokens=1))
-        rounds = [[_seconds(own, settings) for own in executions] for _ in range(settings.rounds)]
+            token_seconds(own, replace(settings, tokens=1))
+        rounds = [[token_seconds(own, settings) for own in executions] for _ in range(settings.rounds)]
         for kind, times in zip(EXECUTIONS, np.array(rounds).T, strict=True):
             found[f"seconds/{name}/{kind}"] = times.tolist()
     return found
@@ -102,8 +102,8 @@ def _layers_of(shape: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _seconds(model: PreTrainedModel, settings: Decoding) -> float:
-    """Seconds of one token, the mean over those that are decoded."""
+def token_seconds(model: PreTrainedModel, settings: Decoding) -> float:
+    """Seconds of one token, the mean over those that are decoded greedily after the context, one at a time."""
     cache = DynamicCache(config=model.config)
     context = torch.arange(settings.context)[None] % model.config.vocab_size
     logits = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

@@ -350,9 +350,10 @@ def seedless(arm: Arm) -> Arm:
     return dataclasses.replace(arm, **changes)
 
 
-def container(arm: Arm) -> str:
-    """Which of base.CONTAINERS holds what the arm deploys. ValueError, with the reason, where none does."""
+def container(arm: Arm, wanted: str | None = None) -> str:
+    """Which of base.CONTAINERS holds what the arm deploys: `wanted`, or the usual one. ValueError, with the reason,
+    where it does not."""
     try:
-        return find(arm.method).container(arm)
+        return find(arm.method).container(arm, wanted)
     except ValueError as error:
         raise ValueError(f"record: {title(arm)} cannot be exported; {error}") from None

@@ -34,12 +34,31 @@ if TYPE_CHECKING:
     from studylib.config import Log
     from studylib.train import TrainingData
 
-INTEGERS, FOUR_BIT, PEFT, SIXTEEN_BITS = CONTAINERS = (
+INTEGERS, FOUR_BIT, PEFT, SIXTEEN_BITS, GGUF = CONTAINERS = (
     "compressed-tensors",
     "bitsandbytes",
     "peft adapter",
     "16-bit weights",
+    "GGUF",
 )  # of other software, for what is deployed
+OPTIONS = {GGUF: "gguf", INTEGERS: "compressed-tensors", FOUR_BIT: "bnb", PEFT: "peft", SIXTEEN_BITS: "safetensors"}
+ON_GRID, SHIFTED, STOCK, TABLE, ADAPTED, DENSE = (
+    "integers",
+    "integers with learned offsets",
+    "4-bit floats of bitsandbytes",
+    "a table of levels",
+    "an adapter beside its base",
+    "16-bit weights",
+)  # what an arm deploys
+HOLDS = {
+    INTEGERS: (ON_GRID, SHIFTED),
+    FOUR_BIT: (STOCK,),
+    PEFT: (ADAPTED,),
+    SIXTEEN_BITS: (ON_GRID, SHIFTED, STOCK, TABLE, ADAPTED, DENSE),
+    GGUF: (ON_GRID, SHIFTED, ADAPTED, DENSE),
+}
+IN_16_BITS = f"--format {OPTIONS[SIXTEEN_BITS]} writes it in 16 bits"
+USUAL = {ON_GRID: INTEGERS, SHIFTED: GGUF, STOCK: FOUR_BIT, ADAPTED: PEFT, DENSE: SIXTEEN_BITS}
 LLM_QAT_PAPER, QLORA_PAPER, L4Q_PAPER = PAPERS = ("LLM-QAT", "QLoRA", "L4Q")  # that the study reruns
 
 
@@ -179,20 +198,34 @@ class Method(ABC):
     def usual_adapter(self) -> Adapter | None:
         return Adapter() if "adapter" in self.needs else None
 
-    def container(self, arm: Arm) -> str:
-        """Which of CONTAINERS holds what the arm deploys. ValueError, with the reason, where none does."""
+    def deploys(self, arm: Arm) -> str:
+        """What the arm deploys: ON_GRID, ... ValueError, with the reason, where nobody else's software computes it."""
         format = arm.format
         if not self.rounds and not arm.tuning:
             raise ValueError("it is the model as it was loaded")
         if arm.scheme.rotated:
             raise ValueError("its activations are rotated on the way, which no container says here")
         if format and in_bitsandbytes(format):
-            return FOUR_BIT
+            return STOCK
         if format and format.kind not in INTEGER_FORMATS:
-            raise ValueError(f"neither compressed-tensors nor bitsandbytes has {format.title}")
+            return TABLE
         if arm.widths.weights == OFF and not format:
             raise ValueError("its weights are not quantized")
-        return INTEGERS
+        return ON_GRID
+
+    def container(self, arm: Arm, wanted: str | None = None) -> str:
+        """Which of CONTAINERS holds what the arm deploys: `wanted`, or the usual one. ValueError, with the reason and
+        what to use instead, where it does not."""
+        deployed = self.deploys(arm)
+        usual = USUAL.get(deployed)
+        found = wanted or usual
+        if found is None:
+            title = arm.format.title if arm.format else deployed
+            raise ValueError(f"neither compressed-tensors nor bitsandbytes has {title}; {IN_16_BITS}")
+        if deployed not in HOLDS[found]:
+            instead = IN_16_BITS if usual is None else f"use --format {OPTIONS[usual]}"
+            raise ValueError(f"{found} does not hold {deployed}; {instead}")
+        return found
 
     def as_trained(self, arm: Arm) -> Arm:
         """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""

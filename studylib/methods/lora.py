@@ -18,6 +18,7 @@ from studylib.config import (
     FROM_ORIGINAL,
     FULL,
     INITS,
+    INTEGER_FORMATS,
     LOFTQ,
     MERGED_16,
     PACKED,
@@ -33,7 +34,20 @@ from studylib.config import (
     kept_if_possible,
     usable,
 )
-from studylib.methods.base import L4Q_PAPER, METHODS, PEFT, QLORA_PAPER, SIXTEEN_BITS, Look, Method, Work
+from studylib.methods.base import (
+    ADAPTED,
+    DENSE,
+    GGUF,
+    L4Q_PAPER,
+    METHODS,
+    PEFT,
+    QLORA_PAPER,
+    SHIFTED,
+    SIXTEEN_BITS,
+    Look,
+    Method,
+    Work,
+)
 from studylib.methods.ptq import CALIBRATION_WINDOWS
 
 if TYPE_CHECKING:
@@ -43,7 +57,7 @@ if TYPE_CHECKING:
     from studylib.config import Log
 
 
-FREE_OFFSETS = "no format that transformers loads has an offset a group that is not a whole number of steps"
+READERS = {PEFT: "transformers", GGUF: "llama.cpp"}  # who makes the base that an adapter is beside
 UNIFORM = (FULL, AFFINE)  # the formats of L4Q's comparison: its own grid, and one with a zero point
 
 
@@ -120,20 +134,32 @@ class FineTuned(Method):
             linears = decoder_linears(skeleton)
             check_rank(arm.adapter, {name: linears[name] for name in adapted_layers(skeleton, arm.adapter.layers)})
 
-    def container(self, arm: Arm) -> str:
+    def deploys(self, arm: Arm) -> str:
         if arm.adapter is None and self.learns_grid and arm.format is not None and arm.format.kind == AFFINE:
-            raise ValueError(FREE_OFFSETS)
+            return SHIFTED
         if arm.adapter is None or arm.merge in PACKED:
-            return super().container(arm)
+            return super().deploys(arm)
         if arm.merge in (DEQUANTIZED, MERGED_16):
-            return SIXTEEN_BITS
-        if not self.keeps_adapter:
-            raise ValueError(FREE_OFFSETS)
-        own = arm.format
-        stock = "format" not in self.needs or (own is not None and in_bitsandbytes(own) and own.group == DEFAULT_GROUP)
-        if not stock or arm.adapter.kind not in (PLAIN, DORA) or arm.model == TINY:
-            raise ValueError("its adapter goes with a base that transformers does not make; take an arm that is merged")
-        return PEFT
+            return DENSE
+        return ADAPTED if self.keeps_adapter else SHIFTED
+
+    def container(self, arm: Arm, wanted: str | None = None) -> str:
+        found, own = super().container(arm, wanted), arm.format
+        if self.deploys(arm) != ADAPTED or found == SIXTEEN_BITS:
+            return found
+        assert arm.adapter is not None
+        in_low_bits = own if "format" in self.needs else None
+        if found == PEFT:
+            stock = in_low_bits is None or (in_bitsandbytes(in_low_bits) and in_low_bits.group == DEFAULT_GROUP)
+            fits = stock and arm.adapter.kind in (PLAIN, DORA) and arm.model != TINY
+        else:
+            integers = in_low_bits is not None and in_low_bits.kind in INTEGER_FORMATS
+            fits = in_low_bits is None or (integers and arm.adapter.kind != DORA)  # a 16-bit base takes the adapter in
+        if not fits:
+            raise ValueError(
+                f"its adapter goes with a base that {READERS[found]} does not make; take an arm that is merged"
+            )
+        return found
 
     def apply(self, work: Work) -> "Log":
         from studylib.methods.adapters import load_trained, merge, save_trained

@@ -1,5 +1,7 @@
 from . import notebooks, schedule
-from .export import export_model, summary
+from .cards import summary
+from .engines import run_check
+from .export import export_model
 from .machine import environment
 from .notebooks import read_published, webp
 from .pace import Pace, time_text
@@ -40,6 +42,7 @@ __all__ = [
     "read_record",
     "read_records",
     "record_files",
+    "run_check",
     "schedule",
     "seconds_alone",
     "short_key",

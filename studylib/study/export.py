@@ -1,97 +1,126 @@
-"""The model of a record, for other software: compressed-tensors, bitsandbytes, a peft adapter, or 16-bit weights."""
+"""The model of a record, for other software: GGUF, compressed-tensors, bitsandbytes, a peft adapter, 16-bit weights."""
 
-import contextlib
 import dataclasses
 import gc
-import io
-import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from studylib.config import BITSANDBYTES, DORA, OFF, SYMMETRIC, Arm, Format, markdown, number, written_whole
+from studylib.config import BITSANDBYTES, DORA, Arm, Format, written_whole
 from studylib.data import models
 from studylib.evaluate import score
 from studylib.methods import (
+    ADAPTED,
     FOUR_BIT,
+    GGUF,
     INTEGERS,
     PEFT,
     container,
-    corpus_title,
+    find,
     four_bit,
-    title,
     unrepacked,
 )
 from studylib.quant import Codes, DeployedLinear, coded_layers, decoder_linears, sixteen_bits
+from studylib.study import cards, compressed, gguf
+from studylib.study.cards import Exported
 from studylib.study.records import FINISHED, Record, Store
 from studylib.study.run import deployed
 
-if TYPE_CHECKING:
-    from compressed_tensors.compressors import ModelCompressor
 
+def export_model(
+    record: Record,
+    store: Store,
+    folder: Path,
+    wanted: str | None = None,
+    base_id: str | None = None,
+    scored: bool = True,
+) -> Exported:
+    """Write the record's model, its tokenizer, README.md and study.json into the new folder, and score what is loaded.
 
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """What was written: one of CONTAINERS, its bytes, and the perplexities of what transformers loads from there."""
-
-    container: str
-    bytes: int
-    metrics: dict[str, float]
-
-
-def export_model(record: Record, store: Store, folder: Path) -> Exported:
-    """Write the record's model, its tokenizer and a README.md into the new folder, and score what transformers loads.
-
-    The model is the one that was kept, or is made again (see run.deployed). Integers keep their scales in fp32; what is
-    not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that no container holds, one
-    of other weights, and a folder that is there.
+    wanted: which of CONTAINERS, None for the usual one. base_id: the public name of the model that it was made of.
+    scored: whether it is, which takes longer than all else; `study run-check` can do it later.
+    The model is the one that was kept, or is made again (see run.deployed). Integers keep their scales in fp32 (in GGUF
+    fp16); what is not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that the
+    container does not hold, one of other weights, an adapter whose base has no public name, and a folder that is there.
     """
-    kind = container(record.arm)
+    arm, kind = record.arm, container(record.arm, wanted)
     if record.status != FINISHED:
         raise ValueError(f"record: {record.key} is {record.status}; there is no model to write")
     if folder.exists() or not folder.parent.is_dir():
         why = "exists" if folder.exists() else "would be in no folder"
         raise ValueError(f"output: {folder} {why}; give a new folder in one that exists")
-    if models.identity(record.arm.model)["sha256"] != record.provenance["model"]["sha256"]:
-        raise ValueError(f"record: {record.key} is of other weights than {record.arm.model} has now")
+    if models.identity(arm.model)["sha256"] != record.provenance["model"]["sha256"]:
+        raise ValueError(f"record: {record.key} is of other weights than {arm.model} has now")
+    public = cards.base_id(arm.model, base_id)
+    if kind == PEFT and public is None:
+        raise ValueError("base-id: missing; an adapter names its base, and this is a local folder: give --base-id")
+    if kind == GGUF:
+        gguf.check_arm(arm, models.load_config(arm.model), models.load_tokenizer(arm.model))
     with written_whole(folder) as partial:
         partial.mkdir()
-        model, tokenizer = deployed(record.arm, store)
-        base = model.name_or_path
+        model, tokenizer = deployed(arm, store)
+        base, config, file, moved = model.name_or_path, model.config, None, None
         if kind == PEFT:
-            _write_adapter(record.arm, model, base, partial)
+            _write_adapter(arm, model, str(public), partial)
+        elif kind == GGUF:
+            file, moved = _write_gguf(arm, model, tokenizer, cards.base_title(arm.model, base_id), partial)
         else:
-            _write_weights(kind, record.arm, model, partial)
-        del model
+            stored, others = _taken(model)
+            del model
+            _write_weights(kind, arm, stored, others, partial)
+            del stored, others
+        model = None
         gc.collect()
         tokenizer.save_pretrained(partial)
-        wanted = dataclasses.replace(record.arm.evaluation, tasks=())
-        print("Scoring what transformers loads", file=sys.stderr)
-        metrics, _ = score(_load(kind, record.arm.format, base, partial), tokenizer, wanted)
-        size = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        exported = Exported(kind, size, metrics)
-        (partial / "README.md").write_text(_card(record, exported, base))
+        metrics: dict[str, float] = {}
+        if scored:
+            print("Scoring what is loaded from there", file=sys.stderr)
+            loaded = gguf.read(partial, config) if kind == GGUF else load(kind, arm.format, base, partial)
+            metrics, _ = score(loaded, tokenizer, dataclasses.replace(arm.evaluation, tasks=()))
+        size = sum(path.stat().st_size for ending in ("safetensors", "gguf") for path in partial.glob(f"*.{ending}"))
+        exported = Exported(kind, size, metrics, moved)
+        (partial / "README.md").write_text(cards.card(record, exported, base_id, file))
+        (partial / cards.NOTE).write_text(cards.note(record, exported, public, file))
     return exported
 
 
-def _without_bars() -> contextlib.AbstractContextManager:
-    """Inside, the libraries' progress bars are not shown."""
-    return contextlib.redirect_stderr(io.StringIO())
+def _write_gguf(
+    arm: Arm, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path
+) -> tuple[str, float | None]:
+    """The file's name, and how far a weight is from its codes. An adapter beside integers has a file of its own."""
+    kind, moved = gguf.write(folder / "model.gguf", model, tokenizer, name)
+    file = f"model-{kind}.gguf"  # which llama.cpp's own downloader goes by
+    (folder / "model.gguf").rename(folder / file)
+    if find(arm.method).deploys(arm) == ADAPTED and arm.adapter and next(coded_layers(model), None):
+        gguf.write_adapter(folder / gguf.ADAPTER, model, arm.adapter.alpha, name)
+    return file, moved
 
 
-def _write_weights(kind: str, arm: Arm, model: PreTrainedModel, folder: Path) -> None:
+def _taken(model: PreTrainedModel) -> tuple[dict[str, Codes], dict[str, Tensor]]:
+    """What is kept of a deployed model: codes by layer, and by name in 16 bits all that is not said by them."""
+    dtype = sixteen_bits(model)
+    beside = {name for name, layer in model.named_modules() if getattr(layer, "beside", None) is not None}
+    stored = {name: codes for name, _, codes in coded_layers(model) if name not in beside}
+    others = {
+        name: parameter.detach().to(dtype)
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in stored or name.endswith(".bias")
+    }
+    return stored, others
+
+
+def _write_weights(kind: str, arm: Arm, stored: dict[str, Codes], others: dict[str, Tensor], folder: Path) -> None:
     plain = models.load_model(arm.model)
-    dtype, stored = sixteen_bits(plain), {name: codes for name, _, codes in coded_layers(model)}
+    dtype = sixteen_bits(plain)
     for name, parameter in plain.named_parameters():
         owner, _, kind_of = name.rpartition(".")
-        dense = stored[owner].decode() if kind_of == "weight" and owner in stored else model.get_parameter(name)
-        parameter.data.copy_(dense)
-    compressor = _compress(plain, arm, stored) if kind == INTEGERS else None
+        coded = kind_of == "weight" and owner in stored
+        parameter.data.copy_(stored[owner].decode() if coded else others[name])
+    compressor = compressed.compress(plain, arm, stored) if kind == INTEGERS else None
     if kind == FOUR_BIT and arm.format:
         _store_four_bits(plain, arm.format, dtype)
     for name, parameter in plain.named_parameters():
@@ -100,63 +129,6 @@ def _write_weights(kind: str, arm: Arm, model: PreTrainedModel, folder: Path) ->
     plain.save_pretrained(folder)
     if compressor:
         compressor.update_config(folder)
-
-
-def _compress(model: PreTrainedModel, arm: Arm, stored: dict[str, Codes]) -> "ModelCompressor":
-    """Put compressed-tensors' packed integers in the place of the weights. Returns what writes their configuration."""
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        apply_quantization_config,
-    )
-
-    linears, bits = decoder_linears(model), arm.widths
-    if stored.keys() != linears.keys():
-        raise ValueError(f"record: {title(arm)} cannot be exported; its weights have no codes")
-    first = next(iter(stored.values()))
-    symmetric, columns = first.zeros is None, first.shape[1]
-    whole = all(codes.groups == 1 for codes in stored.values())
-    blocks = {"strategy": "channel"} if whole else {"strategy": "group", "group_size": columns // first.groups}
-    inputs = None
-    if bits.activations != OFF:
-        inputs = QuantizationArgs(
-            num_bits=bits.activations, symmetric=symmetric, strategy="token", dynamic=True, observer=None
-        )
-    scheme = QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(num_bits=first.bits, symmetric=symmetric, observer=None, **blocks),
-        input_activations=inputs,
-        format="pack-quantized" if first.bits < 8 else None,  # else fewer bits take 8 beside rounded activations
-    )
-    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in linears]
-    with _without_bars():
-        apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=others))
-        for name, linear in linears.items():
-            scale, zero = integer_grid(stored[name])
-            linear.weight_scale.data = scale
-            if zero is not None:
-                linear.weight_zero_point.data = zero.to(linear.weight_zero_point.dtype)
-        compressor = ModelCompressor.from_pretrained_model(model)
-        compressor.compress_model(model)
-    return compressor
-
-
-def integer_grid(stored: Codes) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point, [out, groups], for integers in -2^(b-1)..2^(b-1)-1: weight = scale * (integer - zero).
-
-    Raises ValueError for codes that stand for no integers, or have an offset that is no whole number of steps.
-    """
-    middle = 2 ** (stored.bits - 1)
-    offset = stored.offset
-    if stored.levels is not None or (offset is not None and bool((offset != 0).any())):
-        raise ValueError("codes: a table or a learned offset is no integer grid")
-    if stored.zero is None:
-        if not -middle <= stored.low < 0:
-            raise ValueError(f"codes: integers from {stored.low} up do not lie around zero")
-        return stored.scale, None
-    return stored.scale, stored.zero - stored.low - middle
 
 
 def _store_four_bits(model: PreTrainedModel, format: Format, dtype: torch.dtype) -> None:
@@ -205,14 +177,14 @@ def _write_adapter(arm: Arm, model: PreTrainedModel, base: str, folder: Path) ->
     ).save_pretrained(folder)
 
 
-def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
+def load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
     where = {
         "dtype": torch.float32,
         "trust_remote_code": False,
         "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
     }
-    with _without_bars():
+    with compressed.without_bars():
         if kind == PEFT:
             from peft import PeftModel
 
@@ -222,52 +194,3 @@ def _load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Modul
         model = unrepacked(AutoModelForCausalLM.from_pretrained(folder, **where).eval())
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first pass unpacks
         return model
-
-
-def summary(record: Record, exported: Exported) -> str:
-    """Size and perplexities of what was written, beside the record's, and what is left out, as Markdown."""
-    lines = [f"{markdown(title(record.arm))}, {exported.container}: {exported.bytes / 1e6:.1f} MB", ""]
-    lines += ["| | as transformers loads it, in fp32 | the record |", "|---|---|---|"]
-    for name in (name for name in record.metrics if name.startswith("perplexity/")):
-        text = name.removeprefix("perplexity/")
-        what = "of held-out Alpaca responses" if text == "responses" else f"on {markdown(corpus_title(text))}"
-        here, there = (number(metrics[name] or math.nan) for metrics in (exported.metrics, record.metrics))
-        lines.append(f"| perplexity {what} | {here} | {there} |")
-    bits = record.arm.widths
-    if bits.activations != OFF and record.arm.scheme.on_the_fly == SYMMETRIC:
-        lines += [
-            "",
-            "Activations: max|x| / (2^(b-1) - 1/2) is their scale here, max|x| / (2^(b-1) - 1) in the record.",
-        ]
-    here = str(models.compute_dtype()).removeprefix("torch.")
-    if record.provenance["compute_dtype"] != here:
-        lines += ["", f"Made and scored with products in {here}, the record in {record.provenance['compute_dtype']}."]
-    if bits.cache != OFF:
-        lines += ["", f"Key/value cache: 16 bits here, {bits.cache} in the record."]
-    return "\n".join(lines)
-
-
-def _card(record: Record, exported: Exported, base: str) -> str:
-    """README.md: the summary, and how the model is loaded."""
-    code = [
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="float32")',
-    ]
-    if exported.container == PEFT:
-        format, given = record.arm.format, [f'"{base}"', 'dtype="float32"']
-        if format:
-            kind = BITSANDBYTES[format.kind]
-            settings = f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={format.double}'
-            given += [f"quantization_config=BitsAndBytesConfig({settings})"]
-        code = [
-            "from peft import PeftModel",
-            f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if format else ''}",
-            "",
-            "base = AutoModelForCausalLM.from_pretrained(",
-            *(f"    {argument}," for argument in given),
-            ")",
-            'model = PeftModel.from_pretrained(base, "FOLDER")',
-        ]
-    heading = f"# {markdown(f'{record.arm.model}: {title(record.arm)}')}"
-    return "\n\n".join([heading, summary(record, exported), "\n".join(["```python", *code, "```"])]) + "\n"

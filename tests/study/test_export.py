@@ -1,10 +1,12 @@
 """Exported models: transformers loads what the record scored, in as few bits, or it is refused beforehand."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -16,12 +18,14 @@ from studylib.config.settings import DEQUANTIZED, MERGED_QUANTIZED, REQUANTIZED,
 from studylib.data import models
 from studylib.evaluate.scores import score
 from studylib.methods import base
+from studylib.methods.adapters import merge
 from studylib.methods.arms import build_arm, container, title
+from studylib.methods.lora import attach
 from studylib.quant.formats import encode
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import Codes
-from studylib.study import export, run, schedule
+from studylib.study import cards, compressed, export, gguf, run, schedule
 from studylib.study.records import DIVERGED, Store, arm_key
 from studylib.train import distillation, finetuning
 
@@ -39,10 +43,10 @@ def store(tmp_path):
     return Store(tmp_path / "results")
 
 
-def exported(arm, store, folder):
+def exported(arm, store, folder, *options):
     """The record, what `export` says of it, and the files' tensors."""
     (record,) = schedule.run([arm], store.folder)
-    found = export.export_model(record, store, folder)
+    found = export.export_model(record, store, folder, *options)
     assert not list(folder.parent.glob("*.partial-*"))
     assert found.bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     (file,) = folder.glob("*.safetensors")
@@ -112,9 +116,14 @@ def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, gr
     away = (rounded - plain(tokens).logits).abs().mean()
     own = (run.deployed(record.arm, store)[0](tokens).logits - plain(tokens).logits).abs().mean()
     assert 0.5 * own < away < 2 * own
-    summary = export.summary(record, found)
+    summary = cards.summary(record, found)
     assert ("max|x|" in summary) == (grid == "symmetric")
-    assert ("Key/value cache: 16 bits here, 8 in the record" in summary) == (bits == "8-8-8")
+    assert ("Key/value cache: 8 bits here as in the record" in summary) == (bits == "8-8-8")
+    scheme = loaded.config.quantization_config.quantization_config.kv_cache_scheme
+    assert (scheme is not None) == (bits == "8-8-8")
+    if scheme:  # what a token's keys are rounded by does not depend on later tokens, and they are rounded
+        assert (scheme.num_bits, scheme.symmetric, scheme.group_size) == (8, grid == "symmetric", 16)
+        assert torch.equal(loaded(tokens[:, :16]).logits, loaded(tokens).logits[:, :16])
     assert any(tensor.dtype == torch.int32 for tensor in tensors.values()) == (bits == "4-8-16")
 
 
@@ -160,7 +169,7 @@ def folder_model(tmp_path):
     ids=["16 bits", "NF4 and double quantization", "FP4 and DoRA", "some layers"],
 )
 def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, folder_model, fields):
-    record, found, tensors = exported(arm(model=folder_model, **fields), store, tmp_path / "model")
+    record, found, tensors = exported(arm(model=folder_model, **fields), store, tmp_path / "model", None, folder_model)
     assert found.container == base.PEFT
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert 2 * sum(tensor.numel() for tensor in tensors.values()) < found.bytes
@@ -180,7 +189,7 @@ def test_an_adapter_is_loaded_by_peft_beside_its_base(fp32, store, tmp_path, fol
         {"method": "encoded", "format": Format("nf", 4, 32)},
         {"method": "qlora", "format": Format("nf", 4, 32), "merge": DEQUANTIZED},
     ],
-    ids=base.CONTAINERS[:2] + base.CONTAINERS[3:],
+    ids=[base.INTEGERS, base.FOUR_BIT, base.SIXTEEN_BITS],
 )
 def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, fields):
     longer = {"intermediate_size": 64, "max_position_embeddings": 512}  # than the pairs that are scored
@@ -210,11 +219,6 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
     ("wanted", "message"),
     [
         (arm("full-precision", "16-16-16"), "it is the model as it was loaded"),
-        (arm("l4q", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
-        (arm("l4q", format=Format("int-full", 4, 32)), "an offset a group that is not a whole number"),
-        (arm("gptq+qa-lora", format=Format("int-full", 4, 32)), "an offset a group that is not a whole number"),
-        (arm("lsq", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
-        (arm("qa-lora", format=Format("affine", 4, 32)), "an offset a group that is not a whole number"),
         (arm("gptq+lora", format=Format("affine", 4, 32)), "take an arm that is merged"),
         (arm("qlora", "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
         (arm("qlora", format=NF4, adapter=Adapter(4, 4, kind="pissa")), "take an arm that is merged"),
@@ -289,7 +293,8 @@ def test_codes_give_the_integers_of_compressed_tensors(bits, kind, group, seed, 
     weight[0] = 0
     found = quantize(weight, grid)
     rounded = found.dequantize()
-    step, zero = export.integer_grid(Codes.of_integers(found.codes, bits, grid.low, found.scale, found.zero))
+    of = Codes.of_integers(found.codes, bits, grid.low, found.scale, found.zero)
+    _, step, zero = compressed.integer_grid(of, bits)
     rows = rounded.unflatten(1, (-1, group or 64))
     zero = torch.zeros_like(step) if zero is None else zero
     codes = (rows / step[..., None]).round() + zero[..., None]
@@ -300,10 +305,123 @@ def test_codes_give_the_integers_of_compressed_tensors(bits, kind, group, seed, 
 
 def test_codes_that_are_no_integers_are_refused():
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="a table or a learned offset is no integer grid"):
-        export.integer_grid(encode(weight, Format("nf", 4, 64)))
-    codes = torch.zeros(4, 64)
-    with pytest.raises(ValueError, match="a table or a learned offset is no integer grid"):
-        export.integer_grid(Codes.of_integers(codes, 4, -8, torch.ones(4, 1), offset=torch.full((4, 1), 0.3)))
+    with pytest.raises(ValueError, match="a table of levels is no integer grid"):
+        compressed.integer_grid(encode(weight, Format("nf", 4, 64)), 4)
     lowest = Codes.of_integers(torch.tensor([[-4.0, 1, 3]]), 3, -4, torch.ones(1, 1))  # GPTQ's lowest level
-    assert np.isclose(export.integer_grid(lowest)[0].item(), 1)
+    assert np.isclose(compressed.integer_grid(lowest, 3)[1].item(), 1)
+
+
+@given(bits=st.sampled_from([2, 3, 4]), offset=st.floats(-1, 1), sign=st.sampled_from([-1.0, 1.0]))
+@settings(max_examples=50, deadline=None)
+def test_an_offset_is_a_zero_point_within_the_bound_or_refused(bits, offset, sign):
+    levels = torch.arange(2**bits).repeat(4, 1) - 2 ** (bits - 1)
+    codes = Codes.of_integers(
+        levels, bits, -(2 ** (bits - 1)), torch.full((4, 1), sign), offset=torch.tensor(offset).repeat(4, 1)
+    )
+    near = abs(offset - round(offset)) <= compressed.OFFSET_BOUND
+    for width in (bits, 8):
+        if width == bits and not near:
+            with pytest.raises(compressed.OffsetError, match="use --format gguf, which has offsets"):
+                compressed.integer_grid(codes, width)
+            continue
+        values, scale, zero = compressed.integer_grid(codes, width)
+        zero = torch.zeros(4, 1) if zero is None else zero
+        limit = 2 ** (width - 1)
+        assert -limit <= min(values.min(), zero.min()) and max(values.max(), zero.max()) < limit
+        assert (scale * (values - zero) - codes.decode()).abs().max() <= compressed.OFFSET_BOUND + 1e-5
+
+
+def test_an_offset_beyond_all_zero_points_is_refused():
+    codes = Codes.of_integers(torch.zeros(4, 64), 4, -8, torch.ones(4, 1), offset=torch.full((4, 1), 9.0))
+    with pytest.raises(ValueError, match="or outside of them; use --format gguf"):
+        compressed.integer_grid(codes, 8)
+
+
+SHIFTED = {
+    "l4q": ("l4q", "4-16-16", Format("int-full", 4, 32)),
+    "affine l4q": ("l4q", "3-16-16", Format("affine", 3, 32)),
+    "qa-lora": ("qa-lora", "4-16-16", Format("affine", 4, 32)),
+    "learned steps": ("lsq", "4-16-16", Format("affine", 4, 32)),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_learned_offsets_go_to_both(tiny_model, tiny_tokenizer, tmp_path, name):
+    method, bits, format = SHIFTED[name]
+    wanted = arm(method, bits, format=format)
+    attach(tiny_model, method, format=format, adapter=wanted.adapter)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in tiny_model.parameters():
+            if parameter.requires_grad:  # as if trained
+                parameter.data += 0.02 * parameter.detach().abs().mean().clamp_min(1e-3) * torch.randn_like(parameter)
+    merge(tiny_model, wanted.merge)
+    assert container(wanted) == base.GGUF and container(wanted, base.INTEGERS) == base.INTEGERS
+    stored, others = export._taken(tiny_model)
+    export._write_weights(base.INTEGERS, wanted, stored, others, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded(torch.arange(32)[None])  # the first pass unpacks
+    gguf.check_arm(wanted, tiny_model.config, tiny_tokenizer)
+    assert gguf.write(tmp_path / "model-Q4_1.gguf", tiny_model, tiny_tokenizer, "tiny")[0] == "Q4_1"
+    read = gguf.read(tmp_path, tiny_model.config)
+    for own, linear in decoder_linears(tiny_model).items():
+        codes = linear.codes()
+        assert (codes.offset != 0).any()
+        for model, bound in ((loaded, compressed.OFFSET_BOUND * codes.scale.abs()), (read, gguf.rounding_bound(codes))):
+            away = (model.get_submodule(own).weight - codes.decode()).abs().view(*codes.scale.shape, -1).amax(-1)
+            assert (away <= 1.001 * bound + 1e-7).all(), own
+
+
+def test_dense_weights_hold_an_adapter_beside_its_base(tiny_model, tmp_path):
+    attach(tiny_model, "qlora", format=Format("nf", 4, 32), adapter=Adapter(4, 4))
+    for name, parameter in tiny_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.1, generator=torch.Generator().manual_seed(0))
+    merge(tiny_model)
+    wanted = arm("qlora", format=Format("nf", 4, 32))
+    assert container(wanted, base.SIXTEEN_BITS) == base.SIXTEEN_BITS
+    export._write_weights(base.SIXTEEN_BITS, wanted, *export._taken(tiny_model), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for own, linear in decoder_linears(tiny_model).items():
+        assert torch.equal(tensors[f"{own}.weight"], linear.weight.bfloat16()), own
+        assert not torch.equal(tensors[f"{own}.weight"], linear.codes().decode().bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "message"),
+    [
+        (arm("encoded", format=NF4), base.GGUF, "GGUF does not hold 4-bit floats .*; use --format bnb$"),
+        (arm("encoded", format=Format("mxfp4", 4, 32)), base.GGUF, "; --format safetensors writes it in 16 bits$"),
+        (arm("rtn"), base.PEFT, "peft adapter does not hold integers; use --format compressed-tensors$"),
+        (arm("qlora", format=NF4), base.GGUF, "a base that llama.cpp does not make; take an arm that is merged$"),
+        (arm("l4q", format=Format("affine", 4, 32)), base.FOUR_BIT, "use --format gguf$"),
+    ],
+)
+def test_what_a_container_does_not_hold_is_refused_with_another(wanted, given, message):
+    with pytest.raises(ValueError, match=message):
+        container(wanted, given)
+
+
+def test_the_card_names_no_place_and_tells_the_hub(fp32, store, tmp_path, folder_model):
+    wanted = arm("l4q", model=folder_model, format=Format("int-full", 4, 32))
+    (record,) = schedule.run([wanted], store.folder)
+    found = export.export_model(record, store, tmp_path / "model", None, "owner/base")
+    assert found.container == base.GGUF and found.moved < 0.02
+    for own, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[own], rel=2e-3)
+    for file in (tmp_path / "model").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+    text = (tmp_path / "model" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["base_model"] == "owner/base" and front["license"] == "cc-by-nc-4.0"
+    assert front["datasets"] == ["tatsu-lab/alpaca"] and front["pipeline_tag"] == "text-generation"
+    assert text.split("---\n")[2].startswith("\n# owner/base: L4Q 4-16-16")
+    (file,) = (tmp_path / "model").glob("model-Q4_1.gguf")
+    told, evaluation = cards.read_note(tmp_path / "model")
+    assert told["file"] == file.name and evaluation == dataclasses.replace(EVALUATION, pairs=0)
+    (Path(folder_model) / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert cards.licence(arm("rtn", model=folder_model)) == "mit"
+    assert cards.licence(arm("rtn", model="smollm2-135m")) == "apache-2.0"
+    local = dataclasses.replace(record, arm=arm("lora", "16-16-16", model=folder_model))
+    with pytest.raises(ValueError, match="base-id: missing; an adapter names its base"):
+        export.export_model(local, store, tmp_path / "adapter")
