@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -275,11 +276,13 @@ def autoround(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", forma
 
 @contextlib.contextmanager
 def _silent(name: str) -> Iterator[None]:
-    """Inside, the logger of this name says nothing."""
+    """Inside, the logger of this name says nothing, and nothing is warned of."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.disabled = before
 
