@@ -1,5 +1,6 @@
 # make study    run the study at the quick budget and write the report
 # make test     lint and run the tests
+# make notebooks  write what is shown of the reference results anew, from its records
 # make lab      open the notebooks in Jupyter
 # make bench    measure speed and memory beside the plain alternatives
 # ARGS is handed on:  make study ARGS="--profile full --seeds 0 1 2"
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test lab bench
+.PHONY: study test notebooks lab bench
 
 study: .venv/ready
 	$(BIN)/study run $(ARGS)
@@ -18,6 +19,9 @@ test: .venv/ready
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+notebooks: .venv/ready
+	$(BIN)/python results/show.py
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks $(ARGS)

@@ -1,4 +1,4 @@
-"""What a user does from Python: the README's examples, and a method of one's own, from a cell to the page."""
+"""What a user does from Python: the examples of docs/usage.md, and a method of one's own, from a cell to the page."""
 
 import re
 from pathlib import Path
@@ -14,17 +14,17 @@ from studylib.report import page, tables
 from studylib.report.figures import comparisons
 from studylib.study import notebooks, records
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.partition("### From Python")[2].partition("\n## ")[0]
+USAGE = (Path(__file__).parents[1] / "docs" / "usage.md").read_text()
+SECTION = USAGE.partition("## From Python")[2].partition("\n## ")[0]
 EXAMPLES = re.findall(r"```python\n(.*?)```", SECTION, re.S)
 
 
-def test_the_readme_has_three_examples():
+def test_the_page_has_three_examples():
     assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize("at", range(3))
-def test_an_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, at):
+def test_an_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, at):
     monkeypatch.chdir(tmp_path)
     before = dict(_METHODS)
     # the same on the smallest model and budget; 64 weights in a group do not fit it

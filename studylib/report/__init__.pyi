@@ -1,5 +1,5 @@
-from . import deciding, figures, ledger, page, recipes, tables
+from . import deciding, figures, front, ledger, page, recipes, tables
 from .ledger import CLAIMS
 from .tables import frame, scoreboard
 
-__all__ = ["CLAIMS", "deciding", "figures", "frame", "ledger", "page", "recipes", "scoreboard", "tables"]
+__all__ = ["CLAIMS", "deciding", "figures", "frame", "front", "ledger", "page", "recipes", "scoreboard", "tables"]

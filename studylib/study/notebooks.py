@@ -49,6 +49,24 @@ def sums_up(notebook: Path) -> bool:
     return notebook.stem.startswith("00_")
 
 
+def question(notebook: Path) -> tuple[str, str]:
+    """The notebook's number and its question, from its title: "# 04 · When is training worth it?"."""
+    import nbformat
+
+    title = nbformat.read(notebook, as_version=4).cells[0].source.splitlines()[0]
+    number, _, asked = title.removeprefix("# ").partition(" · ")
+    return number, asked
+
+
+def claims(notebook: Path) -> list[str]:
+    """The ids of the claims that the notebook's cells name, in their order."""
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    found = [re.findall(r'"([A-Z]\d+)"', cell.source) for cell in cells if cell.cell_type == "code"]
+    return list(dict.fromkeys(claim for own in found for claim in own))
+
+
 def default_parameters(notebook: Path) -> dict[str, Any]:
     """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
     import papermill  # not where a notebook imports this module: a second and a half

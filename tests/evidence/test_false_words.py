@@ -27,5 +27,5 @@ def test_of_many_pages_no_more_than_one_in_twenty_has_a_false_word(name):
     chance = scipy.stats.binom.sf(found["with a false word"] - 1, found["pages"], 0.05)
     assert chance > 0.05  # what was counted does not speak against it
     told = {"false_words": "{} of 400", "false_words_skewed": "{} where windows are skewed"}[name]
-    readme = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
-    assert told.format(found["with a false word"]) in readme and found["pages"] == 400
+    page = " ".join((BENCHMARKS.parent / "docs" / "method.md").read_text().split())
+    assert told.format(found["with a false word"]) in page and found["pages"] == 400

@@ -4,30 +4,24 @@ import dataclasses
 import html.parser
 import json
 import re
-from collections import Counter
 
 import pytest
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from studylib.evidence.verdicts import (
-    NO_DIFFERENCE,
-    NOT_REPRODUCED,
-    NOT_TESTED,
-    REPRODUCED,
-    UNDECIDED,
     VERDICTS,
     judge,
 )
 from studylib.methods.base import PAPERS
 from studylib.report import tables
 from studylib.report.figures import comparisons as figures
-from studylib.report.ledger import BY_PAPER, CLAIMS, LATER, counted, ledger, ledger_table, sentences
+from studylib.report.ledger import BY_PAPER, CLAIMS, LATER, counted, ledger, sentences
 from studylib.report.page import SECTIONS, SUMMARY, summary, write_report
 from studylib.report.recipes import SIZES, recommendations
 from studylib.study import notebooks as batch
 from studylib.study.notebooks import NOTEBOOKS
-from studylib.study.records import RecordError, arm_key, read_records
+from studylib.study.records import RecordError
 
 
 @pytest.fixture(scope="module")
@@ -142,44 +136,6 @@ def test_the_recipe_follows_the_ledger(page, picture):
     (within,) = recommendations(picture, 5)
     section = f"## Which recipe for this model\n\n**{within.family.title}.** {within.headline}"
     assert section in summary(picture, 5)
-
-
-def test_readme_and_report_show_the_reference_results():
-    reference = NOTEBOOKS.parent / "results" / "reference"
-    (report,) = reference.glob("*/report.html")
-    notebooks = sorted(path.parent.with_suffix(".ipynb") for path in report.parent.glob("*/published.json"))
-    records = batch.used_records(report.parent, notebooks, reference / "records")
-    known = {record.key for record in read_records(reference / "records")}
-    assert {record.key for record in records} == known
-    read = Reader(report.read_text(encoding="utf-8"))
-    files = [report.parent / link for link in read.links if not link.startswith(("data:", "#"))]
-    assert files and all(file.is_file() for file in files)
-    text = " ".join(" ".join(read.text).split())
-    for sentence in (finding.sentence for entry in ledger(records) for finding in entry.findings):
-        assert sentence in text, f"{report} is not up to date; `study report --output {report.parent}` makes it again"
-    readme, page = ((folder / "README.md").read_text() for folder in (NOTEBOOKS.parent, reference))
-    for found, text in ((ledger_table(ledger(records)), readme), (summary(records), page)):
-        assert found in text, f"it is not up to date and must hold:\n{found}"
-    counts = Counter(entry.verdict for entry in ledger(records))
-    assert (
-        f"Of {len(CLAIMS)} claims, {counts[REPRODUCED]} are reproduced, {counts[NOT_REPRODUCED]} are not, one finds no "
-        f"difference, {counts[UNDECIDED]} are undecided and {counts[NOT_TESTED]} are not tested here."
-    ) in " ".join(readme.split()) and counts[NO_DIFFERENCE] == 1
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
-    assert shown and all((NOTEBOOKS.parent / path).is_file() for path in shown)
-    for published in reference.glob("*/*/published.json"):
-        assert set(json.loads(published.read_text())["records"]) <= known
-
-
-def test_what_readme_says_of_benchmarks_that_quick_leaves_out_is_on_record():
-    (record,) = read_records(NOTEBOOKS.parent / "results" / "reference" / "left-out")
-    assert arm_key(record.arm) == record.key and record.arm.method == "full-precision"
-    said = {"arc_easy": "(55%;", "piqa": "PIQA 55%", "openbookqa": "OpenBookQA 27.5%", "mmlu": "MMLU 12.5%"}
-    said |= {"triviaqa": "TriviaQA 0%"}
-    readme = " ".join((NOTEBOOKS.parent / "README.md").read_text().split())
-    assert set(said) == set(record.arm.evaluation.tasks) and all(words in readme for words in said.values())
-    for task, words in said.items():
-        assert f"{100 * record.metrics[f'accuracy/{task}']:g}%" in words
 
 
 def test_published_files(output, picture):
