@@ -31,6 +31,7 @@ REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 SEARCH, RATES = "search", "rates.json"  # in the place of a file of rates; where the search writes them
 PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
 SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
+LONGEST = 200  # characters of a family's names in the name of its folder
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
@@ -418,8 +419,11 @@ def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) ->
     """Of the page of one model, or of a family: in --results, or the folder of --output, in which each of `several`
     pages has its own."""
     from studylib.data import models
+    from studylib.study import digest
 
     name = f"{options.profile}-{'+'.join(_folder_name(models.absolute_name(model)) for model in named)}"
+    if len(named) > 1 and len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{digest(name)[:6]}"
     if options.output is None:
         return Path(options.results / name)
     return Path(options.output / name if several else options.output)

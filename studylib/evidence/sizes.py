@@ -106,5 +106,5 @@ def _is(own: Setting, wanted: Setting) -> bool:
 def _lacking(step: Step, pair: Pair | None) -> str:
     """Why a step has no pair at equal bytes, in words."""
     if pair is None:
-        return f"of {step.words} not all arms of two sizes were run"
-    return f"of {step.words} the nearest are {sized(pair.larger)} and {sized(pair.smaller)}"
+        return f"for {step.words} there are no arms of two sizes"
+    return f"for {step.words} the nearest are {sized(pair.larger)} and {sized(pair.smaller)}"

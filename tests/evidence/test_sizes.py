@@ -44,7 +44,7 @@ def test_the_larger_model_that_is_better_at_equal_bytes_reproduces_it(family):
     assert "full precision of small (16.2 MB) is worse than RTN at 8-8-8 of large (15.6 MB) by 63%" in finding.text
     assert "RTN at 8-8-8 of small (8.20 MB) is worse than LLM-QAT at 4-8-8 of large (7.99 MB) by" in finding.text
     nearest = "LLM-QAT at 4-8-8 of large (7.99 MB) and full precision of small (16.2 MB)"
-    assert finding.text.endswith(f"Not at equal bytes: of 4 bits by LLM-QAT beside 16 the nearest are {nearest}.")
+    assert finding.text.endswith(f"Not at equal bytes: for 4 bits by LLM-QAT beside 16 the nearest are {nearest}.")
     assert [found.measure for found in beside] == ["perplexity on Wikipedia", "perplexity on C4"]
     assert not any(found.verdict for found in beside)
 
@@ -80,9 +80,9 @@ def test_sizes_without_a_pair_at_equal_bytes_are_not_judged(untrained, times):
     (finding,) = judge_sizes(CLAIM, untrained(times))
     assert finding.verdict == NOT_TESTED and finding.effect is None
     assert finding.text.startswith(
-        "no two sizes take equal bytes: of 8 bits beside 16 the nearest are RTN at 8-8-8 of "
+        "no two sizes take equal bytes: for 8 bits beside 16 the nearest are RTN at 8-8-8 of "
     )
-    assert "of 4 bits by LLM-QAT beside 8 not all arms of two sizes were run" in finding.text
+    assert "for 4 bits by LLM-QAT beside 8 there are no arms of two sizes" in finding.text
 
 
 def test_a_pair_takes_at_most_as_many_bytes_and_the_nearest_is_compared(untrained, of_model):
@@ -97,7 +97,7 @@ def test_a_pair_takes_at_most_as_many_bytes_and_the_nearest_is_compared(untraine
 
 def test_without_full_precision_nothing_says_which_model_is_larger(untrained):
     records = [record for record in untrained() if record.arm.method == "rtn"]
-    assert judge_sizes(CLAIM, records)[0].text.count("not all arms of two sizes were run") == 3
+    assert judge_sizes(CLAIM, records)[0].text.count("there are no arms of two sizes") == 3
 
 
 def test_an_arm_that_diverged_leaves_it_open(family):
