@@ -1,7 +1,8 @@
 from .config.arm import Arm
 from .config.budgets import PROFILES, Profile, profile
-from .config.learning_rates import find_rates
+from .config.learning_rates import find_family_rates, find_rates
 from .config.settings import MICROSCALING, Adapter, BitWidths, Format, Grid, Scheme
+from .data.family import check_family
 from .data.models import load_model, load_tokenizer
 from .evidence.verdicts import judge
 from .methods.adapters import merge
@@ -37,9 +38,11 @@ __all__ = [
     "Work",
     "attach",
     "build_arm",
+    "check_family",
     "check_parameters",
     "encode_model",
     "figures",
+    "find_family_rates",
     "find_rates",
     "frame",
     "judge",

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -27,15 +28,18 @@ atexit.register(gc.freeze)  # else the collector walks through all libraries at 
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
-SEARCH = "search"  # in the place of a file of rates
+SEARCH, RATES = "search", "rates.json"  # in the place of a file of rates; where the search writes them
 PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
 SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
+LONGEST = 200  # characters of a family's names in the name of its folder
 TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 FORMATS = ("gguf", "compressed-tensors", "bnb", "peft", "safetensors")  # of `study export`
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
+MODEL = "smollm2-135m"  # where none is named
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
-    "output": "--output, or --results, in which each run has its folder"
+    "models": "--model, once for each",
+    "output": "--output, or --results, in which each run has its folder",
 }  # notebook parameters that `study run` sets from its own options
 
 
@@ -55,9 +59,19 @@ def _parser() -> argparse.ArgumentParser:
         help="only arms that these claims read, further seeds only where they may decide one, e.g. C1 A3",
     )
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
+    run.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        default=[],
+        metavar="NAME",
+        help="a known name, a local folder or a hub id; again for each further size of a family, which A5 compares "
+        f"(default: {MODEL})",
+    )
     _computing(run)
     decide = commands.add_parser("decide", help="spend time on the claims that are named, and tell their verdicts")
     decide.add_argument("claims", nargs="+", metavar="CLAIM", help="as the ledger names them, e.g. C1 A3")
+    decide.add_argument("--model", default=MODEL, help="a known name, a local folder or a hub id")
     decide.add_argument(
         "--seeds", type=int, nargs="+", default=[], metavar="N", help=f"to take from (default: 0 to {SEEDS - 1})"
     )
@@ -67,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--notebooks", nargs="+", action="extend", default=[], metavar="NN", help="whose arms (default: all)"
     )
     rates.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
-    rates.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
+    rates.add_argument("--model", default=MODEL, help="a known name, a local folder or a hub id")
     rates.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="those with it in their name: 'l4q 3-16'")
     rates.add_argument("--output", type=_path, required=True, metavar="FILE", help="for `study run --rates FILE`")
     _jobs(rates)
@@ -135,7 +149,6 @@ def _parser() -> argparse.ArgumentParser:
 def _computing(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that carry out arms and write the page."""
     parser.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
-    parser.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     parser.add_argument(
         "--rates",
         default="",
@@ -234,16 +247,28 @@ def _say(what: object) -> None:
 
 @dataclass
 class _Study:
-    """What `study run` and `study decide` were asked for, checked."""
+    """What `study run` and `study decide` were asked for of one model, or of a family, checked.
+
+    name: of what is studied, as it was given; models: the same, from any folder. parameters: all that are set;
+    assigned: which of them each notebook has.
+    """
 
     options: argparse.Namespace
     command: str
     until: float
-    model: str
+    name: str
+    models: list[str]
     output: Path
     notebooks: list[Path]
+    parameters: dict[str, Any]
     assigned: dict[Path, dict[str, Any]]
-    store: "Store"
+
+    @functools.cached_property
+    def store(self) -> "Store":
+        """Made when it is first asked for: what is refused before leaves no folder."""
+        from studylib.study import Store
+
+        return Store(self.options.results.resolve())
 
     @property
     def shared(self) -> list[Path]:
@@ -260,66 +285,95 @@ class _Study:
         _say(f"after {self.options.minutes:g} minutes {what}; the same command goes on from here")
 
 
-def _study(options: argparse.Namespace, arguments: list[str], names: list[str], seeds: list[int]) -> "_Study | None":
-    """Everything checked, and the rates searched where that was asked for; None where the minutes were over then."""
-    from studylib.config import budgets as profiles
-    from studylib.config import find_rates, listed
-    from studylib.data import models
+def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, Any]:
+    """The notebook parameters of --set. ValueError for what is none of any notebook, and for the other options that
+    are wrong whatever the model is."""
+    from studylib.config import profile
     from studylib.report import recipes
-    from studylib.study import Store, schedule
     from studylib.study import notebooks as batch
+    from studylib.study import schedule
 
-    until = _deadline(options.minutes)
     recipes.check_budget(options.budget_mb)
-    budget = profiles.profile(options.profile)
+    profile(options.profile)
     schedule.check_jobs(options.jobs)
-    notebooks = batch.find_notebooks(names)
-    further = {}
+    found = {}
     for text in options.set:
         name, separator, value = text.partition("=")
         if not separator:
             raise ValueError(f"--set: {text!r} is not NAME=VALUE")
         if name in OPTIONS:
             raise ValueError(f"--set: {name!r} is not allowed; use {OPTIONS[name]}")
-        further[name] = _value(text, value)
-    results = options.results.resolve()
-    model = models.absolute_name(options.model)
-    output = (options.output or results / f"{options.profile}-{_folder_name(model)}").resolve()
-    parameters = {
-        "model": model,
-        "profile": options.profile,
-        "results": str(results),
-        "output": str(output),
-    } | further
+        found[name] = _value(text, value)
+    batch.check_names(notebooks, found)
+    return found
+
+
+def _study(
+    options: argparse.Namespace,
+    arguments: list[str],
+    named: Sequence[str],
+    notebooks: list[Path],
+    output: Path,
+    until: float,
+    seeds: Sequence[int],
+    further: Mapping[str, Any],
+) -> _Study:
+    """What is asked for by notebooks of one model, or of several by those that take a family, checked.
+
+    named: the models as they were given. further: parameters of these or of other notebooks.
+    """
+    from studylib.config import find_rates, profile
+    from studylib.data import models
+    from studylib.study import notebooks as batch
+
+    names = [models.absolute_name(model) for model in named]
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
-    if options.seeds or "seeds" in taken:
-        parameters["seeds"] = seeds or list(budget.seeds)
+    parameters: dict[str, Any] = {"models": names} if "models" in taken else {"model": names[0]}
+    parameters |= {"profile": options.profile, "results": str(options.results.resolve())}
+    parameters |= {"output": str(output.resolve())} | {name: further[name] for name in further if name in taken}
+    if seeds or "seeds" in taken:
+        parameters["seeds"] = list(seeds or profile(options.profile).seeds)
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
-    searches = "rates" in taken and options.rates == SEARCH
-    if "rates" in taken and options.rates and not searches:
-        find_rates(model, options.profile, options.rates)  # before any work
+    if "rates" in taken and options.rates not in ("", SEARCH):
+        find_rates(names[0], options.profile, options.rates)  # before any work
         parameters["rates"] = str(Path(options.rates).resolve())
     assigned = batch.assign_parameters(notebooks, parameters)
-    models.load_config(options.model)
-    command = shlex.join(["study", *arguments])
-    # Only now: what is refused leaves no folder.
-    found = _Study(options, command, until, model, output, notebooks, assigned, Store(results))
-    usual = "rates" in taken and not searches and not find_rates(model, options.profile, options.rates)
-    trained = [arm for arm in _arms(notebooks, assigned) if arm.budget] if searches or usual else []
-    file = output / "rates.json"
+    for model in named:
+        models.load_config(model)
+    command, name = shlex.join(["study", *arguments]), ", ".join(named)
+    return _Study(options, command, until, name, names, output.resolve(), notebooks, parameters, assigned)
+
+
+def _with_rates(study: _Study) -> bool:
+    """Search the rates of each model where that was asked for; False where the minutes were over then."""
+    from studylib.config import find_rates, listed
+    from studylib.study import notebooks as batch
+
+    options, notebooks, results = study.options, study.notebooks, study.store.folder
+    taken = any(batch.default_parameters(notebook).keys() & {"rates", "rate_files"} for notebook in notebooks)
+    searches = taken and options.rates == SEARCH
+    usual = taken and not searches and not all(find_rates(m, options.profile, options.rates) for m in study.models)
+    trained = [arm for arm in _arms(notebooks, study.assigned) if arm.budget] if searches or usual else []
+    several = len(study.models) > 1
+    folders = [_folder(options, [model], several) for model in study.models] if several else [study.output]
+    files = [folder / RATES for folder in folders]
     if searches and trained:
-        output.mkdir(parents=True, exist_ok=True)
-        if not _search(trained, model, options.profile, results, options.jobs, file, until=until):
-            found.left("learning rates are still searched")
-            return None
+        for model, file in zip(study.models, files, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            own = [arm for arm in trained if arm.model == model]
+            if not _search(own, model, options.profile, results, options.jobs, file, until=study.until):
+                study.left("learning rates are still searched")
+                return False
     elif searches:
         print(f"no arm of {listed([n.stem for n in notebooks])} is trained: no rates to search", file=sys.stderr)
     elif trained:
         print(f"learning rates are each method's usual ones; --rates {SEARCH} chooses them first", file=sys.stderr)
-    if searches and file.exists():
-        found.assigned = batch.assign_parameters(notebooks, parameters | {"rates": str(file)})
-    return found
+    if searches and all(file.exists() for file in files):
+        found = [str(file.resolve()) for file in files]
+        rates = {"rate_files": found} if several else {"rates": found[0]}
+        study.assigned = batch.assign_parameters(notebooks, study.parameters | rates)
+    return True
 
 
 def _arms(notebooks: Sequence[Path], assigned: dict[Path, dict[str, Any]]) -> "list[Arm]":
@@ -334,13 +388,108 @@ def _arms(notebooks: Sequence[Path], assigned: dict[Path, dict[str, Any]]) -> "l
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.report import deciding, ledger, page, recipes, tables
+    from studylib.data import check_family
+    from studylib.report import deciding
     from studylib.study import notebooks as batch
 
-    targets = deciding.named(options.target_claims)
-    study = _study(options, arguments, options.notebooks, options.seeds)
-    if study is None:
+    models, until = options.models or [MODEL], _deadline(options.minutes)
+    several, targets = len(models) > 1, deciding.named(options.target_claims)
+    notebooks = batch.find_notebooks(options.notebooks, family=several)
+    own, of_family = ([n for n in notebooks if batch.takes_family(n) == wanted] for wanted in (False, True))
+    if of_family and not several:
+        raise ValueError(f"notebooks: {of_family[0].stem} takes {batch.FAMILY}")
+    further = _further(options, notebooks)
+    if several:
+        check_family(models)
+        if options.rates not in ("", SEARCH):
+            raise ValueError(f"rates: {options.rates!r} is of one model; with several use {SEARCH}, or leave it out")
+        if targets:
+            of_family = of_family if any(claim.sizes for claim in targets) else []
+            targets = [claim for claim in targets if not claim.sizes]
+            own = own if targets else []
+    asked = [([model], [*own]) for model in models if own] + [(models, of_family)] * bool(of_family)
+    if not asked:
+        raise ValueError(f"notebooks: {batch.SIZES} reads no arm of {' '.join(options.target_claims)}; name others too")
+    studies = [
+        _study(options, arguments, named, chosen, _folder(options, named, several), until, options.seeds, further)
+        for named, chosen in asked
+    ]
+    if not all(map(_with_rates, studies)):
         return 0
+    if not (several or options.notebooks):
+        print(f"{batch.SIZES} is left out: it takes {batch.FAMILY}", file=sys.stderr)
+    for at, study in enumerate(studies):
+        if at and time.time() > until:
+            study.left(f"{study.name} {'wait' if len(study.models) > 1 else 'waits'}")
+            return 0
+        status = _run_family(study) if len(study.models) > 1 else _run_model(study, targets)
+        if status:
+            return status
+    return 0
+
+
+def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) -> Path:
+    """Of the page of one model, or of a family: in --results, or the folder of --output, in which each of `several`
+    pages has its own."""
+    from studylib.data import models
+    from studylib.study import digest
+
+    name = f"{options.profile}-{'+'.join(_folder_name(models.absolute_name(model)) for model in named)}"
+    if len(named) > 1 and len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{digest(name)[:6]}"
+    if options.output is None:
+        return Path(options.results / name)
+    return Path(options.output / name if several else options.output)
+
+
+def _run_family(study: _Study) -> int:
+    """Compute the arms of notebooks that take a family, execute them and write its page."""
+    from studylib.report import page, tables
+    from studylib.study import notebooks as batch
+    from studylib.study import schedule
+
+    folder, executed = study.store.folder, []
+    for notebook in study.notebooks:
+        arms = batch.wanted_arms(notebook, study.assigned[notebook])
+        schedule.check_all(arms, folder)
+        try:
+            found, _ = _compute(study, arms, [], alone=False)
+        except Exception as error:
+            _say(f"{error}; the notebook that needs this arm computes it again")
+        else:
+            if len({record.arm for record in found}) < len(set(arms)):
+                study.left(f"{notebook.stem} waits")
+                return 0
+        print(f"{notebook.stem}  ({study.name}, {study.options.profile})", file=sys.stderr)
+        if (done := _executed(study, notebook)) is None:
+            return 1
+        executed.append(done)
+    records = batch.used_records(study.output, executed, folder / "records")
+    judged = batch.judged_records(study.output, executed, folder / "records")
+    written = page.write_family_report(study.output, records, judged, executed, study.command)
+    print(tables.as_text(tables.readable(tables.family_scoreboard(records), tasks=False)))
+    print(f"\n{page.family_summary(judged)}\n\nReport: {written}")
+    return 0
+
+
+def _executed(study: _Study, notebook: Path) -> Path | None:
+    """The notebook's executed copy; None where it did not come to its end, which is told."""
+    from studylib.study import notebooks as batch
+
+    try:
+        return batch.execute(notebook, study.output, study.assigned[notebook])
+    except batch.NotebookError as error:
+        _say(error)
+        _say(f"everything up to there is in {study.output / notebook.name}")
+        return None
+
+
+def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
+    """Compute the arms of notebooks of one model, execute them and write its page. targets: see `_compute_together`."""
+    from studylib.report import ledger, page, recipes, tables
+    from studylib.study import notebooks as batch
+
+    options = study.options
     notebooks, shared = study.notebooks, study.shared
     lacking: list[Path] = []
     if len(shared) > 1 or options.minutes or targets:
@@ -350,18 +499,15 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         lacking += [notebook for notebook in notebooks if notebook not in shared and not batch.sums_up(notebook)]
     executed = []
     for notebook in (notebook for notebook in notebooks if notebook not in lacking):
-        print(f"{notebook.stem}  ({options.model}, {options.profile})", file=sys.stderr)
-        try:
-            executed.append(batch.execute(notebook, study.output, study.assigned[notebook]))
-        except batch.NotebookError as error:
-            _say(error)
-            _say(f"everything up to there is in {study.output / notebook.name}")
+        print(f"{notebook.stem}  ({study.name}, {options.profile})", file=sys.stderr)
+        if (done := _executed(study, notebook)) is None:
             return 1
+        executed.append(done)
     folder = study.store.folder
     if not lacking:
         records = batch.used_records(study.output, executed, folder / "records")
     if not records:
-        raise ValueError(f"results: {folder} holds no records of {options.model} at the {options.profile} budget")
+        raise ValueError(f"results: {folder} holds no records of {study.name} at the {options.profile} budget")
     written = page.write_report(study.output, records, executed, study.command, options.budget_mb)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
@@ -378,10 +524,13 @@ def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import listed
     from studylib.evidence import NOT_TESTED
     from studylib.report import deciding, page
+    from studylib.study import notebooks as batch
 
     claims = deciding.named(options.claims)
-    study = _study(options, arguments, [], options.seeds or list(range(SEEDS)))
-    if study is None:
+    notebooks, until, named = batch.find_notebooks([]), _deadline(options.minutes), [options.model]
+    seeds, further = options.seeds or list(range(SEEDS)), _further(options, notebooks)
+    study = _study(options, arguments, named, notebooks, _folder(options, named, False), until, seeds, further)
+    if not _with_rates(study):
         return 0
     arms = _arms(study.notebooks, study.assigned)
     reasons = {claim.id: deciding.why_not(claim, arms) for claim in claims}
@@ -504,7 +653,7 @@ def _folder_name(model: str) -> str:
     return model.replace("/", "--")
 
 
-def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | None, list[Path], list[Record]]":
+def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path | None, list[Path], list[Record]]":
     """Compute the arms of all notebooks before the first is executed, claim by claim, and tell each verdict at once.
 
     targets: only what these claims read, and further seeds only where they may decide one. Returns the first notebook
@@ -544,7 +693,7 @@ def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | No
 
 
 def _compute(
-    study: _Study, arms: "list[Arm]", claims: "list[Claim]", alone: bool, outlook: bool = False
+    study: _Study, arms: "list[Arm]", claims: "Sequence[Claim]", alone: bool, outlook: bool = False
 ) -> "tuple[list[Record], dict[str, Finding]]":
     """Carry out arms, claim by claim (see evidence.claims_first), and tell each verdict at once; the records of all
     that are there then, and what they say of each claim.
@@ -608,13 +757,19 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
     skipped: list[Exception] = []
     folder = options.output.resolve().parent / "records"
     records = batch.used_records(options.output, notebooks, folder, skipped.append)
+    of_family = all(map(batch.takes_family, notebooks))
+    judged = batch.judged_records(options.output, notebooks, folder, skipped.append) if of_family else []
     _tell(skipped)
     if not records:
         raise ValueError(f"output: the notebooks in {options.output} name no records that {folder} holds")
-    if options.format == "md":
+    command = shlex.join(["study", *arguments])
+    if of_family and options.format == "md":
+        print(page.family_summary(judged))
+    elif of_family:
+        print(page.write_family_report(options.output, records, judged, notebooks, command))
+    elif options.format == "md":
         print(page.summary(records, options.budget_mb))
     else:
-        command = shlex.join(["study", *arguments])
         print(page.write_report(options.output, records, notebooks, command, options.budget_mb))
     return 0
 

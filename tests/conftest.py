@@ -324,3 +324,35 @@ def repeated(record, seeds=(0, 1, 2), losses=(0.0, 0.0, 0.0)):
 @pytest.fixture
 def seeded():
     return repeated
+
+
+@pytest.fixture
+def of_model():
+    """A record as one of another model of the family: `times` as large, with losses that differ by `more`."""
+
+    def make(record, model, times=1.0, more=0.0):
+        scores = {
+            name: [value + more for value in values] if name.startswith("loss/") else values
+            for name, values in record.scores.items()
+        }
+        metrics = record.metrics | {
+            name: value * times for name, value in record.metrics.items() if name.startswith("bytes/")
+        }
+        arm = dataclasses.replace(record.arm, model=model)
+        return dataclasses.replace(record, key=digest(record.key, model), arm=arm, scores=scores, metrics=metrics)
+
+    return make
+
+
+@pytest.fixture
+def family(make_record, of_model, seeded):
+    """A small model and one of nearly twice its size, which is better at equal bytes; three seeds of what is trained.
+
+    Further settings of LLM-QAT tell how far runs lie apart.
+    """
+    losses = {("full-precision", "16-16-16"): 3.0, ("rtn", "8-8-8"): 3.01, ("rtn", "4-8-4"): 4.2}
+    losses |= {("llm-qat", bits): 3.2 for bits in ("4-8-8", "4-8-4", "4-8-16", "8-8-4", "4-6-16", "8-8-8")}
+    records = [run for (name, bits), loss in losses.items() for run in seeded(make_record(name, bits, loss=loss))]
+    return [of_model(record, "a/small") for record in records] + [
+        of_model(record, "a/large", 1.9, -0.5) for record in records
+    ]

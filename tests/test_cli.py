@@ -164,6 +164,32 @@ def test_a_search_for_rates_stops_when_the_minutes_are_over(tmp_path, capfd):
     assert not list((tmp_path / "records").iterdir())
 
 
+def test_sizes_of_a_family_are_judged_in_one_folder(make_folder, tmp_path, capfd, monkeypatch):
+    """Two models, each with its own page, and one of both; `study report` makes that again."""
+    for name, layers, width in (("small", 2, 96), ("large", 3, 160)):
+        make_folder(name=name, num_hidden_layers=layers, intermediate_size=width, tie_word_embeddings=True)
+    monkeypatch.chdir(tmp_path)
+    own = ("--set", "settings=[8-8-8]", "--set", "trained=[]")
+    command = ["run", "--profile", "smoke", "--model", "small", "--model", "./large", "--results", "results", *own]
+    assert main([*command, "--notebooks", "10", "--rates", "file.json"]) == 2
+    assert "study: rates: 'file.json' is of one model; with several use search" in capfd.readouterr().err
+    assert not Path("results").exists()
+    assert main([*command, "--notebooks", "10", "--minutes", "1e-9"]) == 0
+    assert "10_model_sizes waits; the same command goes on from here" in capfd.readouterr().err
+    assert main([*command, "--notebooks", "10"]) == 0
+    told = capfd.readouterr()
+    (page,) = Path("results").glob("smoke-small-*+large-*/report.html")
+    assert told.out.rstrip().endswith(f"Report: {page.resolve()}") and "(small, ./large, smoke)" in told.err
+    found = r"full precision of small \(\S+ MB\) is \w+ than RTN at 8-8-8 of large \(\S+ MB\) by"
+    assert re.search(found, told.out) and "for 4 bits by LLM-QAT beside 8 there are no arms of two sizes" in told.out
+    assert len(list(Path("results/records").iterdir())) == 4
+    text = page.read_text()
+    assert "small, large: a larger model at fewer bits" in text and text.count('<span class="verdict') == 1
+    page.unlink()
+    assert main(["report", "--output", str(page.parent)]) == 0
+    assert re.search(found, page.read_text()) and "<pre>study report --output" in page.read_text()
+
+
 @pytest.mark.parametrize("rates", [[], ["--rates", "search"]])
 def test_where_nothing_is_trained_no_rates_are_spoken_of_but_where_they_were_asked_for(tmp_path, capfd, rates):
     assert main(["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "00", "--minutes", "1", *rates]) == 2
@@ -298,6 +324,10 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--set", "=1"], "parameter: '' is not one of 01_sampling_strategy.ipynb"),
         (["--model", ""], "model: the folder '' has no config.json"),
         (["--model", "/dev/null"], "model: '/dev/null' is not known"),
+        (["--model", "tiny-random", "--model", "gpt9"], "model: 'gpt9' is not known; use smollm2-135m, tiny-random,"),
+        (["--model", "tiny-random", "--model", "tiny-random"], "models: 'tiny-random' is there twice; use two or more"),
+        (["--model", "tiny-random", "--notebooks", "10"], "notebooks: 10_model_sizes takes two or more models of one"),
+        (["--set", "models=[a, b]"], "--set: 'models' is not allowed; use --model, once for each"),
         (["--model", 300 * "x"], "File name too long"),
         (["--results", "/proc/nowhere", "--model", "tiny-random"], "results folder /proc/nowhere is not writable"),
         (["--results", "/dev/null", "--model", "tiny-random"], "results folder /dev/null is not writable"),

@@ -5,7 +5,7 @@ import ast
 import nbformat
 import pytest
 
-from studylib.study.notebooks import NOTEBOOKS, assign_parameters, default_parameters, find_notebooks
+from studylib.study.notebooks import NOTEBOOKS, assign_parameters, default_parameters, find_notebooks, takes_family
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -27,6 +27,7 @@ def test_there_are_notebooks():
         "07_memory",
         "08_low_bit_execution",
         "09_four_bit_activations",
+        "10_model_sizes",
     ]
 
 
@@ -43,8 +44,9 @@ def test_committed_without_outputs_and_short(notebook):
 
 def test_parameters_are_plain_values(notebook):
     defaults = default_parameters(notebook)
-    trained = ["seeds", "results", "output", "jobs", "rates", "extend", "keep_checkpoints"]
-    common = ["model", "profile", *(trained if "extend" in defaults else ["results", "output"])]
+    model, rates = ("models", "rate_files") if takes_family(notebook) else ("model", "rates")
+    trained = ["seeds", "results", "output", "jobs", rates, "extend", "keep_checkpoints"]
+    common = [model, "profile", *(trained if "extend" in defaults else ["results", "output"])]
     assert list(defaults)[: len(common)] == common
     assert assign_parameters([notebook], defaults) == {notebook: defaults}
 
@@ -78,7 +80,8 @@ def test_notebooks_are_found_by_number_or_name(tmp_path):
         "04_ptq_vs_qat",
         "03_bit_allocation",
     ]
-    assert find_notebooks([]) == [*ALL[1:], ALL[0]]  # 00 sums the others up
+    assert find_notebooks([], family=True) == [*ALL[1:], ALL[0]]  # 00 sums the others up
+    assert find_notebooks([]) == [*ALL[1:-1], ALL[0]] and takes_family(ALL[-1])  # those of one model
     assert [path.stem for path in find_notebooks(["00", "07"])] == ["07_memory", "00_claims"]
     with pytest.raises(ValueError, match="notebook: '99' is not known; use one of 01_sampling"):
         find_notebooks(["99"])

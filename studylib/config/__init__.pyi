@@ -65,7 +65,7 @@ from .files import (
     write_whole,
     written_whole,
 )
-from .learning_rates import Rate, find_rates, rates_text
+from .learning_rates import Rate, find_family_rates, find_rates, rates_text
 from .numerics import NUMERICS, versions
 from .settings import (
     ADAPTER_KINDS,
@@ -230,6 +230,7 @@ __all__ = [
     "check_whole",
     "check_width",
     "file_sha256",
+    "find_family_rates",
     "find_rates",
     "in_bitsandbytes",
     "is_line",

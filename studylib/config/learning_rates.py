@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -55,6 +55,16 @@ def find_rates(model: str, profile: str, file: str = "") -> dict[str, Rate]:
             f"rates: {file!r} was written for {shown(own_model)} at {shown(own_profile)}, not for {model} at {profile}"
         )
     return rates
+
+
+def find_family_rates(models: Sequence[str], profile: str, files: Sequence[str] = ()) -> dict[str, dict[str, Rate]]:
+    """By model, what `find_rates` gives with the file of the same place; without files, what comes with studylib.
+    Raises ValueError as it does, and where there are as many files as models neither, nor none."""
+    if files and len(files) != len(models):
+        raise ValueError(f"rates: {len(files)} files for {len(models)} models; use one file for each, or none")
+    return {
+        model: find_rates(model, profile, file) for model, file in zip(models, files or [""] * len(models), strict=True)
+    }
 
 
 def parse_rates(text: str, name: str) -> tuple[str, str, dict[str, Rate]]:

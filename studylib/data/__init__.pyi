@@ -1,5 +1,6 @@
 from . import corpora, models
 from .corpora import Pair, beginning, evenly_spaced, instruction_pairs, text_statistics, window_documents, windows
+from .family import check_family
 from .generation import check_length, context_length, generate_windows
 from .models import autocast, compute_dtype, load_model, load_tokenizer
 from .prompts import TODAY, chat_opening, check_template, conversation, writes_date
@@ -12,6 +13,7 @@ __all__ = [
     "beginning",
     "cache_folder",
     "chat_opening",
+    "check_family",
     "check_length",
     "check_template",
     "compute_dtype",

@@ -14,9 +14,12 @@ from .measures import (
     decoding_measures,
     frontier,
     gather,
+    gather_family,
     identity,
     kind_of,
     megabytes,
+    model_names,
+    of_family,
     of_profile,
     perplexities,
     response_measures,
@@ -30,6 +33,7 @@ from .measures import (
 )
 from .order import Plan, Prospect, claims_first, lacking_measures
 from .rules import SHARE
+from .sizes import equal_pairs, judge_sizes
 from .spread import ENOUGH
 from .statistics import EXCESS, LEVEL, POWER, Array, Interval, Scale, paired_bootstrap
 from .verdicts import (
@@ -89,15 +93,20 @@ __all__ = [
     "covering",
     "decide",
     "decoding_measures",
+    "equal_pairs",
     "frontier",
     "gather",
+    "gather_family",
     "identity",
     "judge",
+    "judge_sizes",
     "kind_of",
     "l4q",
     "lacking_measures",
     "llm_qat",
     "megabytes",
+    "model_names",
+    "of_family",
     "of_profile",
     "paired_bootstrap",
     "perplexities",

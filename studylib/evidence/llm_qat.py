@@ -1,6 +1,6 @@
 """LLM-QAT's claims, each with its rule, written before the runs that it judges (docs/deviations.md: what changed)."""
 
-from studylib.evidence.measures import FULL, unchanged_text
+from studylib.evidence.measures import FULL, perplexities, unchanged_text
 from studylib.evidence.rules import (
     cache_breaks,
     explodes,
@@ -61,7 +61,11 @@ CLAIMS = (
         "A5",
         "Rather 8 bits than a smaller model, and rather 4 bits by LLM-QAT than 8 bits of half the size",
         "A recommendation, from LLaMA-7B, 13B and 30B",
-        "At equal bytes, the larger model at fewer bits is better",
+        "At equal bytes, the larger model at fewer bits is better: RTN's 8 bits than full precision of the smaller, "
+        "LLM-QAT's 4 bits than RTN's 8 and than full precision, each in the pair of sizes that is nearest; equal are, "
+        "with the cache, at most as many bytes and at least 75% of them",
+        beside=perplexities,
+        sizes=True,
         untested="it takes two sizes of one family; the package index has one",
     ),
     Claim(

@@ -2,8 +2,9 @@
 
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -151,16 +152,8 @@ def _gathered(records: tuple[Record, ...]) -> Cells:
         if not any(_same_scores(record, other) for other in found[record.arm]):
             found[record.arm].append(record)
             unique.append(record)
-    wholes: list[tuple[str, Callable[[Arm], Any]]] = [
-        ("model", lambda arm: arm.model),
-        ("evaluation", lambda arm: _text(arm.evaluation)),
-        ("evaluation", lambda arm: _tasks(arm.evaluation)),
-        ("evaluation", lambda arm: arm.evaluation.pairs),
-    ]
-    for what, value_of in wholes:
-        values = list(filter(None, dict.fromkeys(value_of(record.arm) for record in unique)))
-        if len(values) > 1:
-            raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
+    _check_shared("model", unique, lambda arm: arm.model)
+    _check_evaluations(unique)
     grouped: dict[Setting, list[Record]] = {}
     for record in sorted(unique, key=lambda record: order(record.arm)):
         grouped.setdefault(Setting.of(record.arm), []).append(record)
@@ -175,6 +168,71 @@ def _gathered(records: tuple[Record, ...]) -> Cells:
         )
         for own, group in grouped.items()
     }
+
+
+def _check_evaluations(records: Sequence[Record]) -> None:
+    _check_shared("evaluation", records, lambda arm: _text(arm.evaluation))
+    _check_shared("evaluation", records, lambda arm: _tasks(arm.evaluation))
+    _check_shared("evaluation", records, lambda arm: arm.evaluation.pairs)
+
+
+def _check_shared(what: str, records: Sequence[Record], value_of: Callable[[Arm], Any]) -> None:
+    """ValueError where arms have several of something."""
+    values = list(filter(None, dict.fromkeys(value_of(record.arm) for record in records)))
+    if len(values) > 1:
+        raise ValueError(f"records: {what} {values[0]!r} and {what} {values[1]!r} cannot be compared")
+
+
+def gather_family(records: Sequence[Record]) -> Cells:
+    """Cells of models of one family beside each other, each setting with the name of its model, the smallest model
+    first; of one model, what `gather` gives.
+
+    Raises ValueError as `gather` does, and where the models were not scored on the same windows, as by different
+    tokenizers, so far as the records tell.
+    """
+    by_model: dict[str, list[Record]] = {}
+    for record in records:
+        by_model.setdefault(record.arm.model, []).append(record)
+    if len(by_model) < 2:
+        return gather(records)
+    _check_evaluations(records)
+    _check_windows(records)
+    names = model_names(by_model)
+    gathered = {names[model]: gather(own) for model, own in by_model.items()}
+    return {
+        (named := replace(own, model=model)): replace(cell, setting=named)
+        for model, cells in sorted(gathered.items(), key=lambda item: _largest(item[1].values()))
+        for own, cell in cells.items()
+    }
+
+
+def model_names(models: Iterable[str]) -> dict[str, str]:
+    """What each model is called beside the others: the last part of its name, where no other has it."""
+    last = {model: re.split(r"[/\\]", model.rstrip("/\\"))[-1] for model in models}
+    counts = Counter(last.values())
+    return {model: name if counts[name] == 1 else model for model, name in last.items()}
+
+
+def _largest(cells: Iterable[Cell]) -> float:
+    """The bytes of weights of the largest cell: a model's, in full precision."""
+    return max((cell.records[0].metrics["bytes/weights"] or 0.0 for cell in cells if cell.records), default=0.0)
+
+
+def _check_windows(records: Sequence[Record]) -> None:
+    """ValueError where records disagree on how many windows of a corpus there are, or from which documents."""
+    seen: dict[str, tuple[str, list[float | None]]] = {}
+    for record in records:
+        for name, values in record.scores.items():
+            kind, _, corpus = name.partition("/")
+            if kind not in ("loss", "document") or corpus not in record.arm.evaluation.corpora:
+                continue
+            own: list[float | None] = list(values) if kind == "document" else [float(len(values))]
+            model, known = seen.setdefault(name, (record.arm.model, own))
+            if known != own:
+                raise ValueError(
+                    f"records: the windows of {corpus} of model {model!r} and model {record.arm.model!r} are not the "
+                    "same and cannot be compared"
+                )
 
 
 def _text(evaluation: Evaluation) -> Any:
@@ -214,6 +272,11 @@ def of_profile(records: Sequence[Record], model: str, budget: Profile) -> list[R
     own = [record for record in records if _made_by(budget, model, record.arm) and _is_of_present_files(record)]
     ranked = sorted(own, key=lambda record: (_is_found(record), record.provenance["finished"]))
     return list({_compared(record.arm): record for record in ranked}.values())
+
+
+def of_family(records: Sequence[Record], budgets: Mapping[str, Profile]) -> list[Record]:
+    """`of_profile` for each model of a family, at its budget: with the learning rates that were chosen for it."""
+    return [record for model, budget in budgets.items() for record in of_profile(records, model, budget)]
 
 
 def _is_of_present_files(record: Record) -> bool:
@@ -503,7 +566,7 @@ def with_spreads(measure: Measure, records: Sequence[Record]) -> Measure:
 @functools.lru_cache(maxsize=64)
 def _spreads(measure: Measure, records: tuple[Record, ...]) -> dict[str, Spread]:
     runs: dict[str, dict[object, dict[int, float]]] = defaultdict(dict)
-    for cell in gather(records).values():
+    for cell in gather_family(records).values():
         if cell.kind and measure.covers(cell):
             runs[cell.kind][cell.setting] = {
                 seed: math.log(measure.value(identity, cell, seed=seed)) for seed in cell.seeds

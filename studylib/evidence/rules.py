@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from studylib.config import ADAPTED_4_BITS, EXECUTIONS, IN_4_BITS, listed, nats, number, percent, points
-from studylib.evidence.measures import Cell, Contrast, Measure, identity, speedup, won_back, won_back_share
+from studylib.evidence.measures import Cell, Contrast, Measure, identity, megabytes, speedup, won_back, won_back_share
 from studylib.evidence.statistics import Interval, paired_bootstrap
 from studylib.evidence.verdicts import (
     ACCURACY,
@@ -283,6 +283,22 @@ def smoothing(measure: Measure, four: Cell, four_smooth: Cell, eight: Cell, eigh
     text = f"without SmoothQuant, {_is(four.title, gain)}; "
     text += f"{_is(f'at {eight.bits} it', other, '', _tolerated(measure))}."
     return together([replace(gain, above=0), replace(other, below=_tolerance(measure))], text)
+
+
+def larger_is_better(measure: Measure, *cells: Cell) -> Outcome:
+    """Whether the first of each two cells, of a larger model, is better than the second, of a smaller one."""
+    pairs = list(zip(cells[::2], cells[1::2], strict=True))
+    effects = [replace(_worse(measure, larger, smaller), above=0) for larger, smaller in pairs]
+    texts = [
+        _is(sized(smaller), effect, sized(larger)) for (larger, smaller), effect in zip(pairs, effects, strict=True)
+    ]
+    least = sorted(effects, key=lambda effect: effect.interval.estimate)
+    return together(least, f"{'; '.join(texts)}.")
+
+
+def sized(cell: Cell) -> str:
+    """The title, and what the cell takes with its cache."""
+    return f"{cell.title} ({number(megabytes(cell))} MB)"
 
 
 def _worse(measure: Measure, a: Cell, b: Cell, what: str = "") -> Effect:

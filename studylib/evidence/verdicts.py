@@ -232,6 +232,9 @@ class Outcome:
         return self.shown or self.parts[self.verdicts.index(self.verdict)]
 
 
+Rule = Callable[..., Outcome]  # given a measure and cells
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim of a paper, the arms that test it (needs; optional: used where they were run) and its rule in words.
@@ -239,6 +242,7 @@ class Claim:
     reported: what the paper found, in words; effect: the paper's own number, where it has one of the kind that the rule
     rests on. test: the rule, given a measure and the cells of `needs` and `optional`. primary: what the verdict rests
     on; beside: what is shown besides. untested: what it would take to test it, for a claim that most records cannot.
+    sizes: it is judged from records of several models alone (evidence.sizes).
     """
 
     id: str
@@ -246,12 +250,13 @@ class Claim:
     reported: str
     rule: str
     needs: tuple[Setting, ...] = ()
-    test: Callable[..., Outcome] | None = None
+    test: Rule | None = None
     optional: tuple[Setting, ...] = ()
     primary: Callable[[Sequence[Record]], list[Measure]] = text_measures
     beside: Callable[[Sequence[Record]], list[Measure]] = unchanged
     untested: str = ""
     effect: PaperNumber | None = None
+    sizes: bool = False
 
 
 @dataclass(frozen=True)
@@ -312,16 +317,17 @@ class Finding:
 def judge(claim: Claim, records: Sequence[Record]) -> list[Finding]:
     """What the claim's primary measure says, with a verdict (see `decide`), and what others say beside it, without."""
     main = decide(claim, records)
-    if main.outcome is None:
+    if main.outcome is None or claim.test is None:
         return [main]
-    used, (primary, *others) = _used(claim, records), _covering(claim.primary, claim, records)
-    beside = [measure for measure in _covering(claim.beside, claim, records) if measure.parts != primary.parts]
-    findings = [main]
-    for measure in (*others, *beside):
-        assert claim.test is not None
-        also = claim.test(measure, *used)
-        findings.append(Finding(claim.id, measure.title, "", also.text, also.effect))
-    return findings
+    return [main, *beside_it(claim, claim.test, _used(claim, records), records)]
+
+
+def beside_it(claim: Claim, test: Rule, used: Sequence[Cell | None], records: Sequence[Record]) -> list[Finding]:
+    """What measures besides the primary one say of a claim, by its rule given these cells."""
+    primary, *others = _covering(claim.primary(records), used)
+    beside = [measure for measure in _covering(claim.beside(records), used) if measure.parts != primary.parts]
+    found = [(measure, test(measure, *used)) for measure in (*others, *beside)]
+    return [Finding(claim.id, measure.title, "", also.text, also.effect) for measure, also in found]
 
 
 def decide(claim: Claim, records: Sequence[Record]) -> Finding:
@@ -340,7 +346,11 @@ def decide(claim: Claim, records: Sequence[Record]) -> Finding:
     if missing:
         text = claim.untested or f"{listed(missing)} {'was' if len(missing) == 1 else 'were'} not run"
         return Finding(claim.id, "", NOT_TESTED, f"{text}.")
-    used = _used(claim, records)
+    return by_rule(claim, claim.test, _used(claim, records), records)
+
+
+def by_rule(claim: Claim, test: Rule, used: Sequence[Cell | None], records: Sequence[Record]) -> Finding:
+    """What the claim's primary measure says by a rule, given the cells that it judges (see `decide`)."""
     diverged = [cell for cell in used if cell and cell.diverged]
     if diverged:
         counts = "; ".join(
@@ -348,7 +358,7 @@ def decide(claim: Claim, records: Sequence[Record]) -> Finding:
             for cell in diverged
         )
         return Finding(claim.id, "", UNDECIDED, f"{counts}.")
-    primary = _covering(claim.primary, claim, records)
+    primary = _covering(claim.primary(records), used)
     if not primary:
         text = claim.untested or "nothing was measured that it speaks of"
         return Finding(claim.id, "", NOT_TESTED, f"{text}.")
@@ -358,8 +368,7 @@ def decide(claim: Claim, records: Sequence[Record]) -> Finding:
     waiting = frozenset(kind for kind in kinds if free.get(kind, 0) < ENOUGH)
 
     def tested(cells: Sequence[Cell | None]) -> Outcome:
-        assert claim.test is not None
-        return replace(claim.test(main, *cells), measured=kinds, waiting=waiting)
+        return replace(test(main, *cells), measured=kinds, waiting=waiting)
 
     found = tested(used)
     words = tuple(zip([part.what for part in found.parts], found.verdicts, strict=True))
@@ -384,12 +393,9 @@ def _used(claim: Claim, records: Sequence[Record]) -> list[Cell | None]:
     return [cells.get(setting) for setting in (*claim.needs, *claim.optional)]
 
 
-def _covering(
-    measures: Callable[[Sequence[Record]], list[Measure]], claim: Claim, records: Sequence[Record]
-) -> list[Measure]:
-    """Those that all cells of the claim were scored on."""
-    used = _used(claim, records)
-    return [measure for measure in measures(records) if all(cell is None or measure.covers(cell) for cell in used)]
+def _covering(measures: Sequence[Measure], used: Sequence[Cell | None]) -> list[Measure]:
+    """Those that all cells of a claim were scored on."""
+    return [measure for measure in measures if all(cell is None or measure.covers(cell) for cell in used)]
 
 
 def _doubled(cell: Cell) -> Cell:

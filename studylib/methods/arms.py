@@ -185,12 +185,14 @@ class Setting:
     """What is compared: a method at a bit setting, and by field what of it is not as by default.
 
     changes: (field, value) pairs, in the order of CHANGES, such as ("training.loss", "labels"). Fields of budgets, the
-    seed and the evaluation are not part of it: arms that are compared share them.
+    seed and the evaluation are not part of it: arms that are compared share them. model: what the model is called
+    among several that are compared; "": all arms share it.
     """
 
     method: str
     bits: str
     changes: tuple[tuple[str, Any], ...] = ()
+    model: str = ""
 
     @classmethod
     def of(cls, arm: Arm) -> "Setting":
@@ -220,11 +222,11 @@ class Setting:
     @property
     def title(self) -> str:
         """For sentences and tables: "LLM-QAT at 4-8-4 (loss labels)"; rounded weights go by their format."""
-        method = METHODS.get(self.method)
+        method, of = METHODS.get(self.method), f" of {self.model}" if self.model else ""
         if method and method.checks_weights:
-            return self.variant
+            return self.variant + of
         at = f" at {self.bits}" if method is None or method.rounds or method.needs else ""
-        return method_title(self.method) + at + (f" ({self.variant})" if self.variant else "")
+        return method_title(self.method) + at + (f" ({self.variant})" if self.variant else "") + of
 
 
 def _terms(arm: Arm) -> Terms | None:

@@ -9,11 +9,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studylib.config import Arm, Evaluation, markdown, number, write_whole
-from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
+from studylib.evidence import (
+    CONTEXT,
+    FAMILY,
+    FULL,
+    LOOKS,
+    NOT_TESTED,
+    POWER,
+    RATE,
+    VERDICTS,
+    Cell,
+    Cells,
+    accuracies,
+    gather,
+    gather_family,
+    judge_sizes,
+    model_names,
+)
 from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
 from studylib.report import recipes
-from studylib.report.ledger import BY_PAPER, LATER, SYMBOLS, Entry, counted, effect_text, ledger, ledger_table, picture
-from studylib.report.tables import as_html, as_markdown, readable, scoreboard
+from studylib.report.ledger import (
+    BY_PAPER,
+    CLAIMS,
+    LATER,
+    SYMBOLS,
+    Entry,
+    counted,
+    effect_text,
+    ledger,
+    ledger_table,
+    picture,
+)
+from studylib.report.tables import as_html, as_markdown, family_scoreboard, readable, scoreboard
 from studylib.study import Record, RecordError, read_published, webp
 
 if TYPE_CHECKING:
@@ -42,6 +69,8 @@ SECTIONS = (
     Section(LATER, "QuaRot, SpinQuant, NVFP4", "what the three papers leave open", ("09",)),
 )
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
+FAMILY_NOTEBOOKS = ("10",)  # whose figures stand on the page of a family
+(SIZES_CLAIM,) = (claim for claim in CLAIMS.values() if claim.sizes)
 
 
 def write_report(
@@ -57,14 +86,10 @@ def write_report(
     records: all that they used, of one model and one evaluation. command: what makes this report again.
     budget: MB that the recommended recipe may take. live: of a run that is under way, which writes it again.
     """
-    import jinja2
-
     output, name = Path(output), records[0].provenance["model"]["name"]
     entries, board = ledger(records), scoreboard(records)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("studylib", "report"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = _rendered(
+        "report.html.j2",
         model=Path(name).name if Path(name).is_absolute() else name,
         note=records[0].provenance["model"]["note"],
         text={"beginning": "", "date": ""} | records[0].provenance.get("text", {}),
@@ -95,11 +120,7 @@ def write_report(
         effect_text=effect_text,
         picture=picture,
         power=f"{POWER:.0%}",
-        cost=[_cost(cell) for cell in gather(records).values()],
-        total_minutes=number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),
-        peak=number(max(record.cost["peak_bytes"] for record in records) / 2**30),
-        sources=_sources(records),
-        machine=_machine(records),
+        **_made(records, gather(records)),
         notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
         items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
@@ -108,6 +129,68 @@ def write_report(
         looks=LOOKS,
         odds=f"{1 / RATE:,.0f}",
     )
+    return _written(output, page)
+
+
+def write_family_report(
+    output: str | Path, records: Sequence[Record], judged: Sequence[Record], notebooks: Sequence[Path], command: str
+) -> Path:
+    """Write output/report.html on several models of one family: the claim about sizes, its figure and all arms.
+
+    records: those of its arms. judged: what the verdict rests on, these and others of the models that tell how far runs
+    lie apart. notebooks: those that were executed. command: what makes this report again. Returns its path.
+    """
+    output, entry = Path(output), Entry(SIZES_CLAIM, tuple(judge_sizes(SIZES_CLAIM, judged)))
+    notes = {record.provenance["model"]["note"]: model for model, record in _by_model(records).items()}
+    page = _rendered(
+        "family.html.j2",
+        model=" and ".join(_by_model(records)),
+        live=False,
+        names=list(_by_model(records)),
+        notes=[f"{model} is {note}" for note, model in notes.items() if note],
+        entry=entry,
+        verdict_class={verdict: f"v{at}" for at, verdict in enumerate(VERDICTS)},
+        symbols=SYMBOLS,
+        odds=f"{1 / RATE:,.0f}",
+        figures=_figures(output, notebooks, FAMILY_NOTEBOOKS),
+        table=as_html(readable(family_scoreboard(records), tasks=False)),
+        scored=_scored(records),
+        context=CONTEXT,
+        **_made(records, gather_family(records)),
+        notebooks=[path.name for path in notebooks if path.with_suffix(".html").is_file()],
+        command=command,
+    )
+    return _written(output, page)
+
+
+def _by_model(records: Sequence[Record]) -> dict[str, Record]:
+    """A record of each model, by its name beside the others, the smallest first."""
+    names = model_names({record.arm.model: None for record in records})
+    found = {names[record.arm.model]: record for record in records}
+    return {own.model: found[own.model] for own in gather_family(records)}
+
+
+def _made(records: Sequence[Record], cells: Cells) -> dict[str, Any]:
+    """What the arms of a page cost, and where they come from."""
+    return {
+        "cost": [_cost(cell) for cell in cells.values()],
+        "total_minutes": number(sum(sum(record.cost["seconds"].values()) for record in records) / 60),
+        "peak": number(max(record.cost["peak_bytes"] for record in records) / 2**30),
+        "sources": _sources(records),
+        "machine": _machine(records),
+    }
+
+
+def _rendered(template: str, **values: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("studylib", "report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _written(output: Path, page: str) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "report.html"
     write_whole(path, page)
@@ -158,6 +241,13 @@ def summary(records: Sequence[Record], budget: float | None = None) -> str:
                 found += [f"  - {markdown(finding.sentence)}" for finding in entry.findings]
         found.append("")
     return "\n".join([*found, "## All arms\n", as_markdown(readable(board, tasks=False))])
+
+
+def family_summary(judged: Sequence[Record]) -> str:
+    """What records of several models say of the claim about sizes, in Markdown, with its rule."""
+    found = [finding.sentence for finding in judge_sizes(SIZES_CLAIM, judged)]
+    lines = [f"**{SIZES_CLAIM.id}, {SIZES_CLAIM.statement}.** Rule: {SIZES_CLAIM.rule}.", *found]
+    return "\n".join(f"{'  ' * bool(at)}- {markdown(line)}" for at, line in enumerate(lines))
 
 
 def _recipe(found: recipes.Recommendation) -> dict[str, str]:

@@ -14,7 +14,9 @@ from studylib.evidence import (
     Measure,
     accuracy_title,
     gather,
+    gather_family,
     identity,
+    model_names,
     response_measures,
     right_answers,
     task_measures,
@@ -26,7 +28,7 @@ from studylib.study import Record
 if TYPE_CHECKING:
     import pandas as pd
 
-WORDS = ("Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
+WORDS = ("Model", "Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":
@@ -75,6 +77,19 @@ def scoreboard(records: Sequence[Record]) -> "pd.DataFrame":
     return pd.DataFrame([_row(cell, main, tasks, several) for cell in cells])
 
 
+def family_scoreboard(records: Sequence[Record]) -> "pd.DataFrame":
+    """`scoreboard` of each model of a family below each other, the smallest first, with a first column "model"."""
+    import pandas as pd
+
+    names = model_names({record.arm.model: None for record in records})
+    order = list(dict.fromkeys(own.model for own in gather_family(records)))
+    boards = []
+    for model in sorted(names, key=lambda model: order.index(names[model])):
+        boards.append(scoreboard([record for record in records if record.arm.model == model]))
+        boards[-1].insert(0, "model", names[model])
+    return pd.concat(boards, ignore_index=True)
+
+
 def _row(cell: Cell, main: list[Measure], tasks: list[Measure], several: bool) -> dict[str, Any]:
     sizes = {name: np.nan if value is None else value for name, value in _first(cell).metrics.items()}
     row: dict[str, Any] = {
@@ -110,6 +125,8 @@ def readable(board: "pd.DataFrame", tasks: bool = True) -> "pd.DataFrame":
     import pandas as pd
 
     shown = pd.DataFrame({"Method": board["method"], "W-A-KV": board["bits"]})
+    if "model" in board:
+        shown.insert(0, "Model", board["model"])
     if board["variant"].any():
         shown["Variant"] = board["variant"]
     if (board["seeds"] + board["diverged"]).max() > 1:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+SIZES = "10_model_sizes"  # the notebook of several models
+FAMILY = "two or more models of one family, for example: study run --model SMALL --model LARGE"  # that it takes
 PATIENCE = 300  # seconds that a kernel on a busy machine may take to start, or to hand over the rest of a cell's output
 
 
@@ -29,13 +31,16 @@ class NotebookError(RuntimeError):
     """A notebook that did not come to its end, in one line."""
 
 
-def find_notebooks(names: list[str], folder: Path = NOTEBOOKS) -> list[Path]:
-    """Notebook files by number ("03") or name, all when `names` is empty; 00 comes last, for it sums the others up."""
+def find_notebooks(names: list[str], folder: Path = NOTEBOOKS, family: bool = False) -> list[Path]:
+    """Notebook files by number ("03") or name, all when `names` is empty; 00 comes last, for it sums the others up.
+
+    family: several models are compared; all are else those that take one.
+    """
     present = {path.stem: path for path in sorted(sorted(folder.glob("[0-9][0-9]_*.ipynb")), key=sums_up)}
     if not present:
         raise ValueError(f"notebooks: there are none in {folder}; run from an editable install (pip install -e .)")
     if not names:
-        return list(present.values())
+        return [path for path in present.values() if family or not takes_family(path)]
     found = []
     for name in names:
         match = [path for stem, path in present.items() if name in (stem, stem.split("_")[0], path.name)]
@@ -67,6 +72,11 @@ def claims(notebook: Path) -> list[str]:
     return list(dict.fromkeys(claim for own in found for claim in own))
 
 
+def takes_family(notebook: Path) -> bool:
+    """Whether it compares models of one family, and is no notebook of one model."""
+    return notebook.stem == SIZES
+
+
 def default_parameters(notebook: Path) -> dict[str, Any]:
     """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
     import papermill  # not where a notebook imports this module: a second and a half
@@ -84,16 +94,21 @@ def assign_parameters(notebooks: Sequence[Path], parameters: dict[str, Any]) -> 
 
     Raises ValueError for a name that none of the notebooks has, or a value that it may not have (see parameters).
     """
+    check_names(notebooks, parameters)
     defaults = {notebook: default_parameters(notebook) for notebook in notebooks}
-    allowed = dict.fromkeys(name for own in defaults.values() for name in own)
-    for name in parameters:
-        if name not in allowed:
-            names = listed([notebook.name for notebook in notebooks])
-            raise ValueError(f"parameter: {name!r} is not one of {names}; allowed are {', '.join(allowed)}")
     return {
         notebook: {name: check_parameter(notebook.stem, name, parameters[name]) for name in own if name in parameters}
         for notebook, own in defaults.items()
     }
+
+
+def check_names(notebooks: Sequence[Path], parameters: Iterable[str]) -> None:
+    """ValueError for a name of a parameter that none of the notebooks has."""
+    allowed = dict.fromkeys(name for notebook in notebooks for name in default_parameters(notebook))
+    for name in parameters:
+        if name not in allowed:
+            names = listed([notebook.name for notebook in notebooks])
+            raise ValueError(f"parameter: {name!r} is not one of {names}; allowed are {', '.join(allowed)}")
 
 
 def wanted_arms(notebook: Path, parameters: dict[str, Any]) -> list[Arm]:
@@ -231,9 +246,16 @@ def folders(results: str, output: str) -> tuple[str, str]:
 
 
 def publish(
-    output: str | Path, notebook: str, records: list[Record], figures: "dict[str, Figure]", table: "DataFrame"
+    output: str | Path,
+    notebook: str,
+    records: list[Record],
+    figures: "dict[str, Figure]",
+    table: "DataFrame",
+    judged: Sequence[Record] = (),
 ) -> None:
-    """What a notebook leaves in the folder output/notebook: figures (WebP, SVG), table.csv, and published.json."""
+    """What a notebook leaves in the folder output/notebook: figures (WebP, SVG), table.csv, and published.json.
+
+    judged: all that its verdicts rest on, where the page tells these from the arms."""
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -244,6 +266,7 @@ def publish(
         table.to_csv(partial, index=False)
     titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
     published = {"records": [record.key for record in records], "figures": titles}
+    published |= {"judged": [record.key for record in judged]} if judged else {}
     write_whole(folder / "published.json", json.dumps(published, indent=1))
 
 
@@ -255,13 +278,14 @@ def webp(figure: "Figure") -> bytes:
 
 
 def read_published(output: Path, notebook: str) -> dict[str, Any]:
-    """What `publish` noted: {"records": [keys], "figures": {file stem: title}}. RecordError where it cannot be read,
-    or names anything outside its folder."""
+    """What `publish` noted: {"records": [keys], "figures": {file stem: title}, "judged": [keys]}. RecordError where it
+    cannot be read, or names anything outside its folder."""
     path = output / notebook / "published.json"
     try:
         published = json.loads(path.read_text(encoding="utf-8"))
         records, figures = published["records"], published["figures"]
-        if wrong := [key for key in records if not re.fullmatch("[0-9a-f]{16}", key)]:
+        judged = published.get("judged", [])
+        if wrong := [key for keys in (records, judged) for key in keys if not re.fullmatch("[0-9a-f]{16}", key)]:
             raise ValueError(f"{wrong[0]!r} is no record's key")
         if wrong := [name for name in figures if not re.fullmatch(r"[^/\\\0]+", name)]:
             raise ValueError(f"{wrong[0]!r} is no figure's name")
@@ -269,7 +293,27 @@ def read_published(output: Path, notebook: str) -> dict[str, Any]:
             raise ValueError(f"{wrong[0]!r} is no figure's title")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(f"{path} is not what a notebook published ({error}); run {notebook} again") from error
-    return {"records": records, "figures": figures}
+    return {"records": records, "figures": figures, "judged": judged}
+
+
+def judged_records(
+    output: Path, notebooks: Sequence[Path], folder: Path, skipped: Callable[[RecordError], None] | None = None
+) -> list[Record]:
+    """The records in `folder` that the verdicts of the notebooks published in `output` rest on, each once (see
+    `publish`). skipped: as of `used_records`."""
+    keys = dict.fromkeys(key for notebook in notebooks for key in read_published(output, notebook.stem)["judged"])
+    return list(_read(find_records(folder, keys), skipped))
+
+
+def _read(paths: Mapping[str, Path], skipped: Callable[[RecordError], None] | None) -> Iterator[Record]:
+    """The records of these files; skipped: told of what cannot be read, which else is a RecordError."""
+    for path in paths.values():
+        try:
+            yield read_record(path)
+        except RecordError as error:
+            if skipped is None:
+                raise
+            skipped(error)
 
 
 def used_records(
@@ -283,14 +327,8 @@ def used_records(
     found: dict[str, Record] = {}
     for notebook in sorted(notebooks, key=sums_up):
         taken = {Setting.of(record.arm) for record in found.values()} if sums_up(notebook) else set()
-        for key, path in find_records(folder, read_published(output, notebook.stem)["records"]).items():
-            try:
-                record = found.get(key) or read_record(path)
-            except RecordError as error:
-                if skipped is None:
-                    raise
-                skipped(error)
-                continue
+        paths = find_records(folder, read_published(output, notebook.stem)["records"])
+        for record in _read({key: path for key, path in paths.items() if key not in found}, skipped):
             if Setting.of(record.arm) not in taken:
-                found[key] = record
+                found[record.key] = record
     return list(found.values())

@@ -1,11 +1,13 @@
 """What every parameter of every notebook may be: declared here, checked before any arm is made."""
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Collection, MutableMapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from studylib.config import (
@@ -118,7 +120,21 @@ def _as_flag(value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-NAME = _text(is_line, "a known name, a local folder or a hub id", "smollm2-135m")
+def _as_list(value: Any) -> Any:
+    """papermill's -p passes [small, large] on as a text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError):
+            return yaml.safe_load(value)
+    return value
+
+
+_NAME = Annotated[str, _that(is_line)]
+NAME = Parameter(_NAME, "a known name, a local folder or a hub id", "smollm2-135m")
+FAMILY = Parameter(
+    Annotated[list[_NAME], BeforeValidator(_as_list), Field(min_length=2, max_length=MOST_ITEMS)],
+    "a list of two or more models of one family: known names, local folders or hub ids",
+    ["owner/small", "owner/large"],
+)
 FOLDER = _text(lambda path: not path or is_line(path), "the path of a folder, or '' for the usual one", "results/runs")
 FLAG = Parameter(Annotated[bool, BeforeValidator(_as_flag)], "true or false", True)
 SETTING = _text(BitWidths.parse, "bits of weights, activations and cache, each 2 to 8, or 16 for off", "4-8-4")
@@ -151,7 +167,8 @@ ON_A_BASE = [name for name, method in METHODS.items() if method.needs >= {"tunin
 PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs and "data" not in method.needs]
 
 COMMON = {"model": NAME, "profile": _one_of(PROFILES), "results": FOLDER, "output": FOLDER}
-RATES = {"rates": _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")}
+RATES_FILE = _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")
+RATES = {"rates": RATES_FILE}
 POOLED = COMMON | {"jobs": _whole(1, MAX_JOBS, 2)}
 TRAINED = (
     POOLED
@@ -223,6 +240,15 @@ PARAMETERS = {
         "rotated": FLAG,
         "trained": SETTINGS,
         "smoothed": SETTINGS,
+    },
+    "10_model_sizes": {name: own for name, own in TRAINED.items() if name not in ("model", "rates")}
+    | {
+        "models": FAMILY,
+        "rate_files": _list(
+            RATES_FILE, "files that `study rates` wrote, one for each model", ["small.json", "large.json"]
+        ),
+        "settings": SETTINGS,
+        "trained": SETTINGS,
     },
 }
 

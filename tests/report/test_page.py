@@ -9,15 +9,26 @@ import pytest
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from studylib.evidence.sizes import judge_sizes
 from studylib.evidence.verdicts import (
+    REPRODUCED,
     VERDICTS,
     judge,
 )
 from studylib.methods.base import PAPERS
 from studylib.report import tables
 from studylib.report.figures import comparisons as figures
+from studylib.report.figures import family_frontier
 from studylib.report.ledger import BY_PAPER, CLAIMS, LATER, counted, ledger, sentences
-from studylib.report.page import SECTIONS, SUMMARY, summary, write_report
+from studylib.report.page import (
+    FAMILY_NOTEBOOKS,
+    SECTIONS,
+    SUMMARY,
+    family_summary,
+    summary,
+    write_family_report,
+    write_report,
+)
 from studylib.report.recipes import SIZES, recommendations
 from studylib.study import notebooks as batch
 from studylib.study.notebooks import NOTEBOOKS
@@ -91,7 +102,7 @@ def test_the_sections_stand_in_their_order(page):
 
 
 def test_every_notebook_and_claim_has_a_place():
-    shown = [number for section in SECTIONS for number in section.notebooks] + list(SUMMARY)
+    shown = [number for section in SECTIONS for number in section.notebooks] + [*SUMMARY, *FAMILY_NOTEBOOKS]
     assert sorted(shown) == [path.stem[:2] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
     assert [section.paper for section in SECTIONS] == list(BY_PAPER) == [*PAPERS, LATER]
     assert sum(map(len, BY_PAPER.values())) == len(CLAIMS)
@@ -201,3 +212,26 @@ def test_what_comes_into_texts_beside_what_they_say_stands_there(page, picture, 
         "begins with the &lt;s&gt; that its tokenizer puts there; where its chat template writes today's date, it is"
         in told
     )
+
+
+def test_a_family_has_a_page_of_its_own(family, tmp_path):
+    records = [record for record in family if record.arm.bits in ("16-16-16", "8-8-8")]
+    drawn, table = {"sizes": family_frontier(records)}, tables.family_scoreboard(records)
+    batch.publish(tmp_path, "10_model_sizes", records, drawn, table, family)
+    (tmp_path / "records").mkdir()
+    for record in family:
+        (tmp_path / "records" / record.file_name).write_text(record.to_json())
+    notebook = tmp_path / "10_model_sizes.ipynb"
+    judged = batch.judged_records(tmp_path, [notebook], tmp_path / "records")
+    assert {record.key for record in judged} == {record.key for record in family}
+    assert len(batch.used_records(tmp_path, [notebook], tmp_path / "records")) == len(records) < len(judged)
+    path = write_family_report(tmp_path, records, judged, [notebook], "study run --model a/small --model a/large")
+    reader = Reader(path.read_text())
+    text = " ".join(" ".join(reader.text).split())
+    assert not reader.open and all(link.startswith(("data:", "10_model_sizes/")) for link in reader.links)
+    assert "small, large: a larger model at fewer bits, or a smaller one at more?" in text
+    (claim,) = (claim for claim in CLAIMS.values() if claim.sizes)
+    for finding in judge_sizes(claim, family):
+        assert finding.sentence in text and finding.sentence in family_summary(judged)
+    assert "Verdict" not in text and f"\N{CHECK MARK} {REPRODUCED}" in text and claim.rule in text
+    assert "LLM-QAT at 8-8-8 of large" in text and "--model a/large" in text

@@ -10,7 +10,7 @@ from studylib.methods.base import METHODS
 from studylib.study import notebooks as batch
 from studylib.study.parameters import FLAG, GROUP, PARAMETERS, check_parameter, check_parameters
 
-PATHS = {path.stem: path for path in batch.find_notebooks([])}
+PATHS = {path.stem: path for path in batch.find_notebooks([], family=True)}
 DEFAULTS = {notebook: batch.default_parameters(path) for notebook, path in PATHS.items()}
 
 

@@ -1,6 +1,7 @@
 from .comparisons import bit_allocation, cache_cost, differences, learning_curve, recovery, size_accuracy
 from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
 from .rates import searched_rates
+from .sizes import family_frontier
 from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "decoding_times",
     "differences",
     "error_by_layer",
+    "family_frontier",
     "format_frontier",
     "format_table",
     "learning_curve",
