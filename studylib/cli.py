@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 atexit.register(gc.freeze)  # else the collector walks through all libraries at the exit, for two seconds
 
-REFERENCE = Path(__file__).parents[1] / "results" / "reference"
-
 SEARCH = "search"  # in the place of a file of rates
 PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
 SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
@@ -34,7 +32,8 @@ TOLD = 5  # files that cannot be read are named one by one up to so many
 PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` removes
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
-    "output": "--output, or --results, in which each run has its folder"
+    "compute": "--anew, or leave it out",
+    "output": "--output, or --results, in which each run has its folder",
 }  # notebook parameters that `study run` sets from its own options
 
 
@@ -53,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="only arms that these claims read, further seeds only where they may decide one, e.g. C1 A3",
     )
+    run.add_argument("--dry-run", action="store_true", help="only tell which arms are missing and how long they take")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
     _computing(run)
     decide = commands.add_parser("decide", help="spend time on the claims that are named, and tell their verdicts")
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _jobs(rates)
     _results(rates)
     listing = commands.add_parser("list", help="list the records of a results folder")
+    listing.add_argument("--csv", type=_path, metavar="FILE", help="write them with all their metrics to a file")
     listing.add_argument("--times", action="store_true", help="with seconds by phase, and what no claim reads")
     _results(listing)
     clean = commands.add_parser(
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
     _budget(report)
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
-    verify.add_argument("--reference", type=_path, default=REFERENCE, help="default: the results in the repository")
+    verify.add_argument("--reference", type=_path, metavar="FOLDER", help="default: the results in the repository")
     verify.add_argument(
         "--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title, as in `study list`"
     )
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _computing(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that carry out arms and write the page."""
+    parser.add_argument("--anew", action="store_true", help="compute arms that are in the reference results as well")
     parser.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a local folder or a hub id")
     parser.add_argument(
@@ -253,7 +255,7 @@ def _study(options: argparse.Namespace, arguments: list[str], names: list[str], 
     from studylib.config import find_rates, listed
     from studylib.data import models
     from studylib.report import recipes
-    from studylib.study import Store, schedule
+    from studylib.study import ALL, MISSING, REFERENCE, Store, schedule
     from studylib.study import notebooks as batch
 
     until = _deadline(options.minutes)
@@ -281,6 +283,8 @@ def _study(options: argparse.Namespace, arguments: list[str], names: list[str], 
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
     if options.seeds or "seeds" in taken:
         parameters["seeds"] = seeds or list(budget.seeds)
+    if "compute" in taken:
+        parameters["compute"] = ALL if options.anew else MISSING
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
     searches = "rates" in taken and options.rates == SEARCH
@@ -291,7 +295,8 @@ def _study(options: argparse.Namespace, arguments: list[str], names: list[str], 
     models.load_config(options.model)
     command = shlex.join(["study", *arguments])
     # Only now: what is refused leaves no folder.
-    found = _Study(options, command, until, model, output, notebooks, assigned, Store(results))
+    store = Store(results, None if options.anew else REFERENCE)
+    found = _Study(options, command, until, model, output, notebooks, assigned, store)
     usual = "rates" in taken and not searches and not find_rates(model, options.profile, options.rates)
     trained = [arm for arm in _arms(notebooks, assigned) if arm.budget] if searches or usual else []
     file = output / "rates.json"
@@ -325,9 +330,13 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.study import notebooks as batch
 
     targets = deciding.named(options.target_claims)
+    if options.dry_run and options.rates == SEARCH:
+        raise ValueError(f"dry-run: --rates {SEARCH} would search first; leave it out")
     study = _study(options, arguments, options.notebooks, options.seeds)
     if study is None:
         return 0
+    if options.dry_run:
+        return _tell_missing(study, targets)
     notebooks, shared = study.notebooks, study.shared
     lacking: list[Path] = []
     if len(shared) > 1 or options.minutes or targets:
@@ -359,6 +368,35 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     elif lacking:
         study.left(f"{names} wait")
     return 0
+
+
+def _tell_missing(study: _Study, targets: "list[Claim]") -> int:
+    """What `study run` would compute, and how long that takes as far as records tell."""
+    from studylib.methods import title
+    from studylib.study import Pace, arm_key, schedule, time_text
+
+    arms = list(dict.fromkeys(_of_claims(_arms(study.notebooks, study.assigned), targets)))
+    missing, pace = schedule.missing_arms(arms, study.store), Pace()
+    for record in filter(None, (study.store.load(arm_key(arm)) for arm in set(arms).difference(missing))):
+        pace.learn(record)
+    own = sum(study.store.find(arm_key(arm)) is not None for arm in arms)
+    there = len(arms) - len(missing)
+    print(f"{len(arms)} arms: {own} in {study.store.folder}, {there - own} in the reference, {len(missing)} missing.")
+    seconds = {arm: sum(pace.of(arm).values()) for arm in missing}
+    for arm in missing:
+        print(f"{time_text(seconds[arm]):14}  {title(arm)}  seed {arm.seed}")
+    if missing:
+        jobs = study.options.jobs
+        print(f"All together: {time_text(sum(seconds.values()) / jobs)} with --jobs {jobs}.")
+    return 0
+
+
+def _of_claims(arms: "list[Arm]", claims: "list[Claim]") -> "list[Arm]":
+    """Those that the claims read; all where there are no claims."""
+    from studylib.methods import Setting
+
+    read = {setting for claim in claims for setting in (*claim.needs, *claim.optional)}
+    return [arm for arm in arms if Setting.of(arm) in read] if claims else arms
 
 
 def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -498,7 +536,6 @@ def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | No
     that cannot say what its arms are, and then nothing is computed; else the notebooks that lack arms, and the records
     that there are.
     """
-    from studylib.methods import Setting
     from studylib.report import CLAIMS, deciding
     from studylib.study import notebooks as batch
     from studylib.study import schedule
@@ -508,7 +545,7 @@ def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | No
     for notebook in study.shared:
         try:
             wanted[notebook] = batch.wanted_arms(notebook, study.assigned[notebook])
-            schedule.check_all(wanted[notebook], study.store.folder)
+            schedule.missing_arms(wanted[notebook], study.store)
         except Exception:  # whatever it is, executed it shows that at its place
             return notebook, [], []
     arms = [arm for own in wanted.values() for arm in own]
@@ -518,8 +555,7 @@ def _compute_together(study: _Study, targets: "list[Claim]") -> "tuple[Path | No
         for claim in targets:
             if why := deciding.why_not(claim, arms):
                 print(f"{claim.id} cannot be tested here: {why}", file=sys.stderr)
-        read = {setting for claim in targets for setting in (*claim.needs, *claim.optional)}
-        arms = [arm for arm in arms if Setting.of(arm) in read]
+        arms = _of_claims(arms, targets)
     print(f"{len(dict.fromkeys(arms))} arms of {', '.join(notebook.stem for notebook in wanted)}", file=sys.stderr)
     try:
         records, _ = _compute(study, arms, targets or list(CLAIMS.values()), alone=bool(targets))
@@ -580,7 +616,7 @@ def _compute(
         # Beside others, what is timed would be slower than it is.
         jobs = 1 if any(arm.decoding for arm in planned) else options.jobs
         missing = schedule.missing_arms(told.waiting, store)
-        schedule.compute(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
+        schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
     told()  # what helpers finished last
     return told.records, told.findings
 
@@ -608,11 +644,12 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import listed
-    from studylib.study import TOGETHER, environment, read_records, verify_records
+    from studylib.study import REFERENCE, TOGETHER, environment, read_records, verify_records
 
-    records = list(read_records(options.reference / "records"))
+    reference = options.reference or REFERENCE
+    records = list(read_records(reference / "records"))
     if not records:
-        raise ValueError(f"reference: {options.reference} holds no records")
+        raise ValueError(f"reference: {reference} holds no records")
     here = environment()["compute_dtype"]
     there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
     if there != here:
@@ -646,14 +683,22 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.methods import title
-    from studylib.study import model_file, read_records
+    from studylib.methods import order, title
+    from studylib.study import REFERENCE, model_file, read_records
 
     skipped: list[Exception] = []
     records = list(read_records(options.results / "records", skipped.append))
     _tell(skipped)
     if not records:
-        raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
+        _say(f"results folder {options.results} holds no records; these are the reference results, in {REFERENCE}")
+        records = list(read_records(REFERENCE / "records"))
+    records.sort(key=lambda own: (own.arm.model, order(own.arm)[:-1], title(own.arm), own.arm.seed))
+    if options.csv:
+        from studylib.report import tables
+
+        tables.frame(records).to_csv(options.csv, index=False)
+        print(options.csv)
+        return 0
     kept = 0
     for record in records:
         perplexities = "  ".join(
@@ -731,7 +776,7 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
 def _find(options: argparse.Namespace) -> "Record":
     """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
     of the reference."""
-    from studylib.study import read_record, record_files, short_key
+    from studylib.study import REFERENCE, read_record, record_files, short_key
 
     found: list[Path] = []
     for folder in (options.results, REFERENCE):

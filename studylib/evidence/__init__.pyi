@@ -26,6 +26,7 @@ from .measures import (
     text_measures,
     training_times,
     usual_measures,
+    with_further_seeds,
     won_back,
 )
 from .order import Plan, Prospect, claims_first, lacking_measures
@@ -109,5 +110,6 @@ __all__ = [
     "text_measures",
     "training_times",
     "usual_measures",
+    "with_further_seeds",
     "won_back",
 ]

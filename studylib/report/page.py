@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, Evaluation, markdown, number, write_whole
+from studylib.config import Arm, Evaluation, markdown, number, profile, write_whole
 from studylib.evidence import FAMILY, FULL, LOOKS, NOT_TESTED, POWER, RATE, VERDICTS, Cell, accuracies, gather
-from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
+from studylib.methods import (
+    L4Q_PAPER,
+    LLM_QAT_PAPER,
+    METHODS,
+    PAPERS,
+    QLORA_PAPER,
+    Setting,
+    corpus_title,
+    method_title,
+    usual_evaluation,
+)
 from studylib.report import recipes
 from studylib.report.ledger import BY_PAPER, LATER, SYMBOLS, Entry, effect_text, ledger, ledger_table, picture
 from studylib.report.tables import as_html, as_markdown, readable, scoreboard
@@ -103,6 +113,7 @@ def write_report(
         items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
         live=live,
+        smoke=records[0].arm.evaluation in _smoke_evaluations(),
         family=FAMILY,
         looks=LOOKS,
         odds=f"{1 / RATE:,.0f}",
@@ -122,6 +133,12 @@ def _scored(records: Sequence[Record]) -> Evaluation:
 def _plainest(arms: Sequence[Arm]) -> Arm | None:
     """The first of those that differ in the least from what their method does by default."""
     return min(arms, key=lambda arm: len(Setting.of(arm).changes), default=None)
+
+
+def _smoke_evaluations() -> list[Evaluation]:
+    """What the profile that shows only that everything runs scores arms on."""
+    budget = profile("smoke")
+    return [usual_evaluation(budget, method) for method in METHODS]
 
 
 def _claims(paper: str, entries: Sequence[Entry]) -> list[Entry]:

@@ -5,6 +5,9 @@ from .notebooks import read_published, webp
 from .pace import Pace, time_text
 from .rates import rate_of, validation_loss
 from .records import (
+    ALL,
+    MISSING,
+    REFERENCE,
     Record,
     RecordError,
     Store,
@@ -12,16 +15,21 @@ from .records import (
     clean,
     contents,
     digest,
+    known_records,
     model_file,
     read_record,
     read_records,
     record_files,
+    records_digest,
     seconds_alone,
     short_key,
 )
 from .verify import TOGETHER, verify_records
 
 __all__ = [
+    "ALL",
+    "MISSING",
+    "REFERENCE",
     "TOGETHER",
     "Pace",
     "Record",
@@ -33,6 +41,7 @@ __all__ = [
     "digest",
     "environment",
     "export_model",
+    "known_records",
     "model_file",
     "notebooks",
     "rate_of",
@@ -40,6 +49,7 @@ __all__ = [
     "read_record",
     "read_records",
     "record_files",
+    "records_digest",
     "schedule",
     "seconds_alone",
     "short_key",
