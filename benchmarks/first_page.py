@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "studylib", "run", "--results", folder]
+        command = [sys.executable, "-m", "studylib", "run", "--anew", "--results", folder]
         command += ["--minutes", str(args.minutes), "--jobs", str(args.jobs)]
         begun, told, first = time.monotonic(), {}, None
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1)

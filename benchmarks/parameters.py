@@ -15,7 +15,7 @@ import yaml
 
 from studylib.data import models
 from studylib.report.figures import memory
-from studylib.study import environment, schedule
+from studylib.study import Store, environment, schedule
 from studylib.study import notebooks as batch
 
 CASES, SECONDS = 500, 20
@@ -93,7 +93,7 @@ def tried(notebook: Path, texts: dict[str, str], results: str) -> tuple[str, str
         assigned = batch.assign_parameters([notebook], {n: v for n, v in given.items() if n in defaults})[notebook]
         arms = batch.wanted_arms(notebook, assigned)
         models.load_config(given["model"])  # as `study run` does
-        schedule.check_all(arms, results)
+        schedule.missing_arms(arms, Store(results))
         if notebook.stem.startswith("07"):  # its own values make no arms
             own = ("model", "methods", "bits", "rank", "batch", "length")
             full = batch.default_parameters(notebook) | assigned

@@ -16,7 +16,7 @@ from .report import figures
 from .report.ledger import CLAIMS
 from .report.tables import frame, scoreboard
 from .study.parameters import check_parameters
-from .study.records import Record, read_records
+from .study.records import Record, known_records, read_records
 from .study.schedule import run
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "find_rates",
     "frame",
     "judge",
+    "known_records",
     "load_model",
     "load_tokenizer",
     "merge",

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 atexit.register(gc.freeze)  # else the collector walks through all libraries at the exit, for two seconds
 
-REFERENCE = Path(__file__).parents[1] / "results" / "reference"
-
 SEARCH, RATES = "search", "rates.json"  # in the place of a file of rates; where the search writes them
 PHASES = ("load", "data", "quantize", "train", "evaluate", "decode")  # of an arm, as records time them
 SEEDS = 3  # that `study decide` takes from: verdicts allow for so many looks
@@ -39,6 +37,7 @@ OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction p
 MODEL = "smollm2-135m"  # where none is named
 OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
     "models": "--model, once for each",
+    "compute": "--anew, or leave it out",
     "output": "--output, or --results, in which each run has its folder",
 }  # notebook parameters that `study run` sets from its own options
 
@@ -58,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="only arms that these claims read, further seeds only where they may decide one, e.g. C1 A3",
     )
+    run.add_argument("--dry-run", action="store_true", help="only tell which arms are missing and how long they take")
     run.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: the profile's own")
     run.add_argument(
         "--model",
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _jobs(rates)
     _results(rates)
     listing = commands.add_parser("list", help="list the records of a results folder")
+    listing.add_argument("--csv", type=_path, metavar="FILE", help="write them with all their metrics to a file")
     listing.add_argument("--times", action="store_true", help="with seconds by phase, and what no claim reads")
     _results(listing)
     clean = commands.add_parser(
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--format", choices=("html", "md"), default="html", help="default: html")
     _budget(report)
     verify = commands.add_parser("verify", help="run arms of the reference results again and compare")
-    verify.add_argument("--reference", type=_path, default=REFERENCE, help="default: the results in the repository")
+    verify.add_argument("--reference", type=_path, metavar="FOLDER", help="default: the results in the repository")
     verify.add_argument(
         "--arms", nargs="+", default=[], metavar="TEXT", help="those with it in their title, as in `study list`"
     )
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _computing(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that carry out arms and write the page."""
+    parser.add_argument("--anew", action="store_true", help="compute arms that are in the reference results as well")
     parser.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     parser.add_argument(
         "--rates",
@@ -266,9 +268,9 @@ class _Study:
     @functools.cached_property
     def store(self) -> "Store":
         """Made when it is first asked for: what is refused before leaves no folder."""
-        from studylib.study import Store
+        from studylib.study import REFERENCE, Store
 
-        return Store(self.options.results.resolve())
+        return Store(self.options.results.resolve(), None if self.options.anew else REFERENCE)
 
     @property
     def shared(self) -> list[Path]:
@@ -324,6 +326,7 @@ def _study(
     """
     from studylib.config import find_rates, profile
     from studylib.data import models
+    from studylib.study import ALL, MISSING
     from studylib.study import notebooks as batch
 
     names = [models.absolute_name(model) for model in named]
@@ -333,6 +336,8 @@ def _study(
     parameters |= {"output": str(output.resolve())} | {name: further[name] for name in further if name in taken}
     if seeds or "seeds" in taken:
         parameters["seeds"] = list(seeds or profile(options.profile).seeds)
+    if "compute" in taken:
+        parameters["compute"] = ALL if options.anew else MISSING
     if "jobs" in taken:
         parameters["jobs"] = options.jobs
     if "rates" in taken and options.rates not in ("", SEARCH):
@@ -394,6 +399,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     models, until = options.models or [MODEL], _deadline(options.minutes)
     several, targets = len(models) > 1, deciding.named(options.target_claims)
+    if options.dry_run and options.rates == SEARCH:
+        raise ValueError(f"dry-run: --rates {SEARCH} would search first; leave it out")
     notebooks = batch.find_notebooks(options.notebooks, family=several)
     own, of_family = ([n for n in notebooks if batch.takes_family(n) == wanted] for wanted in (False, True))
     if of_family and not several:
@@ -414,6 +421,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         _study(options, arguments, named, chosen, _folder(options, named, several), until, options.seeds, further)
         for named, chosen in asked
     ]
+    if options.dry_run:
+        for study in studies:
+            _tell_missing(study, targets)
+        return 0
     if not all(map(_with_rates, studies)):
         return 0
     if not (several or options.notebooks):
@@ -451,7 +462,7 @@ def _run_family(study: _Study) -> int:
     folder, executed = study.store.folder, []
     for notebook in study.notebooks:
         arms = batch.wanted_arms(notebook, study.assigned[notebook])
-        schedule.check_all(arms, folder)
+        schedule.missing_arms(arms, study.store)
         try:
             found, _ = _compute(study, arms, [], alone=False)
         except Exception as error:
@@ -518,6 +529,34 @@ def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     elif lacking:
         study.left(f"{names} wait")
     return 0
+
+
+def _tell_missing(study: _Study, targets: "Sequence[Claim]") -> None:
+    """What `study run` would compute, and how long that takes as far as records tell."""
+    from studylib.methods import title
+    from studylib.study import Pace, arm_key, schedule, time_text
+
+    arms = list(dict.fromkeys(_of_claims(_arms(study.notebooks, study.assigned), targets)))
+    missing, pace = schedule.missing_arms(arms, study.store), Pace()
+    for record in filter(None, (study.store.load(arm_key(arm)) for arm in set(arms).difference(missing))):
+        pace.learn(record)
+    own = sum(study.store.find(arm_key(arm)) is not None for arm in arms)
+    there = len(arms) - len(missing)
+    print(f"{len(arms)} arms: {own} in {study.store.folder}, {there - own} in the reference, {len(missing)} missing.")
+    seconds = {arm: sum(pace.of(arm).values()) for arm in missing}
+    for arm in missing:
+        print(f"{time_text(seconds[arm]):14}  {title(arm)}  seed {arm.seed}")
+    if missing:
+        jobs = study.options.jobs
+        print(f"All together: {time_text(sum(seconds.values()) / jobs)} with --jobs {jobs}.")
+
+
+def _of_claims(arms: "list[Arm]", claims: "Sequence[Claim]") -> "list[Arm]":
+    """Those that the claims read; all where there are no claims."""
+    from studylib.methods import Setting
+
+    read = {setting for claim in claims for setting in (*claim.needs, *claim.optional)}
+    return [arm for arm in arms if Setting.of(arm) in read] if claims else arms
 
 
 def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -660,7 +699,6 @@ def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path 
     that cannot say what its arms are, and then nothing is computed; else the notebooks that lack arms, and the records
     that there are.
     """
-    from studylib.methods import Setting
     from studylib.report import CLAIMS, deciding
     from studylib.study import notebooks as batch
     from studylib.study import schedule
@@ -670,7 +708,7 @@ def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path 
     for notebook in study.shared:
         try:
             wanted[notebook] = batch.wanted_arms(notebook, study.assigned[notebook])
-            schedule.check_all(wanted[notebook], study.store.folder)
+            schedule.missing_arms(wanted[notebook], study.store)
         except Exception:  # whatever it is, executed it shows that at its place
             return notebook, [], []
     arms = [arm for own in wanted.values() for arm in own]
@@ -680,8 +718,7 @@ def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path 
         for claim in targets:
             if why := deciding.why_not(claim, arms):
                 print(f"{claim.id} cannot be tested here: {why}", file=sys.stderr)
-        read = {setting for claim in targets for setting in (*claim.needs, *claim.optional)}
-        arms = [arm for arm in arms if Setting.of(arm) in read]
+        arms = _of_claims(arms, targets)
     print(f"{len(dict.fromkeys(arms))} arms of {', '.join(notebook.stem for notebook in wanted)}", file=sys.stderr)
     try:
         records, _ = _compute(study, arms, targets or list(CLAIMS.values()), alone=bool(targets))
@@ -742,7 +779,7 @@ def _compute(
         # Beside others, what is timed would be slower than it is.
         jobs = 1 if any(arm.decoding for arm in planned) else options.jobs
         missing = schedule.missing_arms(told.waiting, store)
-        schedule.compute(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
+        schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
     told()  # what helpers finished last
     return told.records, told.findings
 
@@ -776,11 +813,12 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import listed
-    from studylib.study import TOGETHER, environment, read_records, verify_records
+    from studylib.study import REFERENCE, TOGETHER, environment, read_records, verify_records
 
-    records = list(read_records(options.reference / "records"))
+    reference = options.reference or REFERENCE
+    records = list(read_records(reference / "records"))
     if not records:
-        raise ValueError(f"reference: {options.reference} holds no records")
+        raise ValueError(f"reference: {reference} holds no records")
     here = environment()["compute_dtype"]
     there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
     if there != here:
@@ -814,14 +852,22 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.methods import title
-    from studylib.study import model_file, read_records
+    from studylib.methods import order, title
+    from studylib.study import REFERENCE, model_file, read_records
 
     skipped: list[Exception] = []
     records = list(read_records(options.results / "records", skipped.append))
     _tell(skipped)
     if not records:
-        raise ValueError(f"results folder {options.results} holds no records; `study run` makes some")
+        _say(f"results folder {options.results} holds no records; these are the reference results, in {REFERENCE}")
+        records = list(read_records(REFERENCE / "records"))
+    records.sort(key=lambda own: (own.arm.model, order(own.arm)[:-1], title(own.arm), own.arm.seed))
+    if options.csv:
+        from studylib.report import tables
+
+        tables.frame(records).to_csv(options.csv, index=False)
+        print(options.csv)
+        return 0
     kept = 0
     for record in records:
         perplexities = "  ".join(
@@ -909,7 +955,7 @@ def _run_check(options: argparse.Namespace, arguments: list[str]) -> int:
 def _find(options: argparse.Namespace) -> "Record":
     """The record that the user means, by the beginning of its key or of its file's name, of the results folder or else
     of the reference."""
-    from studylib.study import read_record, record_files, short_key
+    from studylib.study import REFERENCE, read_record, record_files, short_key
 
     found: list[Path] = []
     for folder in (options.results, REFERENCE):

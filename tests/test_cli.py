@@ -10,14 +10,15 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
-from studylib.cli import REFERENCE, _folder_name, _value, main
-from studylib.methods.arms import title
+from studylib.cli import _folder_name, _value, main
+from studylib.methods.arms import order, title
 from studylib.report import ledger, tables
 from studylib.study import notebooks as batch
 from studylib.study import schedule
-from studylib.study.records import Store, arm_key, read_record, read_records
+from studylib.study.records import REFERENCE, Store, arm_key, read_record, read_records
 
 STUDY = str(Path(sys.executable).with_name("study"))
 SMOKE = ("--profile", "smoke", "--model", "tiny-random")
@@ -49,7 +50,10 @@ def test_the_run_ends_with_the_table_and_the_reports_path(finished, output):
     assert any(line.startswith("Served as it is: ") for line in recipe)
     assert any(line.startswith("Fine-tuned and deployed: ") for line in recipe)
     assert (output / "report.html").stat().st_size > 100_000
-    assert "study run --profile smoke --model tiny-random" in (output / "report.html").read_text()
+    page = (output / "report.html").read_text()
+    assert "study run --profile smoke --model tiny-random" in page
+    assert "<title>Meaningless numbers: " in page and "<strong>These numbers mean nothing.</strong>" in page
+    assert 'class="verdict ' not in page and not re.search(r"(Reproduced|Not reproduced|Undecided)( \(|[.:])", page)
 
 
 def test_progress_was_shown_with_the_time_left(finished):
@@ -78,13 +82,13 @@ def test_verdicts_are_told_while_arms_are_computed(finished):
 def test_a_run_that_stops_leaves_a_page_and_the_next_goes_on(tmp_path, capfd, monkeypatch):
     """Stopped after two arms, as if the minutes were over then."""
     command, output = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "06"], tmp_path / "smoke-tiny-random"
-    compute, until = schedule.compute, []
+    compute, until = schedule.compute_arms, []
 
     def two(missing, *rest):
         until.append(rest[-2] - time.time())
         compute(missing[:2], *rest)
 
-    monkeypatch.setattr(schedule, "compute", two)
+    monkeypatch.setattr(schedule, "compute_arms", two)
     assert main([*command, "--minutes", "3"]) == 0
     told = capfd.readouterr()
     assert "after 3 minutes 06_number_formats wait; the same command goes on from here" in told.err
@@ -510,8 +514,32 @@ def test_records_that_are_not_there(tmp_path, finished, capsys):
     for name in (published.key, published.key[:8], published.file_name.removesuffix(".json")):
         assert main(["show", name, "--results", str(finished[0])]) == 0
         assert json.loads(capsys.readouterr().out)["key"] == published.key
-    assert main(["list", "--results", str(tmp_path / "none")]) == 2
-    assert "none holds no records" in capsys.readouterr().err
+
+
+def test_a_listing_of_nothing_is_of_the_reference_sorted_and_as_a_table(tmp_path, capsys):
+    assert main(["list", "--results", str(tmp_path / "none")]) == 0
+    told = capsys.readouterr()
+    assert "none holds no records; these are the reference results" in told.err
+    titles = [line.split("smollm2-135m  ")[1].split("  ")[0] for line in told.out.splitlines()]
+    assert titles[0] == "full precision" and titles == list(map(title, sorted_arms()))
+    assert main(["list", "--results", str(tmp_path / "none"), "--csv", str(tmp_path / "all.csv")]) == 0
+    assert len(pd.read_csv(tmp_path / "all.csv")) == len(titles)
+
+
+def sorted_arms():
+    arms = [read_record(path).arm for path in (REFERENCE / "records").glob("*.json")]
+    return sorted(arms, key=lambda arm: (order(arm)[:-1], title(arm), arm.seed))
+
+
+def test_a_dry_run_tells_what_is_missing_and_computes_nothing(tmp_path, capsys):
+    command = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "08", "--dry-run"]
+    assert main(command) == 0
+    first, *arms, last = capsys.readouterr().out.splitlines()
+    assert first == f"3 arms: 0 in {tmp_path}, 0 in the reference, 3 missing." and len(arms) == 3
+    assert last.startswith("All together: ") and not list((tmp_path / "records").iterdir())
+    assert main(["run", "--results", str(tmp_path), "--notebooks", "08", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"3 arms: 0 in {tmp_path}, 3 in the reference, 0 missing.\n"
+    assert main([*command, "--rates", "search"]) == 2
 
 
 def test_plan(capsys):

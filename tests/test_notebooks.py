@@ -1,18 +1,43 @@
-"""The committed notebooks: without outputs, parameters on top, free of logic."""
+"""The committed notebooks: the answer first, with outputs of the reference results, free of logic."""
 
 import ast
+import re
 
 import nbformat
+import papermill
 import pytest
 
-from studylib.study.notebooks import NOTEBOOKS, assign_parameters, default_parameters, find_notebooks, takes_family
+from studylib.evidence import with_further_seeds
+from studylib.study.notebooks import (
+    NOTEBOOKS,
+    assign_parameters,
+    default_parameters,
+    find_notebooks,
+    read_published,
+    takes_family,
+    wanted_arms,
+)
+from studylib.study.records import REFERENCE, arm_key, read_records, records_digest
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+OF_ONE = [path for path in ALL if not takes_family(path)]  # of one model, as the reference results are
 
 
 @pytest.fixture(params=ALL, ids=lambda path: path.stem)
 def notebook(request):
     return request.param
+
+
+@pytest.fixture(params=OF_ONE, ids=lambda path: path.stem)
+def of_one(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def known():
+    return list(read_records(REFERENCE / "records"))
 
 
 def test_there_are_notebooks():
@@ -31,10 +56,22 @@ def test_there_are_notebooks():
     ]
 
 
-def test_committed_without_outputs_and_short(notebook):
+def test_committed_with_outputs(of_one):
+    cells = nbformat.read(of_one, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    texts = [text for o in outputs for text in (o.get("text", ""), *o.get("data", {}).values())]
+    told = "\n".join(text for text in texts if not text.startswith("iVBORw0KGgo"))
+    assert "Reproduced" in told and not re.search(r"(?<![\w.])/(work|home|root|tmp|usr|Users)/|Warning|Traceback", told)
+    assert cells[1].metadata.tags == ["answer"]
+
+
+def test_short_and_without_logic(notebook):
     cells = nbformat.read(notebook, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code)
     assert cells[0].cell_type == "markdown" and "arXiv" in cells[0].source
     logic = [cell for cell in code if "parameters" not in cell.metadata.get("tags", [])]
     assert len(code) <= 12 and all(len(cell.source.splitlines()) <= 12 for cell in logic)
@@ -42,11 +79,38 @@ def test_committed_without_outputs_and_short(notebook):
     assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.While) for t in trees for node in ast.walk(t))
 
 
+def test_what_the_reference_has_nothing_of_is_committed_without_outputs():
+    (sizes,) = set(ALL) - set(OF_ONE)
+    assert not [cell for cell in nbformat.read(sizes, as_version=4).cells if cell.get("outputs")]
+
+
+def test_outputs_are_of_the_records_that_the_reference_has_today(known, of_one):
+    """Those of the arms that the notebook asks for and of their further seeds, with the content that they have."""
+    (published,) = REFERENCE.glob(f"*/{of_one.stem}/published.json")
+    keys = read_published(published.parents[1], of_one.stem)["records"]
+    assert nbformat.read(of_one, as_version=4).metadata.studylib.records == records_digest(keys)
+    arms = {arm_key(arm) for arm in wanted_arms(of_one, {})}
+    shown = with_further_seeds([record for record in known if record.key in arms], known)
+    expected = {"00_claims": known, "07_memory": [r for r in known if r.arm.method == "full-precision"]}
+    assert set(keys) == {record.key for record in expected.get(of_one.stem, shown)}
+
+
+def test_all_together_are_small():
+    assert sum(path.stat().st_size for path in ALL) < 3e6
+
+
+def test_parameters_are_typed_for_papermill(notebook):
+    found = papermill.inspect_notebook(str(notebook))
+    kinds = {entry["inferred_type_name"] for entry in found.values()}
+    assert kinds <= {"str", "int", "bool", "list[str]", "list[int]", "list[float]"} and found["profile"]["help"]
+
+
 def test_parameters_are_plain_values(notebook):
     defaults = default_parameters(notebook)
     model, rates = ("models", "rate_files") if takes_family(notebook) else ("model", "rates")
-    trained = ["seeds", "results", "output", "jobs", rates, "extend", "keep_checkpoints"]
-    common = [model, "profile", *(trained if "extend" in defaults else ["results", "output"])]
+    trained = ["seeds", "results", "output", "compute", "jobs", rates, "extend", "keep_checkpoints"]
+    computing = [] if notebook.stem == "00_claims" else ["compute"]
+    common = [model, "profile", *(trained if "extend" in defaults else ["results", "output", *computing])]
     assert list(defaults)[: len(common)] == common
     assert assign_parameters([notebook], defaults) == {notebook: defaults}
 

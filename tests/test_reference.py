@@ -5,6 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from studylib.evidence import FAMILY, RATE
@@ -52,6 +53,10 @@ def test_what_make_notebooks_writes_is_there(records, entries):
     table = front.notebook_table(entries, sorted(NOTEBOOKS.glob("*.ipynb")))
     again = "it is not up to date; `make notebooks` writes it"
     assert front.filled(written, "notebooks", table) == README, again
+    for notebook in NOTEBOOKS.glob("*.ipynb"):
+        claims = batch.claims(notebook)
+        own = [entry for entry in entries if entry.claim.id in claims or batch.sums_up(notebook)]
+        assert nbformat.read(notebook, as_version=4).cells[1].source == front.answer(own), again
     assert front.claims_page(entries) == (ROOT / "docs" / "claims.md").read_text(encoding="utf-8"), again
     assert summary(records) in (REFERENCE / "README.md").read_text(encoding="utf-8"), again
     assert f"For {front.MODEL}, of {len(CLAIMS)} claims {sum(e.verdict == 'reproduced' for e in entries)} are" in README

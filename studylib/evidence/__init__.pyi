@@ -29,6 +29,7 @@ from .measures import (
     text_measures,
     training_times,
     usual_measures,
+    with_further_seeds,
     won_back,
 )
 from .order import Plan, Prospect, claims_first, lacking_measures
@@ -118,5 +119,6 @@ __all__ = [
     "text_measures",
     "training_times",
     "usual_measures",
+    "with_further_seeds",
     "won_back",
 ]

@@ -279,6 +279,13 @@ def of_family(records: Sequence[Record], budgets: Mapping[str, Profile]) -> list
     return [record for model, budget in budgets.items() for record in of_profile(records, model, budget)]
 
 
+def with_further_seeds(records: Sequence[Record], known: Sequence[Record]) -> list[Record]:
+    """The records, and those of `known` that repeat one of their settings with another seed: every run on record
+    counts, in figures and tables as in verdicts."""
+    settings, keys = {Setting.of(record.arm) for record in records}, {record.key for record in records}
+    return [*records, *(own for own in known if own.key not in keys and Setting.of(own.arm) in settings)]
+
+
 def _is_of_present_files(record: Record) -> bool:
     """Whether what the arm names by a path has the contents that it had; what is gone cannot be told."""
     try:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from studylib.config import listed
+from studylib.config import EMPTY, listed, markdown
 from studylib.evidence import NO_DIFFERENCE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, UNDECIDED, VERDICTS
-from studylib.report.ledger import BY_PAPER, Entry, ledger_table
+from studylib.report.ledger import BY_PAPER, Entry, effect_text, ledger_table
 from studylib.report.page import SECTIONS
 from studylib.study import notebooks as batch
 
@@ -45,6 +45,18 @@ def notebook_table(entries: Sequence[Entry], notebooks: Sequence[Path]) -> str:
         told = f"all {len(entries)}, with [the ledger](docs/claims.md)" if batch.sums_up(notebook) else "; ".join(words)
         rows.append(f"| [{number}](notebooks/{notebook.name}) | {question} | {told} |")
     return "\n".join(rows)
+
+
+def answer(entries: Sequence[Entry]) -> str:
+    """What the reference says of a notebook's claims, in Markdown, for its first screen."""
+    told = "reference results, profile `quick`; `Run all` shows them and computes nothing"
+    rows = ["| | Claim | Verdict | Found | The paper |", "| --- | --- | --- | --- | --- |"]
+    for entry in entries:
+        effect = entry.main.effect
+        found = f"{effect_text(effect)} {effect.what}" if effect else EMPTY
+        cells = (entry.claim.id, entry.claim.statement, f"**{entry.main.word}**", found, entry.paper)
+        rows.append(f"| {' | '.join(map(markdown, cells))} |")
+    return "\n".join([f"**The answer for {MODEL}** ({told}):\n", *rows])
 
 
 def claims_page(entries: Sequence[Entry]) -> str:

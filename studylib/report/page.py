@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, Evaluation, markdown, number, write_whole
+from studylib.config import Arm, Evaluation, markdown, number, profile, write_whole
 from studylib.evidence import (
     CONTEXT,
     FAMILY,
@@ -26,7 +26,17 @@ from studylib.evidence import (
     judge_sizes,
     model_names,
 )
-from studylib.methods import L4Q_PAPER, LLM_QAT_PAPER, METHODS, PAPERS, QLORA_PAPER, Setting, corpus_title, method_title
+from studylib.methods import (
+    L4Q_PAPER,
+    LLM_QAT_PAPER,
+    METHODS,
+    PAPERS,
+    QLORA_PAPER,
+    Setting,
+    corpus_title,
+    method_title,
+    usual_evaluation,
+)
 from studylib.report import recipes
 from studylib.report.ledger import (
     BY_PAPER,
@@ -125,6 +135,7 @@ def write_report(
         items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
         live=live,
+        smoke=records[0].arm.evaluation in _smoke_evaluations(),
         family=FAMILY,
         looks=LOOKS,
         odds=f"{1 / RATE:,.0f}",
@@ -145,6 +156,7 @@ def write_family_report(
     page = _rendered(
         "family.html.j2",
         model=" and ".join(_by_model(records)),
+        smoke=records[0].arm.evaluation in _smoke_evaluations(),
         live=False,
         names=list(_by_model(records)),
         notes=[f"{model} is {note}" for note, model in notes.items() if note],
@@ -206,6 +218,12 @@ def _scored(records: Sequence[Record]) -> Evaluation:
 def _plainest(arms: Sequence[Arm]) -> Arm | None:
     """The first of those that differ in the least from what their method does by default."""
     return min(arms, key=lambda arm: len(Setting.of(arm).changes), default=None)
+
+
+def _smoke_evaluations() -> list[Evaluation]:
+    """What the profile that shows only that everything runs scores arms on."""
+    budget = profile("smoke")
+    return [usual_evaluation(budget, method) for method in METHODS]
 
 
 def _claims(paper: str, entries: Sequence[Entry]) -> list[Entry]:

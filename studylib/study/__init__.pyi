@@ -7,6 +7,9 @@ from .notebooks import read_published, webp
 from .pace import Pace, time_text
 from .rates import rate_of, validation_loss
 from .records import (
+    ALL,
+    MISSING,
+    REFERENCE,
     Record,
     RecordError,
     Store,
@@ -14,16 +17,21 @@ from .records import (
     clean,
     contents,
     digest,
+    known_records,
     model_file,
     read_record,
     read_records,
     record_files,
+    records_digest,
     seconds_alone,
     short_key,
 )
 from .verify import TOGETHER, verify_records
 
 __all__ = [
+    "ALL",
+    "MISSING",
+    "REFERENCE",
     "TOGETHER",
     "Pace",
     "Record",
@@ -35,6 +43,7 @@ __all__ = [
     "digest",
     "environment",
     "export_model",
+    "known_records",
     "model_file",
     "notebooks",
     "rate_of",
@@ -42,6 +51,7 @@ __all__ = [
     "read_record",
     "read_records",
     "record_files",
+    "records_digest",
     "run_check",
     "schedule",
     "seconds_alone",

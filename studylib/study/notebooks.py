@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from studylib.config import Arm, listed, write_whole, written_whole
 from studylib.methods import Setting
 from studylib.study.parameters import check_parameter
-from studylib.study.records import Record, RecordError, find_records, read_record
+from studylib.study.records import REFERENCE, Record, RecordError, find_records, read_record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SIZES = "10_model_sizes"  # the notebook of several models
 FAMILY = "two or more models of one family, for example: study run --model SMALL --model LARGE"  # that it takes
+ANSWER = "answer"  # tag of the cell that tells what the reference says: no part of what is executed elsewhere
 PATIENCE = 300  # seconds that a kernel on a busy machine may take to start, or to hand over the rest of a cell's output
 
 
@@ -228,6 +229,7 @@ def _keep(executed: "NotebookNode", copy: Path) -> None:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+    executed.cells = [cell for cell in executed.cells if ANSWER not in cell.metadata.get("tags", ())]
     executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, only its last state
     html, _ = HTMLExporter().from_notebook_node(executed)
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -252,10 +254,13 @@ def publish(
     figures: "dict[str, Figure]",
     table: "DataFrame",
     judged: Sequence[Record] = (),
+    of: dict[str, Any] | None = None,
 ) -> None:
     """What a notebook leaves in the folder output/notebook: figures (WebP, SVG), table.csv, and published.json.
 
-    judged: all that its verdicts rest on, where the page tells these from the arms."""
+    judged: all that its verdicts rest on, where the page tells these from the arms. of: what the table alone depends
+    on, where it is no table of records (see reference_table).
+    """
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -267,7 +272,59 @@ def publish(
     titles = {name: figure.get_suptitle().replace("\n", " ") for name, figure in figures.items()}
     published = {"records": [record.key for record in records], "figures": titles}
     published |= {"judged": [record.key for record in judged]} if judged else {}
+    published |= {"of": of} if of else {}
     write_whole(folder / "published.json", json.dumps(published, indent=1))
+
+
+def reference_table(notebook: str, of: dict[str, Any]) -> "DataFrame | None":
+    """The table that the notebook published in the reference results, if it is of the same."""
+    import pandas as pd
+
+    for path in REFERENCE.glob(f"*/{notebook}/published.json"):
+        if json.loads(path.read_text(encoding="utf-8")).get("of") == of:
+            return pd.read_csv(path.with_name("table.csv"))
+    return None
+
+
+def executed_together(notebooks: Sequence[Path], given: dict[str, Any]) -> "list[NotebookNode]":
+    """The notebooks with the outputs of their cells, executed one after the other in one kernel, which imports
+    libraries once. `given` takes the place of parameters, and leaves no trace in them.
+
+    Raises what nbclient raises for a cell that fails.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    from studylib.study import kernels  # jupyter_client
+
+    found = [nbformat.read(notebook, as_version=4) for notebook in notebooks]
+    cells, copies = [], []  # all in their order; each cell of a notebook with the one that is executed for it
+    for notebook, own in zip(notebooks, found, strict=True):
+        cells.append(new_code_cell("%reset -f"))
+        taken = {name: value for name, value in given.items() if name in default_parameters(notebook)}
+        for cell in (cell for cell in own.cells if cell.cell_type == "code"):
+            cells.append(new_code_cell(cell.source))
+            copies.append((cell, cells[-1]))
+            if "parameters" in cell.metadata.get("tags", ()):
+                cells.append(new_code_cell("\n".join(f"{name} = {value!r}" for name, value in taken.items())))
+    with kernels.private_folder() as folder:
+        NotebookClient(
+            new_notebook(cells=cells),
+            timeout=None,
+            startup_timeout=PATIENCE,
+            iopub_timeout=PATIENCE,
+            kernel_manager_class=kernels.Manager,
+            config=kernels.configuration(folder),
+            resources={"metadata": {"path": str(notebooks[0].parent)}},
+        ).execute()
+    for cell, executed in copies:
+        cell.outputs = executed.outputs
+    for own in found:
+        for count, cell in enumerate((cell for cell in own.cells if cell.cell_type == "code"), 1):
+            for numbered in (cell, *(output for output in cell.outputs if "execution_count" in output)):
+                numbered["execution_count"] = count
+    return found
 
 
 def webp(figure: "Figure") -> bytes:

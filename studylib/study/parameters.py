@@ -37,6 +37,7 @@ from studylib.config import (
     shown,
 )
 from studylib.methods import METHODS
+from studylib.study.records import COMPUTE
 
 MOST_ITEMS = 512  # of a list: as many as there are bit settings
 NUMBER = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
@@ -166,10 +167,14 @@ ROUNDED = [name for name, method in METHODS.items() if method.rounds and method.
 ON_A_BASE = [name for name, method in METHODS.items() if method.needs >= {"tuning", "format"}]
 PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs and "data" not in method.needs]
 
+COMPUTED = Parameter(
+    Annotated[str, _that(lambda value: value in COMPUTE)], "new, missing or all (see studylib.run)", COMPUTE[0]
+)
 COMMON = {"model": NAME, "profile": _one_of(PROFILES), "results": FOLDER, "output": FOLDER}
+RUN = COMMON | {"compute": COMPUTED}
 RATES_FILE = _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")
 RATES = {"rates": RATES_FILE}
-POOLED = COMMON | {"jobs": _whole(1, MAX_JOBS, 2)}
+POOLED = RUN | {"jobs": _whole(1, MAX_JOBS, 2)}
 TRAINED = (
     POOLED
     | RATES
@@ -223,7 +228,7 @@ PARAMETERS = {
     },
     "06_number_formats": POOLED
     | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG, "micro": FLAG},
-    "07_memory": COMMON
+    "07_memory": RUN
     | {
         "methods": _some_of(PLANNED, least=1),
         "bits": _one_of(ALL_WIDTHS),
@@ -232,7 +237,7 @@ PARAMETERS = {
         "batch": _whole(1, MAX_BATCH, 4),
         "length": _whole(2, MAX_LENGTH, 256),
     },
-    "08_low_bit_execution": COMMON | {"group": GROUP},
+    "08_low_bit_execution": RUN | {"group": GROUP},
     "09_four_bit_activations": TRAINED
     | {
         "settings": SETTINGS,

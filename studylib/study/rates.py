@@ -10,7 +10,7 @@ from studylib.config import BESIDE, NOTHING, Arm, Rate, Training, Tuning
 from studylib.methods import Setting, find, rate_case
 from studylib.study import schedule
 from studylib.study.pace import planned_work
-from studylib.study.records import Record, Store, arm_key
+from studylib.study.records import ALL, Record, Store, arm_key
 
 FACTOR = math.sqrt(10)  # from one rate that is tried to the next
 GRID_RATE = 0.003  # that the search for a grid's rate begins with where a budget has none: a share of its scales a step
@@ -94,10 +94,10 @@ def search(
     chosen, records = {}, {}
     while asked:
         tried = sorted(asked.values(), key=planned_work, reverse=True)
-        schedule.compute(schedule.missing_arms(tried, store), results, jobs=jobs, until=until)
+        schedule.compute_arms(schedule.missing_arms(tried, store), results, jobs=jobs, until=until)
         if schedule.missing_arms(tried, store):
             break
-        for record in schedule.run(tried, results):
+        for record in schedule.run(tried, results, compute=ALL):
             records[record.key] = record
         for case, arm in list(asked.items()):
             try:

@@ -38,6 +38,10 @@ DAMAGED = ".damaged"  # how a file ends that is no longer the record that was wr
 SHORT = 12  # digits of the key in a file's name
 # What can be removed without losing a record, and how the locks begin under which it is made.
 CLEANED = {"models": "", "data": "data-", "checkpoints": "", "adapters": "adapter-"}
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"  # that the repository commits: nothing writes there
+# What is computed of the arms that a notebook asks for: those of another model or budget than the reference's; what the
+# reference lacks as well; everything, as if there were no reference.
+NEW, MISSING, ALL = COMPUTE = ("new", "missing", "all")
 CLOCK_TICK = 10**9  # nanoseconds in which a folder may change twice without showing it
 
 
@@ -168,12 +172,16 @@ def _digest_of(fields: dict[str, Any]) -> str:
 
 
 class Store:
-    """The folder results/runs: records, and beside them locks, generated data, checkpoints, adapters, kept models."""
+    """The folder results/runs: records, and beside them locks, generated data, checkpoints, adapters, kept models.
+
+    reference: a folder whose records are found as well, and never written.
+    """
 
     PARTS = ("records", "locks", "data", "checkpoints", "adapters", "models")
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, reference: Path | None = None):
         self.folder = Path(folder)
+        self.reference = reference
         self._listed: dict[str, Path] = {}
         self._seen: int | None = None
         try:
@@ -189,7 +197,7 @@ class Store:
             ) from error
 
     def find(self, key: str) -> Path | None:
-        """The file of the record of `key`, None if there is none."""
+        """The file of the record of `key` in the folder itself, None if there is none."""
         path = self._listed.get(key[:SHORT])
         if path is not None and path.exists():
             return path
@@ -233,14 +241,14 @@ class Store:
             return True
 
     def load(self, key: str) -> Record | None:
-        """The record of `key`, None if there is none.
+        """The record of `key`, the folder's own or else the reference's; None if there is none.
 
         A file that is not the record that was written is moved aside, and one line says so: its arm is computed again.
         Raises RecordError for one that may not be read.
         """
         path = self.find(key)
         if path is None:
-            return None
+            return self._of_reference(key)
         try:
             record = read_record(path)
             if record.key == key:
@@ -254,6 +262,16 @@ class Store:
         os.replace(path, aside)
         tell(f"{damage}; it is kept as {aside.name}, and the arm is computed again")
         return None
+
+    def _of_reference(self, key: str) -> Record | None:
+        path = self._referred.get(key[:SHORT])
+        record = None if path is None else read_record(path)
+        return record if record is not None and record.key == key else None
+
+    @functools.cached_property
+    def _referred(self) -> dict[str, Path]:
+        folder = self.reference
+        return {} if folder is None else {short_key(path): path for path in record_files(folder / "records")}
 
     def save(self, record: Record) -> Path:
         """Keep the record, whole."""
@@ -309,8 +327,8 @@ def model_file(results: Path, key: str) -> Path:
 
 
 def find_records(folder: Path, keys: Iterable[str]) -> dict[str, Path]:
-    """By key, the file of its record in a folder of record files, whether or not there is one."""
-    there = {short_key(path): path for path in record_files(folder)}
+    """By key, the file of its record in a folder of record files, or else in the reference, or where it would be."""
+    there = {short_key(path): path for own in (REFERENCE / "records", folder) for path in record_files(own)}
     return {key: there.get(key[:SHORT], folder / f"{key[:SHORT]}.json") for key in keys}
 
 
@@ -340,6 +358,22 @@ def read_records(folder: str | Path, skipped: Callable[[RecordError], None] | No
             if skipped is None:
                 raise
             skipped(error)
+
+
+def records_digest(keys: Iterable[str]) -> str:
+    """16 hexadecimal digits that stand for these records of the reference, with all that they hold."""
+    found = find_records(REFERENCE / "records", sorted(set(keys)))
+    return digest(*(path.read_text(encoding="utf-8") for path in found.values()))
+
+
+def known_records(
+    results: str | Path, compute: str = MISSING, skipped: Callable[[RecordError], None] | None = None
+) -> list[Record]:
+    """All records of a results folder, and those of the reference that it has not (unless compute is ALL)."""
+    found = {record.key: record for record in read_records(Path(results) / "records", skipped)}
+    if compute != ALL:
+        found = {record.key: record for record in read_records(REFERENCE / "records")} | found
+    return list(found.values())
 
 
 def _as_trained(arm: Arm) -> Arm:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-from studylib.config import MAX_JOBS, Arm, check_whole, remove, tell
-from studylib.methods import find
+from studylib.config import MAX_JOBS, Arm, check_whole, listed, remove, tell
+from studylib.methods import find, title
 from studylib.study import helpers
 from studylib.study.machine import keep_freed_memory
 from studylib.study.pace import Clock, Pace, planned_work
-from studylib.study.records import Record, Store, arm_key
+from studylib.study.records import ALL, COMPUTE, MISSING, NEW, REFERENCE, Record, Store, arm_key, read_records
 from studylib.study.run import carry_out, check, data_folder, data_lock
+
+GAPS = 3  # arms that the reference lacks, by name
 
 
 def check_jobs(jobs: int) -> None:
@@ -27,9 +29,11 @@ def check_jobs(jobs: int) -> None:
     check_whole("jobs", jobs, 1, MAX_JOBS)
 
 
-def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1) -> list[Record]:
-    """The records of `arms`, in their order: loaded from results/records where present, computed and saved otherwise,
-    those that take longest first, so that all jobs have work to the end.
+def run(
+    arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1, compute: str = MISSING
+) -> list[Record]:
+    """The records of `arms`, in their order: loaded from results/records or from the reference results where present,
+    computed and saved otherwise, those that take longest first, so that all jobs have work to the end.
 
     Shows one progress bar over the missing arms with an estimate of the time left. Killed at any point, the next call
     goes on: finished records are kept, generated data and training continue from their last batch and checkpoint.
@@ -38,17 +42,39 @@ def run(arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False
     with more steps (Budget.extended_from) goes on; without, such an arm trains its first part again, to the same end.
     jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
     Arms of methods that are registered from outside this package are computed in this process.
+    compute: "missing", as said; "all" does not look at the reference; "new" leaves out what the reference lacks of its
+    own model and budget, and a line says so: a notebook that is opened to be read computes nothing.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
     that is not writable, or a record that may not be read.
     """
     check_jobs(jobs)
-    store = Store(results)
+    if compute not in COMPUTE:
+        raise ValueError(f"compute: {compute!r} is not allowed; use {', '.join(COMPUTE)}")
+    store = Store(results, None if compute == ALL else REFERENCE)
+    if compute == NEW:
+        arms = _without_gaps(arms, store)
     missing = sorted(missing_arms(arms, store), key=planned_work, reverse=True)
-    compute(missing, results, keep_checkpoints, jobs, pace=Pace(_of_arms(set(arms).difference(missing), store)))
+    there = _of_arms(set(arms).difference(missing), store)
+    if borrowed := sum(store.find(record.key) is None for record in there):
+        rest = f"{len(missing)} are computed" if missing else "nothing is computed"
+        print(f"The reference results hold the records of {borrowed} of {len(set(arms))} arms; {rest}.")
+    compute_arms(missing, results, keep_checkpoints, jobs, pace=Pace(there))
     return _of_arms(arms, store)
 
 
-def compute(
+def _without_gaps(arms: Sequence[Arm], store: Store) -> list[Arm]:
+    """The arms without those that the reference could have, by its model and evaluations, and lacks."""
+    lacking = {arm for arm in arms if store.load(arm_key(arm)) is None}
+    covered = {(own.arm.model, own.arm.evaluation) for own in read_records(REFERENCE / "records")} if lacking else set()
+    gaps = [arm for arm in dict.fromkeys(arms) if arm in lacking and (arm.model, arm.evaluation) in covered]
+    if gaps:
+        named = listed([title(arm) for arm in gaps[:GAPS]] + [f"{len(gaps) - GAPS} more"] * (len(gaps) > GAPS))
+        print(f'{len(gaps)} arms are not in the reference results and are left out: {named}. compute = "{MISSING}" '
+              "computes them.")  # fmt: skip
+    return [arm for arm in arms if arm not in gaps]
+
+
+def compute_arms(
     missing: Sequence[Arm],
     results: str | Path,
     keep_checkpoints: bool = False,
@@ -82,11 +108,6 @@ def compute(
     ):
         afterwards.callback(gc.unfreeze)
         _carry_out_all(missing, turn, store, keep_checkpoints, until, then, clock)
-
-
-def check_all(arms: Sequence[Arm], results: str | Path) -> None:
-    """Raise what `run` raises before it computes anything."""
-    missing_arms(arms, Store(results))
 
 
 def missing_arms(arms: Sequence[Arm], store: Store) -> list[Arm]:

@@ -15,7 +15,7 @@ from scipy.stats import sem
 from studylib.config import Arm, points
 from studylib.methods import seedless, title
 from studylib.study import schedule
-from studylib.study.records import FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
+from studylib.study.records import ALL, FINISHED, SHARED, Record, Store, arm_key, seconds_alone, shares
 
 PERPLEXITY, ACCURACY = 0.02, 0.02  # what an arm may always be off by: 2% of a perplexity, 2 points
 NUMBERS = ("perplexity/", "accuracy/")
@@ -188,7 +188,7 @@ def verify_records(
             arms = [record.arm for record in chosen if _threads(record) == cores]
             missing = sum(store.load(arm_key(arm)) is None for arm in arms)
             torch.set_num_threads(cores * max(1, min(jobs, missing)))
-            found |= zip(arms, schedule.run(arms, results, jobs=jobs), strict=True)
+            found |= zip(arms, schedule.run(arms, results, jobs=jobs, compute=ALL), strict=True)
     finally:
         torch.set_num_threads(threads)
     return compare([(record, found[record.arm]) for record in chosen], records)

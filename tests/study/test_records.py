@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from studylib.cli import REFERENCE
 from studylib.config import numerics as numerics_module
 from studylib.config.arm import Arm
 from studylib.config.budgets import Evaluation, profile
@@ -21,6 +20,7 @@ from studylib.methods.arms import CHANGES, build_arm
 from studylib.study import records, schedule
 from studylib.study.records import (
     FORMAT,
+    REFERENCE,
     RecordError,
     Store,
     arm_key,

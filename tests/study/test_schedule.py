@@ -108,7 +108,7 @@ def test_arms_are_carried_out_in_the_order_that_is_given_and_each_is_told(two_ar
         there.append([bool(store.find(arm_key(arm))) for arm in two_arms])
         return waiting
 
-    schedule.compute(two_arms, tmp_path, next_arms=told)
+    schedule.compute_arms(two_arms, tmp_path, next_arms=told)
     assert there == [[False, False], [True, False], [True, True]]
 
 
@@ -120,7 +120,7 @@ def test_what_comes_next_is_decided_after_each_arm(two_arms, tmp_path):
         asked.append(list(waiting))
         return waiting[-1:] if len(waiting) > 2 else []
 
-    schedule.compute(arms, tmp_path, next_arms=last_alone)
+    schedule.compute_arms(arms, tmp_path, next_arms=last_alone)
     assert asked == [arms, arms[:3], arms[:2]]
     assert schedule.missing_arms(arms, Store(tmp_path)) == arms[:2]
 
@@ -148,6 +148,25 @@ def test_what_comes_next_is_read_while_it_is_set():
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_no_arm_is_begun_after_the_time_is_over(two_arms, tmp_path, jobs):
-    schedule.compute(two_arms, tmp_path, jobs=jobs, until=time.time())
+    schedule.compute_arms(two_arms, tmp_path, jobs=jobs, until=time.time())
     assert not list((tmp_path / "records").iterdir())
     assert schedule.missing_arms(two_arms, Store(tmp_path)) == two_arms
+
+
+def test_records_of_the_reference_are_found_and_never_written(two_arms, tmp_path, monkeypatch, capsys):
+    reference, own = tmp_path / "reference", tmp_path / "own"
+    made = schedule.run(two_arms, reference)
+    monkeypatch.setattr(schedule, "REFERENCE", reference)
+    files = sorted(reference.rglob("*.json"))
+    assert schedule.run(two_arms, own, compute="new") == made and not list((own / "records").iterdir())
+    assert capsys.readouterr().out == "The reference results hold the records of 2 of 2 arms; nothing is computed.\n"
+    lacking = dataclasses.replace(two_arms[0], method="rtn", bits="3-16-16")
+    other = dataclasses.replace(lacking, evaluation=dataclasses.replace(lacking.evaluation, windows=3))
+    (_, _, computed) = schedule.run([*two_arms, lacking, other], own, compute="new")  # of another budget: is computed
+    said = capsys.readouterr().out
+    assert computed.arm == other and "1 arms are not in the reference results and are left out: RTN 3-16-16. " in said
+    assert len(schedule.run([*two_arms, lacking], own)) == 3 and len(list((own / "records").iterdir())) == 2
+    assert schedule.run(two_arms[:1], own, compute="all")[0].provenance["finished"]
+    assert len(list((own / "records").iterdir())) == 3 and sorted(reference.rglob("*.json")) == files
+    with pytest.raises(ValueError, match=r"^compute: 'some' is not allowed; use new, missing, all$"):
+        schedule.run(two_arms, own, compute="some")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
-from studylib.cli import REFERENCE, main
+from studylib.cli import main
 from studylib.config.budgets import Evaluation, profile
 from studylib.methods.arms import build_arm, title
 from studylib.study import schedule
-from studylib.study.records import Store, read_records
+from studylib.study.records import REFERENCE, Store, read_records
 from studylib.study.verify import TOGETHER, choose, compare, verify_records
 
 PUBLISHED = Path(__file__).parents[1] / "reference"
