@@ -253,13 +253,13 @@ def publish(
     records: list[Record],
     figures: "dict[str, Figure]",
     table: "DataFrame",
-    judged: Sequence[Record] = (),
     of: dict[str, Any] | None = None,
+    judged: Sequence[Record] = (),
 ) -> None:
     """What a notebook leaves in the folder output/notebook: figures (WebP, SVG), table.csv, and published.json.
 
-    judged: all that its verdicts rest on, where the page tells these from the arms. of: what the table alone depends
-    on, where it is no table of records (see reference_table).
+    of: what the table alone depends on, where it is no table of records (see reference_table). judged: all that its
+    verdicts rest on, where the page tells these from the arms.
     """
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
