@@ -136,6 +136,18 @@ def test_what_papermill_passes_on_as_text_is_what_it_says():
     assert FLAG.checked("True") is True and GROUP.checked(0) == 0
 
 
+def test_models_of_a_family_may_come_as_a_text():
+    """As papermill's -p passes them on; fewer than two are refused."""
+    for text in (["a/b", "c"], '["a/b", "c"]', "[a/b, c]"):
+        assert check_parameter("10_model_sizes", "models", text) == ["a/b", "c"]
+    for text, shown in ((["a"], "['a']"), ("[a]", "'[a]'"), ("a", "'a'"), ("[a", "'[a'"), ("[1, 2]", "1")):
+        with pytest.raises(ValueError, match="use a list of two or more models of one family") as caught:
+            check_parameter("10_model_sizes", "models", text)
+        assert str(caught.value).startswith(f"10_model_sizes: parameter models: {shown} is not allowed;")
+    with pytest.raises(ValueError, match="'a' is there twice; name it once"):
+        check_parameter("10_model_sizes", "models", ["a", "a"])
+
+
 @pytest.mark.parametrize("notebook", PATHS)
 def test_a_notebook_refuses_them_before_it_has_an_arm(notebook, tmp_path):
     """As papermill and Jupyter run it: the first cell after the parameters."""
