@@ -53,7 +53,7 @@ def test_what_make_notebooks_writes_is_there(records, entries):
     table = front.notebook_table(entries, sorted(NOTEBOOKS.glob("*.ipynb")))
     again = "it is not up to date; `make notebooks` writes it"
     assert front.filled(written, "notebooks", table) == README, again
-    for notebook in NOTEBOOKS.glob("*.ipynb"):
+    for notebook in batch.find_notebooks([]):  # those of one model
         claims = batch.claims(notebook)
         own = [entry for entry in entries if entry.claim.id in claims or batch.sums_up(notebook)]
         assert nbformat.read(notebook, as_version=4).cells[1].source == front.answer(own), again

@@ -217,7 +217,7 @@ def test_what_comes_into_texts_beside_what_they_say_stands_there(page, picture, 
 def test_a_family_has_a_page_of_its_own(family, tmp_path):
     records = [record for record in family if record.arm.bits in ("16-16-16", "8-8-8")]
     drawn, table = {"sizes": family_frontier(records)}, tables.family_scoreboard(records)
-    batch.publish(tmp_path, "10_model_sizes", records, drawn, table, family)
+    batch.publish(tmp_path, "10_model_sizes", records, drawn, table, judged=family)
     (tmp_path / "records").mkdir()
     for record in family:
         (tmp_path / "records" / record.file_name).write_text(record.to_json())

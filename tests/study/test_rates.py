@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from studylib.cli import REFERENCE, main
+from studylib.cli import main
 from studylib.config import NOTHING, Rate, find_rates, rates_text
 from studylib.config.budgets import profile
 from studylib.config.learning_rates import parse_rates
@@ -15,7 +15,7 @@ from studylib.data.corpora import windows
 from studylib.methods.arms import build_arm, rate_case
 from studylib.study import rates, schedule
 from studylib.study.rates import FACTOR, GRID_RATE, cases, search, validation_loss
-from studylib.study.records import Store, arm_key, read_records
+from studylib.study.records import REFERENCE, Store, arm_key, read_records
 
 SMOKE = profile("smoke")
 INT3 = {"format": Format("int-full", 3, 32)}
