@@ -858,6 +858,8 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
     skipped: list[Exception] = []
     records = list(read_records(options.results / "records", skipped.append))
     _tell(skipped)
+    if not records and options.results.exists() and not options.results.is_dir():
+        raise ValueError(f"results folder {options.results} holds no records; it is no folder")
     if not records:
         _say(f"results folder {options.results} holds no records; these are the reference results, in {REFERENCE}")
         records = list(read_records(REFERENCE / "records"))

@@ -75,7 +75,7 @@ def test_the_tables_of_papers_hold_the_methods_that_name_them(own, picture, tmp_
     base._METHODS[NAME].papers = ("QLoRA",)
     page = page_of(tmp_path, [*picture, own])
     assert 'id="further"' not in page
-    table = page[page.index("<h3>QLoRA: arms</h3>") : page.index('<h2 id="L4Q">')]
+    table = page[page.index('aria-label="Table of the arms beside QLoRA"') : page.index('<h2 id="L4Q">')]
     assert "Two &lt;bits&gt;" in table and "RTN" not in table
 
 

@@ -61,12 +61,14 @@ def test_the_mean_of_one_task_goes_by_its_name(make_record):
 def test_the_bits_of_right_answers_have_one_column(picture):
     hard = np.random.default_rng(0).uniform(0.5, 1.5, size=40)
     sure = {
-        f"{name}/{task}": hard.tolist() for name in ("bits_per_byte", "probability") for task in ("piqa", "arc_easy")
+        f"{name}/{task}": (share * hard).tolist()
+        for name, share in (("bits_per_byte", 1), ("probability", 0.5))
+        for task in ("piqa", "arc_easy")
     }
     known = [dataclasses.replace(record, scores=record.scores | sure) for record in picture[:-1]]
     board = scoreboard([*known, picture[-1]])  # the last is of an older studylib
     assert board["bits_per_byte/mean"][0] == pytest.approx(hard.mean())
-    assert board["probability/mean/low"][0] < board["probability/mean"][0] == pytest.approx(100 * hard.mean())
+    assert board["probability/mean/low"][0] < board["probability/mean"][0] == pytest.approx(50 * hard.mean())
     before, after = readable(scoreboard(picture)), readable(board)
     assert [name for name in after if name not in before.columns] == ["Right answers, bits a byte"]
     older = (after["Method"] == "LLM-QAT") & (after["W-A-KV"] == "4-8-4")
