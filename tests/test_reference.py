@@ -25,7 +25,7 @@ NOT_NUMBERS = (
     r"<!-- (\w+) -->.*?<!-- /\1 -->",  # what is written from the records, and compared below
     r"```.*?```|`[^`]*`|\]\([^)]*\)",  # commands, files, addresses
     r"\b\d+-\d+-\d+\b|\b(4|8|16)[- ]bits?\b|\bC4\b",  # bit widths, a corpus that is a claim as well
-    r"\b(L4Q|NF4|FP4|Int4|2305\.17888|2305\.14314|2402\.04902|[ABCO]\d+)\b|^\d\.|Apache-2\.0",  # names
+    r"\b(bf16|L4Q|NF4|FP4|Int4|2305\.17888|2305\.14314|2402\.04902|[ABCO]\d+)\b|^\d\.|Apache-2\.0",  # names
 )
 NUMBER = r"\d[\d.,]*\d|\d"
 
