@@ -7,14 +7,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studylib.config import Arm, listed, write_whole, written_whole
 from studylib.methods import Setting
 from studylib.study.parameters import check_parameter
-from studylib.study.records import REFERENCE, Record, RecordError, find_records, read_record
+from studylib.study.records import REFERENCE, Record, RecordError, find_records, read_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -359,18 +359,7 @@ def judged_records(
     """The records in `folder` that the verdicts of the notebooks published in `output` rest on, each once (see
     `publish`). skipped: as of `used_records`."""
     keys = dict.fromkeys(key for notebook in notebooks for key in read_published(output, notebook.stem)["judged"])
-    return list(_read(find_records(folder, keys), skipped))
-
-
-def _read(paths: Mapping[str, Path], skipped: Callable[[RecordError], None] | None) -> Iterator[Record]:
-    """The records of these files; skipped: told of what cannot be read, which else is a RecordError."""
-    for path in paths.values():
-        try:
-            yield read_record(path)
-        except RecordError as error:
-            if skipped is None:
-                raise
-            skipped(error)
+    return list(read_files(find_records(folder, keys).values(), skipped))
 
 
 def used_records(
@@ -385,7 +374,7 @@ def used_records(
     for notebook in sorted(notebooks, key=sums_up):
         taken = {Setting.of(record.arm) for record in found.values()} if sums_up(notebook) else set()
         paths = find_records(folder, read_published(output, notebook.stem)["records"])
-        for record in _read({key: path for key, path in paths.items() if key not in found}, skipped):
+        for record in read_files([path for key, path in paths.items() if key not in found], skipped):
             if Setting.of(record.arm) not in taken:
                 found[record.key] = record
     return list(found.values())

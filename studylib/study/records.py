@@ -351,7 +351,12 @@ def read_records(folder: str | Path, skipped: Callable[[RecordError], None] | No
 
     skipped: told of each file that is no record, which is then left out; without it, that is a RecordError.
     """
-    for path in sorted(record_files(Path(folder))):
+    yield from read_files(sorted(record_files(Path(folder))), skipped)
+
+
+def read_files(paths: Iterable[Path], skipped: Callable[[RecordError], None] | None = None) -> Iterator[Record]:
+    """The records in these files; skipped as of `read_records`."""
+    for path in paths:
         try:
             yield read_record(path)
         except RecordError as error:
