@@ -290,14 +290,13 @@ class _Study:
 def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, Any]:
     """The notebook parameters of --set. ValueError for what is none of any notebook, and for the other options that
     are wrong whatever the model is."""
-    from studylib.config import profile
+    from studylib.config import check_jobs, profile
     from studylib.report import recipes
     from studylib.study import notebooks as batch
-    from studylib.study import schedule
 
     recipes.check_budget(options.budget_mb)
     profile(options.profile)
-    schedule.check_jobs(options.jobs)
+    check_jobs(options.jobs)
     found = {}
     for text in options.set:
         name, separator, value = text.partition("=")
@@ -393,7 +392,6 @@ def _arms(notebooks: Sequence[Path], assigned: dict[Path, dict[str, Any]]) -> "l
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.data import check_family
     from studylib.report import deciding
     from studylib.study import notebooks as batch
 
@@ -406,7 +404,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if of_family and not several:
         raise ValueError(f"notebooks: {of_family[0].stem} takes {batch.FAMILY}")
     further = _further(options, notebooks)
+    print(f"{', '.join(models)} at {options.profile}: reading what {len(notebooks)} notebooks ask for", file=sys.stderr)
     if several:
+        from studylib.data import check_family  # with torch and transformers, which take seconds
+
         check_family(models)
         if options.rates not in ("", SEARCH):
             raise ValueError(f"rates: {options.rates!r} is of one model; with several use {SEARCH}, or leave it out")
@@ -594,13 +595,12 @@ def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.config import profile
+    from studylib.config import check_jobs, profile
     from studylib.data import models
     from studylib.study import notebooks as batch
-    from studylib.study import schedule
 
     profile(options.profile)
-    schedule.check_jobs(options.jobs)
+    check_jobs(options.jobs)
     model = models.absolute_name(options.model)
     given = {"model": model, "profile": options.profile, "results": str(options.results.resolve()), "rates": ""}
     arms = []
@@ -704,7 +704,6 @@ def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path 
     from studylib.study import schedule
 
     wanted = {}
-    print(f"reading what {len(study.shared)} notebooks ask for", file=sys.stderr)
     for notebook in study.shared:
         try:
             wanted[notebook] = batch.wanted_arms(notebook, study.assigned[notebook])

@@ -257,12 +257,15 @@ def tuned(make_record):
         ),
     ]
     for bits, worse in ((4, 0.0), (3, 0.2)):
+        loftq = {"format": Format("int-full", bits), "adapter": Adapter(kind="loftq")}
+        variants.append(("qlora", f"{bits}-16-16", 2.86 + worse, loftq))
         variants += [
             (method, f"{bits}-16-16", loss + worse, {"format": Format("int-full", bits)})
             for method, loss in (
                 ("l4q", 2.75),
                 ("qlora", 2.85),
                 ("qa-lora", 2.9),
+                ("gptq+qa-lora", 2.89),
                 ("qat-lora", 2.87),
                 ("gptq+lora", 2.95),
             )

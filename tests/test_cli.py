@@ -62,7 +62,7 @@ def test_progress_was_shown_with_the_time_left(finished):
 
 
 def test_the_arms_of_all_notebooks_are_computed_before_the_first_is_executed(finished, output):
-    shared = batch.find_notebooks(["01", "02", "03", "04", "05", "06", "09"])
+    shared = batch.find_notebooks(["01", "02", "03", "04", "05", "06", "09", "11", "12"])
     assigned = batch.assign_parameters(
         shared, {"model": "tiny-random", "profile": "smoke", "results": str(finished[0]), "output": str(output)}
     )

@@ -35,6 +35,11 @@ def check_whole(name: str, value: Any, least: int, most: int = MAX_COUNT) -> Non
         raise ValueError(f"{name}: {shown(value)} is not allowed; use a whole number from {least} to {most}")
 
 
+def check_jobs(jobs: Any) -> None:
+    """Raise ValueError for a number of arms computed at a time that is no whole number from 1 to MAX_JOBS."""
+    check_whole("jobs", jobs, 1, MAX_JOBS)
+
+
 def check_number(name: str, value: Any, least: float, most: float) -> None:
     """Raise ValueError unless `value` is an integer or float from `least` to `most`."""
     if not _is_number(value) or not least <= value <= most:

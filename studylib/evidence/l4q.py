@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from studylib.config import FULL, Format
+from studylib.config import FULL, LOFTQ, Format
 from studylib.evidence.gigabytes import near_lora, planned_memory
 from studylib.evidence.measures import answers, decoding_measures, nothing, response_measures, training_times
 from studylib.evidence.rules import (
@@ -24,13 +24,15 @@ CLAIMS = (
             name,
             f"L4Q is the best of the methods that leave weights at {bits} bits",
             reported,
-            f"At {bits} bits L4Q beats LoRA on GPTQ (the paper's GPTQ may be without), QLoRA*, QA-LoRA and "
-            "QAT-LoRA; LoftQ* is not run",
+            f"At {bits} bits L4Q beats LoRA on GPTQ (the paper's GPTQ may be without), LoftQ*, QLoRA*, QAT-LoRA, and "
+            "QA-LoRA on rounded weights and on GPTQ's",
             (
                 setting("l4q", f"{bits}-16-16"),
                 setting("gptq+lora", f"{bits}-16-16"),
                 setting("qlora", f"{bits}-16-16", UNIFORM[bits]),
+                setting("qlora", f"{bits}-16-16", UNIFORM[bits] | {"adapter.kind": LOFTQ}),
                 setting("qa-lora", f"{bits}-16-16"),
+                setting("gptq+qa-lora", f"{bits}-16-16"),
                 setting("qat-lora", f"{bits}-16-16"),
             ),
             is_best,

@@ -72,10 +72,10 @@ SECTIONS = (
         LLM_QAT_PAPER,
         "arXiv 2305.17888",
         "quantization-aware training towards the full-precision model, without data",
-        ("04", "03", "02", "01"),
+        ("04", "03", "12", "02", "01"),
     ),
     Section(QLORA_PAPER, "arXiv 2305.14314", "adapters trained on a frozen 4-bit base", ("06", "07")),
-    Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "08")),
+    Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "11", "08")),
     Section(LATER, "QuaRot, SpinQuant, NVFP4", "what the three papers leave open", ("09",)),
 )
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger

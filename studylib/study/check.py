@@ -2,6 +2,7 @@
 nothing that its model, tokenizer, template or text are."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -40,11 +41,9 @@ def check(arm: Arm) -> None:
     what cannot be."""
     method = find(arm.method)
     method.check(arm)
-    models.check(arm.model)  # which may write the weights first, so not under the meta device
-    config = models.load_config(arm.model)
-    with torch.device("meta"):
-        skeleton = models.skeleton(config)
-    check_matrices(skeleton)
+    named = json.dumps(contents(arm), sort_keys=True)
+    models.check(arm.model)  # which may write the weights first
+    skeleton = _skeleton(arm.model, named)
     if arm.adapter:
         adapted_layers(skeleton, arm.adapter.layers)
     if arm.format:
@@ -57,9 +56,8 @@ def check(arm: Arm) -> None:
         check_rotatable(skeleton)
     for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
         check_length(skeleton, length)
-    if isinstance(arm.data, Sampling) and arm.data.top_k > config.get_text_config().vocab_size:
+    if isinstance(arm.data, Sampling) and arm.data.top_k > skeleton.config.get_text_config().vocab_size:
         raise ValueError(f"top_k: {arm.data.top_k} is more than the vocabulary; use 0 for all of it")
-    named = json.dumps(contents(arm), sort_keys=True)
     if arm.instructions:
         _check_instructions(arm.model, arm.instructions, named)
     if arm.data:
@@ -71,6 +69,15 @@ def check(arm: Arm) -> None:
 
 
 # Each of these is remembered for all arms that share it, as long as the files that they name stay the same (`named`).
+
+
+@functools.lru_cache(maxsize=2)
+def _skeleton(model: str, named: str) -> PreTrainedModel:
+    """The whole model without numbers, which nothing may change: to make one takes a tenth of a second."""
+    with torch.device("meta"):
+        skeleton = models.skeleton(models.load_config(model))
+    check_matrices(skeleton)
+    return skeleton
 
 
 @functools.lru_cache(maxsize=32)
@@ -170,7 +177,8 @@ def _check_tokens(model: str, tokens: Tensor, rows: int) -> None:
 def _sample(model: str, named: str, fresh: bool = False) -> tuple[PreTrainedModel, int]:
     """A small model of the architecture, and how many rows the embedding of the whole one has. Only a fresh one may be
     changed."""
-    return (_make_sample.__wrapped__ if fresh else _make_sample)(model, named)
+    sample, rows = _make_sample(model, named)
+    return (copy.deepcopy(sample) if fresh else sample), rows
 
 
 @functools.lru_cache(maxsize=2)

@@ -57,20 +57,22 @@ def sums_up(notebook: Path) -> bool:
 
 def question(notebook: Path) -> tuple[str, str]:
     """The notebook's number and its question, from its title: "# 04 · When is training worth it?"."""
-    import nbformat
-
-    title = nbformat.read(notebook, as_version=4).cells[0].source.splitlines()[0]
+    _, _, source = _cells(notebook)[0]
+    title = source.splitlines()[0]
     number, _, asked = title.removeprefix("# ").partition(" · ")
     return number, asked
 
 
 def claims(notebook: Path) -> list[str]:
     """The ids of the claims that the notebook's cells name, in their order."""
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    found = [re.findall(r'"([A-Z]\d+)"', cell.source) for cell in cells if cell.cell_type == "code"]
+    found = [re.findall(r'"([A-Z]\d+)"', source) for kind, _, source in _cells(notebook) if kind == "code"]
     return list(dict.fromkeys(claim for own in found for claim in own))
+
+
+def _cells(notebook: Path) -> list[tuple[str, set[str], str]]:
+    """Kind, tags and source of each cell. Read here: nbformat takes three seconds to import."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [(cell["cell_type"], set(cell["metadata"].get("tags", ())), "".join(cell["source"])) for cell in cells]
 
 
 def takes_family(notebook: Path) -> bool:
@@ -80,11 +82,12 @@ def takes_family(notebook: Path) -> bool:
 
 def default_parameters(notebook: Path) -> dict[str, Any]:
     """Names and default values of the notebook's cell tagged `parameters`; ValueError where it has none."""
-    import papermill  # not where a notebook imports this module: a second and a half
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    inspected = papermill.inspect_notebook(_literal(notebook))
-    found = {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
+    found: dict[str, Any] = {}
+    for _, tags, source in _cells(notebook):
+        for given in ast.parse(source).body if "parameters" in tags else ():
+            match given:
+                case ast.AnnAssign(ast.Name(name), value=ast.expr() as value) | ast.Assign([ast.Name(name)], value):
+                    found[name] = ast.literal_eval(value)
     if not found:
         raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
     return found
@@ -118,15 +121,13 @@ def wanted_arms(notebook: Path, parameters: dict[str, Any]) -> list[Arm]:
     Only these cells and the parameters are run, here; [] where there are none. Raises what they raise: ValueError for
     an arm that cannot be.
     """
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
-
-    filled = parameterize_notebook(load_notebook_node(str(notebook)), parameters)
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(notebook.parent):
-        for cell in filled.cells:
-            if {"parameters", "injected-parameters", "arms"} & set(cell.metadata.get("tags", ())):
-                exec(compile(cell.source, notebook.name, "exec"), names)
+        for _, tags, source in _cells(notebook):
+            if tags & {"parameters", "arms"}:
+                exec(compile(source, notebook.name, "exec"), names)
+            if "parameters" in tags:
+                names |= parameters
     return names.get("arms", [])
 
 

@@ -159,6 +159,7 @@ NUMBERS = _list(
 )
 CORPUS = _text(check_corpus, "", "c4")
 CORPORA_LIST = _list(CORPUS, f"{', '.join(CORPORA)} or paths of .txt or .jsonl files", list(CORPORA))
+KINDS = _some_of(ADAPTER_KINDS)
 LOSS = _text(check_loss, "", "kl")
 WIDTHS, ALL_WIDTHS = (4, 3, 2), (4, 3, 2, 8)  # of NormalFloat; of integers
 
@@ -202,8 +203,7 @@ PARAMETERS = {
         "alone": _list(LOSS, "losses, parts joined by '+'", ["attention"]),
         "temperatures": NUMBERS,
     },
-    "03_bit_allocation": TRAINED
-    | {"settings": SETTINGS, "trained": SETTINGS, "grids": _some_of(GRIDS), "bits": SETTING, "cache_bits": WITH_CACHE},
+    "03_bit_allocation": TRAINED | {"settings": SETTINGS, "trained": SETTINGS},
     "04_ptq_vs_qat": TRAINED
     | {
         "settings": SETTINGS,
@@ -216,15 +216,11 @@ PARAMETERS = {
     "05_qlora_vs_l4q": TRAINED
     | {
         "methods": _some_of(ON_A_BASE),
+        "further": _some_of(ON_A_BASE),
+        "kinds": KINDS,
         "bits": _some_of(ALL_WIDTHS, least=1),
         "integers": _some_of((FULL, AFFINE), least=1),
         "group": GROUP,
-        "ranks": _wholes(1, MAX_RANK, [4, 64]),
-        "groups": GROUPS,
-        "initialisations": _some_of(INITS),
-        "few": _text(check_layers, "all, or ends of layers' names joined by '+'", "q_proj+v_proj"),
-        "kinds": _some_of(ADAPTER_KINDS),
-        "merges": _some_of(MERGES),
     },
     "06_number_formats": POOLED
     | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG, "micro": FLAG},
@@ -254,6 +250,26 @@ PARAMETERS = {
         ),
         "settings": SETTINGS,
         "trained": SETTINGS,
+    },
+    "11_adapter_choices": TRAINED
+    | {
+        "bits": _one_of(ALL_WIDTHS),
+        "l4q_format": _one_of((FULL, AFFINE)),
+        "group": GROUP,
+        "ranks": _wholes(1, MAX_RANK, [4, 64]),
+        "groups": GROUPS,
+        "initialisations": _some_of(INITS),
+        "few": _text(check_layers, "all, or ends of layers' names joined by '+'", "q_proj+v_proj"),
+        "kinds": KINDS,
+        "merges": _some_of(MERGES),
+    },
+    "12_quantization_grids": TRAINED
+    | {
+        "bits": SETTING,
+        "grids": _some_of(GRIDS),
+        "low": SETTINGS,
+        "low_grids": _some_of(GRIDS),
+        "cache_bits": WITH_CACHE,
     },
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-from studylib.config import MAX_JOBS, Arm, check_whole, listed, remove, tell
+from studylib.config import Arm, check_jobs, listed, remove, tell
 from studylib.methods import find, title
 from studylib.study import helpers
 from studylib.study.machine import keep_freed_memory
@@ -22,11 +22,6 @@ from studylib.study.records import ALL, COMPUTE, MISSING, NEW, REFERENCE, Record
 from studylib.study.run import carry_out, check, data_folder, data_lock
 
 GAPS = 3  # arms that the reference lacks, by name
-
-
-def check_jobs(jobs: int) -> None:
-    """ValueError for a number of arms computed at a time that is not a whole number from 1 to MAX_JOBS."""
-    check_whole("jobs", jobs, 1, MAX_JOBS)
 
 
 def run(

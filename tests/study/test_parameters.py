@@ -97,7 +97,7 @@ def test_a_name_has_one_meaning_but_for_bits_and_methods():
         ("03", "settings", ["４-８-４"], "bit widths '４-８-４': write weights-activations-cache"),
         ("03", "settings", ["04-8-4"], "bit widths '04-8-4': write weights-activations-cache"),
         ("03", "settings", ["4-9-4"], "bits of the activations: 9 is not allowed; use 2 to 8, or 16"),
-        ("03", "cache_bits", "4-8-16", "'4-8-16' is not allowed; use bit widths whose last is 2 to 8"),
+        ("12", "cache_bits", "4-8-16", "'4-8-16' is not allowed; use bit widths whose last is 2 to 8"),
         (
             "04_ptq_vs_qat",
             "methods",
@@ -106,8 +106,8 @@ def test_a_name_has_one_meaning_but_for_bits_and_methods():
         ),
         ("05", "methods", ["lora"], "'lora' is not allowed; use a list of qlora"),
         ("05", "bits", [4.0], "4.0 is not allowed; use a list of 4, 3, 2 or 8, at least one"),
-        ("05", "ranks", [2**20], "1048576 is not allowed; use a list of whole numbers from 1 to 1024"),
-        ("05", "few", "q_proj+q_proj", "layers: 'q_proj+q_proj' is not allowed; use 'all', or ends"),
+        ("11", "ranks", [2**20], "1048576 is not allowed; use a list of whole numbers from 1 to 1024"),
+        ("11", "few", "q_proj+q_proj", "layers: 'q_proj+q_proj' is not allowed; use 'all', or ends"),
         ("06", "widths", [8], "8 is not allowed; use a list of 4, 3 or 2, at least one"),
         ("06", "widths", [], "[] is not allowed"),
         ("07", "methods", ["gptq+lora"], "'gptq+lora' is not allowed; use a list of lora, qlora"),
@@ -182,11 +182,15 @@ VALUES = {
         ),
         "temperatures": st.lists(st.integers(1, 100) | st.sampled_from(["7e-1", "2.5"]), unique=True, max_size=2),
     },
-    "03_bit_allocation": {"settings": st.lists(setting, unique=True, max_size=3), "cache_bits": st.just("8-16-2")},
+    "03_bit_allocation": {"settings": st.lists(setting, unique=True, max_size=3)},
     "06_number_formats": {
         "widths": st.lists(st.sampled_from([2, 3, 4]), unique=True, min_size=1),
         "groups": st.lists(st.integers(2, 2**16), unique=True, max_size=3),
         "fine": st.booleans() | st.sampled_from(["true", "False"]),
+    },
+    "12_quantization_grids": {
+        "low": st.lists(st.sampled_from(["3-8-4", "2-8-16"]), unique=True),
+        "cache_bits": st.just("8-16-2"),
     },
 }
 
