@@ -17,7 +17,10 @@ from studylib.methods import base
 ROOT = Path(__file__).parent.parent
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # the text as the foundation publishes it
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += [f"docs/{name}.md" for name in ("architecture", "glossary", "licences", "method", "open-questions", "usage")]
+PAGES += [
+    f"docs/{name}.md"
+    for name in ("architecture", "glossary", "licences", "method", "open-questions", "surprises", "usage")
+]
 TEXTS = [
     "*.md",
     "*.toml",
@@ -40,6 +43,13 @@ def quoted(page: str) -> list[str]:
 
 def test_the_licence_is_apache_2():
     assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE
+
+
+def test_every_surprise_is_listed_by_its_first_sentence():
+    page = " ".join((ROOT / "docs/surprises.md").read_text().split())
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    said = {path: path.read_text().splitlines()[1].removeprefix("# ") for path in scripts}
+    assert page.endswith(" ".join(f"- {said[path]} ([script](../findings/{path.name}))" for path in scripts))
 
 
 def test_the_citation_names_the_three_papers():

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from studylib.config import Arm, listed, write_whole, written_whole
 from studylib.methods import Setting
 from studylib.study.parameters import check_parameter
-from studylib.study.records import REFERENCE, Record, RecordError, find_records, read_files
+from studylib.study.records import REFERENCE, RUNS, SHIPPED, Record, RecordError, find_records, read_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from nbformat import NotebookNode
     from pandas import DataFrame
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = SHIPPED / "notebooks"
 SIZES = "10_model_sizes"  # the notebook of several models
 FAMILY = "two or more models of one family, for example: study run --model SMALL --model LARGE"  # that it takes
 ANSWER = "answer"  # tag of the cell that tells what the reference says: no part of what is executed elsewhere
@@ -39,7 +39,7 @@ def find_notebooks(names: list[str], folder: Path = NOTEBOOKS, family: bool = Fa
     """
     present = {path.stem: path for path in sorted(sorted(folder.glob("[0-9][0-9]_*.ipynb")), key=sums_up)}
     if not present:
-        raise ValueError(f"notebooks: there are none in {folder}; run from an editable install (pip install -e .)")
+        raise ValueError(f"notebooks: there are none in {folder}; install studylib again (pip install .)")
     if not names:
         return [path for path in present.values() if family or not takes_family(path)]
     found = []
@@ -241,10 +241,11 @@ def _keep(executed: "NotebookNode", copy: Path) -> None:
 def folders(results: str, output: str) -> tuple[str, str]:
     """Where records go, and where figures and tables go, by a notebook's parameters.
 
-    An empty `results` is results/runs of the repository, wherever the notebook is started; an empty `output` is the
-    folder "interactive" in results. Other relative paths count from the working directory, as everywhere.
+    An empty `results` is results/runs of the repository, wherever the notebook is started, or of the working directory
+    where studylib was installed without it; an empty `output` is the folder "interactive" in results. Other relative
+    paths count from the working directory, as everywhere.
     """
-    results = results or str(NOTEBOOKS.parent / "results" / "runs")
+    results = results or str(RUNS)
     return results, output or str(Path(results) / "interactive")
 
 

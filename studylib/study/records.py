@@ -38,7 +38,11 @@ DAMAGED = ".damaged"  # how a file ends that is no longer the record that was wr
 SHORT = 12  # digits of the key in a file's name
 # What can be removed without losing a record, and how the locks begin under which it is made.
 CLEANED = {"models": "", "data": "data-", "checkpoints": "", "adapters": "adapter-"}
-REFERENCE = Path(__file__).parents[2] / "results" / "reference"  # that the repository commits: nothing writes there
+_INSTALLED, _CHECKOUT = Path(__file__).parents[1] / "shipped", Path(__file__).parents[2]
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT  # where notebooks and reference results lie (see setup.py)
+REFERENCE = SHIPPED / "results" / "reference"  # that the repository commits: nothing writes there
+# Where records go by default: a checkout's own, or where one works with what was installed without one.
+RUNS = Path("results", "runs") if SHIPPED == _INSTALLED else _CHECKOUT / "results" / "runs"
 # What is computed of the arms that a notebook asks for: those of another model or budget than the reference's; what the
 # reference lacks as well; everything, as if there were no reference.
 NEW, MISSING, ALL = COMPUTE = ("new", "missing", "all")
