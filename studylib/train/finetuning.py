@@ -122,14 +122,16 @@ def fine_tune(
     folder: str | Path,
     *,
     held_out: Sequence[Pair] = (),
+    rows: int | None = None,
     keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Log:
     """Train the parameters of `model` that require gradients (see methods.attach) on `pairs`, in place.
 
     Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
-    whose response loss is measured as training goes on, each by itself, the shortest first. folder, keep, and what
-    happens to a killed training: as training_loop.fit.
+    whose response loss is measured as training goes on, each by itself, the shortest first. rows: of a batch, computed
+    at a time; the loss is the batch's mean over tokens all the same. folder, keep, and what happens to a killed
+    training: as training_loop.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
     from studylib.train.loop import fit
@@ -139,9 +141,9 @@ def fine_tune(
     if settings.paged:
         check_paging()
     length = usable_length(model, instructions)
-    rows = encode(tokenizer, pairs, length)
-    lengths = [len(row["tokens"]) for row in rows]
-    examples = [rows[i] for i in random_order(lengths, settings.batch, instructions.seed)]
+    encoded = encode(tokenizer, pairs, length)
+    lengths = [len(row["tokens"]) for row in encoded]
+    examples = [encoded[i] for i in random_order(lengths, settings.batch, instructions.seed)]
     measured = encode(tokenizer, held_out, length) if held_out else []
     measured = sorted(measured, key=lambda row: len(row["tokens"]))
     batches = little_padded([len(row["tokens"]) for row in measured], max(settings.batch, MEASURED))
@@ -151,8 +153,8 @@ def fine_tune(
 
     def held_out_loss() -> dict[str, Any]:
         losses, counts = [], []
-        for rows in batches:
-            part = {name: x.to(model.device) for name, x in collate(measured[rows]).items()}
+        for some in batches:
+            part = {name: x.to(model.device) for name, x in collate(measured[some]).items()}
             counts.append((part["labels"] != IGNORED).sum(1))
             losses.append(pair_losses(model, **part))
         nats, tokens = torch.cat(losses).double(), torch.cat(counts)
@@ -166,12 +168,14 @@ def fine_tune(
             examples,
             settings,
             folder,
-            tokens_per_step=settings.batch * sum(lengths) // len(rows),
+            tokens_per_step=settings.batch * sum(lengths) // len(encoded),
             held_out_loss=held_out_loss if held_out else None,
             held_out_text=repr(measured).encode() if held_out else b"",
             collate=functools.partial(collate, multiple=PADDED_TO_COMPILED) if compiled else collate,
             compiled=compiled,
             optimizer=PAGED_ADAMW if settings.paged else OPTIMIZER,
+            rows=rows,
+            weight=lambda part: (part["labels"] != IGNORED).sum().item(),
             seed=instructions.seed,
             keep=keep,
             progress=progress,

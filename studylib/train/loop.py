@@ -53,6 +53,31 @@ class _InOrder(Trainer):
     budget: Budget
     run_dir: Path
     first_scales: list[Tensor]  # of each learned grid, before its training began
+    rows: int | None  # of a batch, that are computed at a time
+    weight: Callable[[dict[str, Tensor]], float]  # of rows of a batch, in its mean loss
+    share = 1.0  # of the batch's loss, that the rows have which are computed just now
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
+        """Trainer's own, for some rows at a time where all are too many: their gradients add up to those of the batch.
+
+        Trainer's accumulation takes batches for equally heavy: findings/trainer-accumulates-a-mean-as-a-sum.sh
+        """
+        count = len(next(iter(inputs.values())))
+        if self.rows is None or count <= self.rows:
+            return super().training_step(model, inputs, *args, **kwargs)
+        parts = [{name: x[at : at + self.rows] for name, x in inputs.items()} for at in range(0, count, self.rows)]
+        weights = [self.weight(part) for part in parts]
+        loss: Any = 0.0
+        try:
+            for part, weight in zip(parts, weights, strict=True):
+                self.share = weight / sum(weights)
+                loss = loss + super().training_step(model, part, *args, **kwargs)
+        finally:
+            self.share = 1.0
+        return loss
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * self.share
 
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
@@ -220,6 +245,8 @@ def fit(
     collate: Callable[[list], dict[str, Tensor]] | None = None,
     compiled: bool = False,
     optimizer: str = "adamw_torch_fused",
+    rows: int | None = None,
+    weight: Callable[[dict[str, Tensor]], float] = lambda part: len(next(iter(part.values()))),
     seed: int = 0,
     keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -231,7 +258,8 @@ def fit(
     the model as it is, as "loss", asked for now and then, and "pairs" where the curve is to have them; held_out_text:
     on what, in bytes, for a model that begins as another one did in this process is not measured again. compiled:
     compile the decoder's layers, where a compiler is found and the steps are many enough. optimizer: a name that
-    TrainingArguments takes.
+    TrainingArguments takes. rows: of a batch, computed at a time, where the whole takes too much memory; None for all.
+    weight: what rows of a batch count in its mean loss; by default each as much as another.
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
     so does an extended one (budget.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
     A last loss that is not finite means that the training diverged and was stopped there.
@@ -285,6 +313,7 @@ def fit(
             callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, beginning, keep, progress)],
         )
         trainer.budget, trainer.run_dir, trainer.first_scales = budget, Path(folder), first
+        trainer.rows, trainer.weight = rows, weight
         trainer.remove_callback(PrinterCallback)
         make_folder(Path(folder))
         trainer.train(resume_from_checkpoint=resumed)

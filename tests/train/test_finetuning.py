@@ -140,6 +140,22 @@ def test_checkpointing_changes_no_number(adapted, tiny_tokenizer, tmp_path):
     assert logs[0] == logs[1] and not checkpointed.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_some_rows_at_a_time_train_as_the_whole_batch_does(rows, adapted, tiny_tokenizer, tmp_path):
+    """A batch's loss is a mean over its tokens, and its rows have more and fewer of them."""
+    budget = dataclasses.replace(BUDGET, batch=4)
+    apart, together = copy.deepcopy(adapted), adapted
+    logs = [
+        fine_tune(model, tiny_tokenizer, PAIRS, LEARN, budget, tmp_path / name, held_out=PAIRS, rows=given)
+        for name, model, given in (("apart", apart, rows), ("together", together, None))
+    ]
+    for name in ("loss", "grad_norm"):
+        own, whole = ([step[name] for step in log.steps] for log in logs)
+        assert own == pytest.approx(whole, rel=1e-4) and len(own) == budget.steps
+    for own, whole in zip(apart.parameters(), together.parameters(), strict=True):
+        assert torch.allclose(own, whole, atol=budget.learning_rate * 0.02)
+
+
 def test_what_cannot_be_trained_is_refused(tiny_model, tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="attach an adapter first"):
         fine_tune(tiny_model.requires_grad_(False), tiny_tokenizer, PAIRS, LEARN, BUDGET, tmp_path)
