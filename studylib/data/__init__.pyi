@@ -2,7 +2,7 @@ from . import corpora, models
 from .corpora import Pair, beginning, evenly_spaced, instruction_pairs, text_statistics, window_documents, windows
 from .family import check_family
 from .generation import check_length, context_length, generate_windows
-from .models import autocast, compute_dtype, load_model, load_tokenizer
+from .models import autocast, compute_dtype, device, load_model, load_tokenizer
 from .prompts import TODAY, chat_opening, check_template, conversation, writes_date
 from .sources import cache_folder, fetch
 
@@ -20,6 +20,7 @@ __all__ = [
     "context_length",
     "conversation",
     "corpora",
+    "device",
     "evenly_spaced",
     "fetch",
     "generate_windows",

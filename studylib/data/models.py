@@ -4,6 +4,8 @@ import contextlib
 import copy
 import functools
 import hashlib
+import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from studylib.config import SMOLLM2, TINY, file_sha256
+from studylib.config import SMOLLM2, TINY, check_known, file_sha256
 from studylib.data import folders
 from studylib.data.folders import FolderError
 from studylib.data.sources import ARCHIVES, cached, fetch
@@ -55,11 +57,12 @@ BYTE_TEMPLATE = (
 
 
 def _allowed() -> str:
-    return f"use {SMOLLM2}, {TINY}, a local folder with config.json and safetensors, or a hub id 'owner/name'"
+    of_hub = "a hub id 'owner/name', or 'owner/name@revision'"
+    return f"use {SMOLLM2}, {TINY}, a local folder with config.json and safetensors, or {of_hub}"
 
 
 def _location(name: str) -> str | Path:
-    """Where transformers finds the model: a folder, or the hub id itself. ValueError if it is neither."""
+    """Where transformers finds the model: a folder, or its id on the hub. ValueError if it is neither."""
     if name == SMOLLM2:
         return _dequantized()
     if Path(name).is_dir():
@@ -68,8 +71,9 @@ def _location(name: str) -> str | Path:
             if not any(folder.glob(wanted)):
                 raise ValueError(f"model: the folder {name!r} has no {wanted}; {_allowed()}")
         return folder
-    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith("/"):
-        return name
+    hub_id, at, revision = name.partition("@")
+    if re.fullmatch(r"[^./][^/]*/[^/]+", hub_id) and bool(at) == bool(revision):
+        return hub_id
     raise ValueError(f"model: {name!r} is not known; {_allowed()}")
 
 
@@ -104,9 +108,14 @@ def _check_folder(folder: Path, version: str) -> None:
     folders.check(folder)
 
 
-def _commit(hub_id: str) -> str:
-    """The commit that a hub id means now, so that all files are of one."""
-    return Path(transformers.utils.cached_file(hub_id, folders.CONFIG)).parent.name
+def _commit(name: str) -> str:
+    """The commit that a hub id, with a branch, tag or commit after its @ or without, means now: all files are of it."""
+    return _snapshot(name).name
+
+
+def _snapshot(name: str) -> Path:
+    hub_id, _, revision = name.partition("@")
+    return Path(transformers.utils.cached_file(hub_id, folders.CONFIG, revision=revision or None)).parent
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -273,7 +282,8 @@ def _make_savable(model: PreTrainedModel, name: str) -> None:
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM in evaluation mode, on the GPU where there is one.
 
-    name: smollm2-135m (fetched once, about 93 MB), tiny-random, a local folder of safetensors, or a hub id.
+    name: smollm2-135m (fetched once, about 93 MB), tiny-random, a local folder of safetensors, or a hub id, whose
+    branch, tag or commit may stand after an @.
     Raises ValueError for a name that leads to no such model, for files that lack some of its weights, hold others, or
     hold numbers that are not finite, SourceError where the archive cannot be had.
     """
@@ -286,7 +296,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         for tensor, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise FolderError(f"model: {tensor} of {name!r} holds numbers that are not finite")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device()).eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -338,9 +348,7 @@ def contents(name: str) -> str | None:
 def _folder(name: str) -> Path:
     """Where the model's files are, of a hub id in the hub's cache."""
     location = _location(name)
-    if isinstance(location, Path):
-        return location
-    return Path(transformers.utils.cached_file(name, folders.CONFIG)).parent
+    return location if isinstance(location, Path) else _snapshot(name)
 
 
 def _files_sha256(folder: Path) -> str:
@@ -350,10 +358,25 @@ def _files_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def device() -> torch.device:
+    """What models are computed on: STUDY_DEVICE (cpu, cuda or mps), else CUDA where it is, else the CPU. Of several
+    GPUs the first that CUDA_VISIBLE_DEVICES shows, as transformers' Trainer takes it.
+
+    ValueError for a device that is not here.
+    """
+    there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
+    usable = [name for name, is_there in there.items() if is_there]
+    name = os.environ.get("STUDY_DEVICE") or usable[0]
+    check_known("STUDY_DEVICE", name, usable)
+    return torch.device(name)
+
+
 @functools.cache
 def compute_dtype() -> torch.dtype:
     """bf16 where the hardware multiplies bf16 matrices natively, else fp32 (emulated bf16 is several times slower)."""
-    if torch.cuda.is_available():
+    if device().type == "mps":
+        return torch.float32
+    if device().type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         have = torch.cpu.get_capabilities()

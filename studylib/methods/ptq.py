@@ -396,7 +396,7 @@ def _calibrate(model: "nn.Module", tokens: "Tensor", pipeline: type, *modifiers:
     with torch.no_grad(), contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # progress bars
         stack.enter_context(patch_attr(logging.getLogger("torch.fx._symbolic_trace"), "disabled", True))
-        if not torch.cuda.is_available():  # AWQ pins memory, which takes an accelerator
+        if data.device().type != "cuda":  # AWQ pins memory, which takes an accelerator
             stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda self, index: None))
         session = stack.enter_context(create_session())
         session.initialize(model=shell, start=-1, recipe=list(modifiers), calib_data=batches)

@@ -64,7 +64,7 @@ def base_id(name: str, given: str | None) -> str | None:
     """The public name of a model: `given`, the one that is known, or a hub id itself; None for a local folder."""
     if given or name in BASES:
         return given or BASES[name][0]
-    return None if Path(name).exists() else name
+    return None if Path(name).exists() else name.partition("@")[0]
 
 
 def base_title(name: str, given: str | None) -> str:

@@ -182,7 +182,7 @@ def load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module
     where = {
         "dtype": torch.float32,
         "trust_remote_code": False,
-        "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
+        "device_map": {"": models.device()},
     }
     with compressed.without_bars():
         if kind == PEFT:

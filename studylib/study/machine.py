@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from studylib.data import compute_dtype
+from studylib.data import compute_dtype, device
 
 LIBRARIES = (
     *("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy"),
@@ -62,16 +62,16 @@ def _memory_in_use(process: psutil.Process) -> int:
 def peak_memory() -> Iterator[dict[str, int]]:
     """Measure the peak of the work inside: {"bytes": int} is filled in at its end.
 
-    On CUDA, the allocator's peak on the current device; on a CPU, this process's resident memory seen every 50 ms, less
-    what it has freed and keeps.
+    On CUDA, the allocator's peak on the device of models; elsewhere, this process's resident memory seen every 50 ms,
+    less what it has freed and keeps.
     """
     peak = {"bytes": 0}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if (gpu := device()).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(gpu)
         try:
             yield peak
         finally:
-            peak["bytes"] = torch.cuda.max_memory_allocated()
+            peak["bytes"] = torch.cuda.max_memory_allocated(gpu)
         return
     gc.collect()
     process, done = psutil.Process(), threading.Event()
@@ -120,6 +120,11 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
+def _accelerator() -> str | None:
+    kind = device().type
+    return torch.cuda.get_device_name() if kind == "cuda" else None if kind == "cpu" else kind
+
+
 def environment() -> dict[str, Any]:
     """Where and with what a record was made: versions, commit, dirty flag, hardware, the type it multiplies in."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -133,7 +138,7 @@ def environment() -> dict[str, Any]:
             "processor": torch.backends.cpu.get_cpu_capability(),
             "cores": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "accelerator": _accelerator(),
         },
         "compute_dtype": str(compute_dtype()).removeprefix("torch."),
     }

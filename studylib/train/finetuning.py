@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from studylib.config import Instructions, Log, Tuning
-from studylib.data import Pair, context_length, conversation, instruction_pairs
+from studylib.data import Pair, context_length, conversation, device, instruction_pairs
 from studylib.train.distillation import MEASURED, last_hidden
 from studylib.train.losses import label_loss, label_losses
 
@@ -201,5 +201,5 @@ def training_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
 
 def check_paging() -> None:
     """Raise ValueError where there is no CUDA, which pages PAGED_ADAMW's states between GPU and CPU memory."""
-    if not torch.cuda.is_available():
+    if device().type != "cuda":
         raise ValueError("optimizer: paging needs CUDA, and there is none here; use AdamW without paging")

@@ -115,7 +115,7 @@ def test_tiny_random_is_the_same_every_time():
     assert len(models.load_tokenizer("tiny-random")("é").input_ids) == 2  # one token a byte
 
 
-@pytest.mark.parametrize("name", ["smollm3", "a/b/c", "/no/such/folder", "./x", "gpt2"])
+@pytest.mark.parametrize("name", ["smollm3", "a/b/c", "/no/such/folder", "./x", "gpt2", "a/b@", "gpt2@main"])
 def test_names_that_lead_nowhere(name):
     for load in (models.load_config, models.load_model, models.load_tokenizer):
         with pytest.raises(ValueError, match=r"model: .* is not known; use smollm2-135m, tiny-random, a local folder"):
@@ -129,14 +129,19 @@ def test_a_hub_id_is_read_as_the_hub_leaves_it(own_model, tmp_path):
     shutil.copytree(own_model, snapshot)
     (tmp_path / "hub" / "models--owner--name" / "refs").mkdir()
     (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("0123abc")
+    shutil.copytree(snapshot, snapshot.with_name("4567def"))
+    (tmp_path / "hub" / "models--owner--name" / "refs" / "v2").write_text("4567def")
     script = (
         "from studylib.data import models; m = models.load_model('owner/name'); models.load_tokenizer('owner/name');"
-        "print(m.num_parameters(), models.identity('owner/name')['sha256'], models.contents('owner/name'))"
+        "print(m.num_parameters(), models.identity('owner/name')['sha256'], models.contents('owner/name'),"
+        "*(models.contents('owner/name@' + revision) for revision in ('main', 'v2', '4567def')),"
+        "models.load_model('owner/name@v2').num_parameters() - m.num_parameters())"
     )
     told = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True
     )
     expected = models.load_model(str(own_model)).num_parameters(), models.identity(str(own_model))["sha256"], "0123abc"
+    expected += "0123abc", "4567def", "4567def", "0"
     assert told.stdout.split() == [*map(str, expected)], told.stderr
 
 
@@ -206,3 +211,17 @@ def test_a_local_folder_means_the_same_from_anywhere(tmp_path, monkeypatch):
     assert models.absolute_name("own") == str(tmp_path / "own")
     assert models.absolute_name("smollm2-135m") == "smollm2-135m"
     assert models.absolute_name("owner/name") == "owner/name"
+
+
+def test_the_device_is_what_is_there_or_what_is_asked_for(monkeypatch):
+    """Held on a machine without CUDA by its refusals, and on one with CUDA by its default."""
+    usable = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    monkeypatch.delenv("STUDY_DEVICE", raising=False)
+    assert models.device().type == usable[0]
+    for name in ("cuda", "cpu", "mps", "cuda:0", "tpu"):
+        monkeypatch.setenv("STUDY_DEVICE", name)
+        if name in usable:
+            assert models.load_model("tiny-random").device.type == models.device().type == name
+        else:
+            with pytest.raises(ValueError, match=rf"^STUDY_DEVICE: '{name}' is not known; use one of .*cpu"):
+                models.device()
