@@ -35,9 +35,9 @@ TRIED = 8  # tokens that are generated
 LOUD = 100.0  # times which a head's weights make logits as large as those of a trained model
 
 
-def check(arm: Arm) -> None:
+def check(arm: Arm, elsewhere: bool = False) -> None:
     """Try one request of every kind that the arm will make, without the model's weights. ValueError, in one line, for
-    what cannot be."""
+    what cannot be. elsewhere: other machines compute it, which may have the GPU that this one lacks."""
     method = find(arm.method)
     method.check(arm)
     models.check(arm.model)  # which may write the weights first, so not under the meta device
@@ -50,7 +50,7 @@ def check(arm: Arm) -> None:
     if arm.format:
         for linear in decoder_linears(skeleton).values():
             arm.format.check_width(linear.in_features)
-    if arm.tuning and arm.tuning.paged:
+    if arm.tuning and arm.tuning.paged and not elsewhere:
         check_paging()
     method.check_model(arm, skeleton)
     if arm.scheme.rotated:
