@@ -26,7 +26,7 @@ from distributed.utils import get_mp_context
 from studylib.config import Arm, tell
 from studylib.methods import title
 from studylib.study import workers
-from studylib.study.needs import check_needs, fits, taken
+from studylib.study.needs import ClusterError, Has, check_needs, fits, taken
 from studylib.study.records import Store, arm_key, contents
 from studylib.study.run import data_folder, data_lock, is_made
 
@@ -35,9 +35,10 @@ PATIENCE = 10  # seconds in which a scheduler answers, and in which a record tha
 LOOK = 1.0  # seconds after which the scheduler is asked anew which workers there are
 DEATHS = 3  # workers that may die of an arm
 GONE = 60  # seconds after which a worker ends that does not reach its scheduler
-SETTINGS = {
-    # dask's own would set the number of threads. With one arena a thread gets memory as a process of its own does.
-    "distributed.nanny.pre-spawn-environ": {"MALLOC_ARENA_MAX": "1"},
+# dask's own would set the number of threads. With one arena a thread gets memory as a process of its own does.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+SETTINGS: dict[str, Any] = {
+    "distributed.nanny.pre-spawn-environ": ENVIRONMENT,
     "distributed.worker.profile.enabled": False,  # it would look at the stack a hundred times a second
     **{f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker", "nanny")},  # nobody asks for pages
 }
@@ -55,7 +56,7 @@ class Crew:
 
     def __init__(self, client: Client, store: Store, keep: bool, threads: int = 0, asked: workers.Asked | None = None):
         self.client, self.store, self.keep, self.threads, self.asked = client, store, keep, threads, asked
-        self.has: dict[str, workers.Has] = {}
+        self.has: dict[str, Has] = {}
         self.refused: dict[str, str] = {}
         self.busy: dict[str, tuple[Arm, Future]] = {}
         self.begun: dict[Arm, float] = {}  # by arm that is computed, time.monotonic
@@ -69,7 +70,7 @@ class Crew:
         """Learn which workers there are now: those that came are examined, the arms of those that went are free."""
         if time.monotonic() < self._looked + LOOK:
             return
-        there = set(_workers(self.client))
+        there = set(_identity(self.client)["workers"])
         for address in (self.has.keys() | self.refused.keys()) - there:
             self.has.pop(address, None), self.refused.pop(address, None)
         for address in self.busy.keys() - there:
@@ -82,11 +83,11 @@ class Crew:
                 self.has[address] = found
         self._looked = time.monotonic()
 
-    def _examined(self, addresses: Sequence[str]) -> Iterator[tuple[str, workers.Has | str]]:
+    def _examined(self, addresses: Sequence[str]) -> Iterator[tuple[str, Has | str]]:
         if not addresses:
             return
         if self.asked is None:
-            own = workers.Has(psutil.virtual_memory().total, torch.cuda.device_count())
+            own = Has(psutil.virtual_memory().total, torch.cuda.device_count())
             yield from ((address, own) for address in addresses)
             return
         here, good = version(PACKAGE), []
@@ -246,7 +247,7 @@ def of_this_machine(count: int, threads: int, store: Store, keep: bool) -> Itera
                     client.close(timeout=PATIENCE)
                 if cluster:
                     cluster.close(timeout=PATIENCE)
-            for name in SETTINGS["distributed.nanny.pre-spawn-environ"]:  # dask leaves them in this process
+            for name in ENVIRONMENT:  # dask leaves them in this process
                 os.environ.pop(name, None)
             os.environ.update(environ)
 
@@ -255,7 +256,7 @@ def of_this_machine(count: int, threads: int, store: Store, keep: bool) -> Itera
 def of_scheduler(address: str, store: Store, keep: bool, arms: Sequence[Arm]) -> Iterator[Crew]:
     """Inside, the workers of the scheduler at an address, or in a scheduler file, are there for these arms.
 
-    ValueError, in one line, for a scheduler that does not answer or has no workers, for workers that lack something,
+    ClusterError, in one line, for a scheduler that does not answer or has no workers, for workers that lack something,
     and for an arm that needs what no worker has. What is computed when this ends is let go of.
     """
     probe = store.folder.resolve() / "locks" / f".seen-{os.getpid()}"
@@ -267,11 +268,12 @@ def of_scheduler(address: str, store: Store, keep: bool, arms: Sequence[Arm]) ->
             probe.touch()
             crew = Crew(client, store, keep, asked=workers.Asked(workers.versions(), probe, named))
             for reason in crew.refused.values():
-                raise ValueError(f"scheduler: {reason}")
+                raise ClusterError(f"scheduler: {reason}")
             if not crew.has:
-                raise ValueError(f"scheduler: {address} has no workers; start one with `dask worker {address}`")
+                raise ClusterError(f"scheduler: {address} has no workers; start one with `dask worker {address}`")
             check_needs(arms, crew.has.values())
-            tell(f"{len(crew.has)} workers of {address}; their dashboard: {client.dashboard_link}")
+            shown = "dashboard" in _identity(client)["services"]
+            tell(f"{len(crew.has)} workers of {address}" + f"; dashboard: {client.dashboard_link}" * shown)
             yield crew
     finally:
         probe.unlink(missing_ok=True)
@@ -282,13 +284,13 @@ def of_scheduler(address: str, store: Store, keep: bool, arms: Sequence[Arm]) ->
 
 
 def _connected(address: str) -> Client:
-    """A client of the scheduler; ValueError where it does not answer, or cannot compute with this package."""
+    """A client of the scheduler; ClusterError where it does not answer, or cannot compute with this package."""
     given: dict[str, Any] = {"address": address} if "://" in address else {"scheduler_file": address}
     try:
         with _silent():
             client = Client(**given, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise ClusterError(
             f"scheduler: {address} does not answer within {PATIENCE} s; give one that does, or leave it out"
         ) from error
     here = version(PACKAGE)
@@ -298,16 +300,18 @@ def _connected(address: str) -> Client:
         there = None
     if there != here:
         client.close(timeout=PATIENCE)
-        raise ValueError(f"scheduler: {address} has {PACKAGE} {there}, and not {here}; install the same version there")
+        raise ClusterError(
+            f"scheduler: {address} has {PACKAGE} {there}, and not {here}; install the same version there"
+        )
     return client
 
 
-def _workers(client: Client) -> Iterable[str]:
-    """The addresses of the workers that there are now; ValueError where the scheduler is gone."""
+def _identity(client: Client) -> dict[str, Any]:
+    """What the scheduler says of itself now, its "workers" by address; ClusterError where it is gone."""
     try:
-        return client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+        return client.sync(client.scheduler.identity, n_workers=-1)
     except (OSError, AttributeError) as error:
-        raise ValueError("scheduler: it no longer answers; when it does, the same command goes on from here") from error
+        raise ClusterError("scheduler: it answers no longer; when it does, the same command goes on") from error
 
 
 def _first_line(error: BaseException) -> str:

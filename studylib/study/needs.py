@@ -2,16 +2,29 @@
 
 import functools
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
+from studylib import data, evaluate  # doors: schedulers and workers read this, who have no time for what is behind
 from studylib.config import Adapter, Arm, Format
-from studylib.data import compute_dtype, models
-from studylib.evaluate import GB, plan
 from studylib.methods import title
-from studylib.study.workers import GPU, MEMORY, Has
 
+GPU, MEMORY = "GPU", "memory"  # resources of dask that arms take: devices, and bytes
 # A bound of what a training takes, bytes: of each parameter; of each token of a step, layer and hidden dimension. Three
 # times what plans come to, which take seconds each: only what may not fit is planned.
 OF_PARAMETERS, OF_TOKENS = 24, 100
+
+
+class ClusterError(ValueError):
+    """A scheduler or workers that cannot be used, found before any work."""
+
+
+@dataclass(frozen=True)
+class Has:
+    """What a worker has: bytes of memory, GPUs, and which of these it declared to dask as resources."""
+
+    memory: float
+    gpus: float
+    declared: frozenset[str] = frozenset()
 
 
 def needs(arm: Arm, enough: float) -> dict[str, float]:
@@ -38,16 +51,16 @@ def taken(arm: Arm, has: Has) -> dict[str, float]:
 
 
 def check_needs(arms: Iterable[Arm], everyone: Collection[Has]) -> None:
-    """ValueError, in one line, for an arm that needs what no worker has."""
+    """ClusterError, in one line, for an arm that needs what no worker has."""
     most = max(own.memory for own in everyone)
     for arm in arms:
         if any(fits(arm, has, everyone) for has in everyone):
             continue
         wanted = needs(arm, min(own.memory for own in everyone))
         if wanted.get(GPU, 0) > max(own.gpus for own in everyone):
-            raise ValueError(f"{GPU}: {title(arm)} takes a CUDA device, and no worker has one; start a worker that has")
-        size, largest = wanted.get(MEMORY, 0) / GB, most / GB
-        raise ValueError(
+            raise ClusterError(f"{GPU}: {title(arm)} takes a CUDA device, and no worker has one; start one that has")
+        size, largest = wanted.get(MEMORY, 0) / evaluate.GB, most / evaluate.GB
+        raise ClusterError(
             f"{MEMORY}: {title(arm)} takes {size:.1f} GB as `study plan` counts, and no worker has more than "
             f"{largest:.1f} GB; start a worker that has, or use a smaller model or profile"
         )
@@ -57,9 +70,9 @@ def check_needs(arms: Iterable[Arm], everyone: Collection[Has]) -> None:
 def _bound(model: str, tokens: int) -> float:
     import torch
 
-    config = models.load_config(model)
+    config = data.models.load_config(model)
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in models.skeleton(config).parameters())
+        parameters = sum(parameter.numel() for parameter in data.models.skeleton(config).parameters())
     text = config.get_text_config()
     return OF_PARAMETERS * parameters + OF_TOKENS * tokens * text.num_hidden_layers * text.hidden_size
 
@@ -76,8 +89,8 @@ def _planned(
 ) -> float | None:
     """Bytes; None for what cannot be planned (see evaluate.plan)."""
     try:
-        config = models.load_config(model)
-        return plan(config, method, format=format, adapter=adapter, batch=batch, length=length,
-                    checkpointing=checkpointing, dtype=compute_dtype()).total  # fmt: skip
+        config = data.models.load_config(model)
+        return evaluate.plan(config, method, format=format, adapter=adapter, batch=batch, length=length,
+                    checkpointing=checkpointing, dtype=data.compute_dtype()).total  # fmt: skip
     except ValueError:
         return None

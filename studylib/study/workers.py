@@ -17,19 +17,10 @@ from distributed import Lock, Worker, get_worker
 from studylib import data
 from studylib.config import NUMERICS, Arm
 from studylib.methods import METHODS
+from studylib.study.needs import GPU, MEMORY, Has
 from studylib.study.records import Store, arm_key, is_installed
 
-GPU, MEMORY = "GPU", "memory"  # resources of dask that arms take: devices, and bytes
 _ALONE = threading.Lock()  # two arms at a time would draw from the same generators of random numbers
-
-
-@dataclass(frozen=True)
-class Has:
-    """What a worker has: bytes of memory, GPUs, and which of these it declared to dask as resources."""
-
-    memory: float
-    gpus: float
-    declared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
