@@ -3,6 +3,7 @@ scheduler that is there. dask starts, watches and restarts them; who computes wh
 a new order of the arms takes effect at once."""
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -87,8 +89,7 @@ class Crew:
         if not addresses:
             return
         if self.asked is None:
-            own = Has(psutil.virtual_memory().total, torch.cuda.device_count())
-            yield from ((address, own) for address in addresses)
+            yield from ((address, _here()) for address in addresses)
             return
         here, good = version(PACKAGE), []
         found = self.client.run(version, PACKAGE, workers=list(addresses), on_error="return")
@@ -206,12 +207,18 @@ class Crew:
             self.client.cancel([future for _, future in self.busy.values()], force=True)
 
 
+def _here() -> Has:
+    return Has(psutil.virtual_memory().total, torch.cuda.device_count())
+
+
 @contextlib.contextmanager
-def of_this_machine(count: int, threads: int, store: Store, keep: bool) -> Iterator[Crew]:
+def of_this_machine(count: int, threads: int, store: Store, keep: bool, arms: Sequence[Arm]) -> Iterator[Crew]:
     """Inside, so many processes are there, each for one arm at a time with so many threads; afterwards they are gone.
 
-    They end with this process, however that ends: dask's workers watch a pipe to it.
+    They end with this process, however that ends: dask's workers watch a pipe to it. ClusterError, in one line, for an
+    arm that needs what this machine has not.
     """
+    check_needs(arms, [_here()])
     before, environ = multiprocessing.active_children(), dict(os.environ)
     # CUDA cannot be used in a fork, and the frameworks of other systems than Linux are not made for it.
     started = FORKED if sys.platform == "linux" and not torch.cuda.is_available() else ANEW
@@ -285,11 +292,14 @@ def of_scheduler(address: str, store: Store, keep: bool, arms: Sequence[Arm]) ->
 
 def _connected(address: str) -> Client:
     """A client of the scheduler; ClusterError where it does not answer, or cannot compute with this package."""
-    given: dict[str, Any] = {"address": address} if "://" in address else {"scheduler_file": address}
+    try:
+        found = address if "://" in address else json.loads(Path(address).read_text())["address"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ClusterError(f"scheduler: {address} is no scheduler file, which `dask scheduler` writes") from error
     try:
         with _silent():
-            client = Client(**given, timeout=PATIENCE, set_as_default=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            client = Client(found, timeout=PATIENCE, set_as_default=False)
+    except (OSError, ValueError) as error:
         raise ClusterError(
             f"scheduler: {address} does not answer within {PATIENCE} s; give one that does, or leave it out"
         ) from error

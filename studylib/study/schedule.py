@@ -141,7 +141,7 @@ def compute_arms(
             afterwards.callback(torch.set_num_threads, threads)
             count = min(jobs, len(shared))
             crew = afterwards.enter_context(
-                cluster.of_this_machine(count, torch.get_num_threads(), store, keep_checkpoints)
+                cluster.of_this_machine(count, torch.get_num_threads(), store, keep_checkpoints, shared)
             )
         clock = afterwards.enter_context(Clock(pace, jobs if not scheduler else len(crew.has)))
         _Shares(missing, crew, 0 if scheduler else jobs, keep_checkpoints, until, next_arms, clock).carry_out()

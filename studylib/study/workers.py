@@ -45,9 +45,6 @@ async def examine(asked: Asked, dask_worker: Worker) -> Has | str:
 
 
 def _examine(asked: Asked, worker: Worker) -> Has | str:
-    import psutil
-    import torch
-
     own = versions()
     for name, number in asked.numerics.items():
         if own.get(name) != number:
@@ -66,6 +63,9 @@ def _examine(asked: Asked, worker: Worker) -> Has | str:
             return f"lacks what an arm names ({error}); share it under the same path"
         if not same:
             return f"has other files than there are here for {arm.model!r} or its texts; share the same ones"
+    import psutil
+    import torch
+
     declared = worker.state.total_resources
     limit = worker.memory_manager.memory_limit or psutil.virtual_memory().total
     gpus = declared.get(GPU, torch.cuda.device_count())
