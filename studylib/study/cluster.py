@@ -48,6 +48,9 @@ SETTINGS: dict[str, Any] = {
 LOADED = ("distributed", *(f"{PACKAGE}.{name}" for name in ("study.run", "evaluate.scores", "train.loop")))
 FORKED, ANEW = "forkserver", "spawn"
 
+# What is to be told is told here, and dask's threads log beyond the end of a cluster.
+logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
 
 class Crew:
     """Workers by address, what each has, and the arm that it computes.
@@ -236,7 +239,7 @@ def of_this_machine(count: int, threads: int, store: Store, keep: bool, arms: Se
                     dashboard_address="127.0.0.1:0",
                     scheduler_kwargs={"dashboard": False},
                     security=True,  # other users of this machine reach its ports as well
-                    silence_logs=logging.CRITICAL,  # what is to be told is told here
+                    silence_logs=logging.CRITICAL,  # as this process is
                     local_directory=scratch,
                     death_timeout=GONE,
                 )
@@ -271,17 +274,16 @@ def of_scheduler(address: str, store: Store, keep: bool, arms: Sequence[Arm]) ->
     client = _connected(address)
     crew = None
     try:
-        with _silent():
-            probe.touch()
-            crew = Crew(client, store, keep, asked=workers.Asked(workers.versions(), probe, named))
-            for reason in crew.refused.values():
-                raise ClusterError(f"scheduler: {reason}")
-            if not crew.has:
-                raise ClusterError(f"scheduler: {address} has no workers; start one with `dask worker {address}`")
-            check_needs(arms, crew.has.values())
-            shown = "dashboard" in _identity(client)["services"]
-            tell(f"{len(crew.has)} workers of {address}" + f"; dashboard: {client.dashboard_link}" * shown)
-            yield crew
+        probe.touch()
+        crew = Crew(client, store, keep, asked=workers.Asked(workers.versions(), probe, named))
+        for reason in crew.refused.values():
+            raise ClusterError(f"scheduler: {reason}")
+        if not crew.has:
+            raise ClusterError(f"scheduler: {address} has no workers; start one with `dask worker {address}`")
+        check_needs(arms, crew.has.values())
+        shown = "dashboard" in _identity(client)["services"]
+        tell(f"{len(crew.has)} workers of {address}" + f"; dashboard: {client.dashboard_link}" * shown)
+        yield crew
     finally:
         probe.unlink(missing_ok=True)
         if crew:
@@ -297,8 +299,7 @@ def _connected(address: str) -> Client:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ClusterError(f"scheduler: {address} is no scheduler file, which `dask scheduler` writes") from error
     try:
-        with _silent():
-            client = Client(found, timeout=PATIENCE, set_as_default=False)
+        client = Client(found, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"scheduler: {address} does not answer within {PATIENCE} s; give one that does, or leave it out"
@@ -326,18 +327,6 @@ def _identity(client: Client) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Inside, dask logs nothing: what is to be told is told here."""
-    logger = logging.getLogger("distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextlib.contextmanager

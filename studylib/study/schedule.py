@@ -5,7 +5,7 @@ import gc
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,13 +85,21 @@ def run(
     store = Store(results, None if compute == ALL else REFERENCE)
     if compute == NEW:
         arms = _without_gaps(arms, store)
-    missing = sorted(missing_arms(arms, store, bool(scheduler)), key=planned_work, reverse=True)
-    there = _of_arms(set(arms).difference(missing), store)
-    if borrowed := sum(store.find(record.key) is None for record in there):
+    there = {arm: record for arm in dict.fromkeys(arms) if (record := store.load(arm_key(arm))) is not None}
+    missing = sorted(missing_arms([arm for arm in arms if arm not in there], store, bool(scheduler)), key=planned_work)
+    if borrowed := sum(store.find(record.key) is None for record in there.values()):
         rest = f"{len(missing)} are computed" if missing else "nothing is computed"
         print(f"The reference results hold the records of {borrowed} of {len(set(arms))} arms; {rest}.")
-    compute_arms(missing, results, keep_checkpoints, jobs, pace=Pace(there), scheduler=scheduler)
-    return _of_arms(arms, store)
+    compute_arms(missing[::-1], results, keep_checkpoints, jobs, pace=Pace(there.values()), scheduler=scheduler)
+    there |= {arm: _there(arm, store) for arm in missing}
+    # They name their files as they do now: what was run under another path is the same by its contents.
+    return [replace(there[arm], arm=arm) for arm in arms]
+
+
+def _there(arm: Arm, store: Store) -> Record:
+    record = store.load(arm_key(arm))
+    assert record is not None
+    return record
 
 
 def _without_gaps(arms: Sequence[Arm], store: Store) -> list[Arm]:
@@ -123,6 +131,8 @@ def compute_arms(
     arms take.
     """
     store, pace = Store(results), pace or Pace()
+    if jobs > 1 or scheduler:  # no worker is started for what another run has computed meanwhile
+        missing = [arm for arm in missing if not _is_there(arm, store, pace)]
     shared = [arm for arm in missing if is_installed(find(arm.method))]
     jobs = min(jobs, len(missing))
     if not shared or (jobs < 2 and not scheduler):
@@ -155,14 +165,13 @@ def missing_arms(arms: Sequence[Arm], store: Store, elsewhere: bool = False) -> 
     return missing
 
 
-def _of_arms(arms: Iterable[Arm], store: Store) -> list[Record]:
-    """Their records, as they name their files now: what was run under another path is the same by its contents."""
-    found = []
-    for arm in arms:
-        record = store.load(arm_key(arm))
-        assert record is not None
-        found.append(replace(record, arm=arm))
-    return found
+def _is_there(arm: Arm, store: Store, pace: Pace) -> bool:
+    """Whether another process has computed it; then the pace has learnt of it."""
+    key = arm_key(arm)
+    record = store.load(key) if store.find(key) else None
+    if record is not None:
+        pace.learn(record)
+    return record is not None
 
 
 class _Shares:
@@ -189,8 +198,6 @@ class _Shares:
 
     def carry_out(self) -> None:
         """All of them, each once. ValueError at the end where some were given up, and where no worker is left."""
-        for arm in list(self.left):
-            self._is_there(arm)
         self._order()
         idle = time.monotonic()  # since then nothing is computed
         while True:
@@ -226,13 +233,6 @@ class _Shares:
     def _room(self) -> bool:
         return not self.most or len(self.crew.busy) < self.most
 
-    def _is_there(self, arm: Arm) -> bool:
-        record = self.store.load(arm_key(arm)) if self.store.find(arm_key(arm)) else None
-        if record is not None:
-            self.clock.pace.learn(record)
-            self.left.pop(arm)
-        return record is not None
-
     def _give(self, here: int = 0) -> None:
         """Each worker without an arm gets the first that waits; here: arms that this process computes meanwhile."""
         for worker in self.crew.free():
@@ -240,9 +240,10 @@ class _Shares:
                 arm = self.crew.first_for(worker, (arm for arm in self._waiting() if arm not in self.own))
                 if arm is None:
                     break
-                if not self._is_there(arm):  # else another run has computed it meanwhile
+                if not _is_there(arm, self.store, self.clock.pace):
                     self.crew.give(worker, arm)
                     break
+                self.left.pop(arm)
 
     def _collect(self, seconds: float) -> bool:
         """Wait so long for arms that workers are done with; whether there were some."""
@@ -263,12 +264,12 @@ class _Shares:
 
         keep_freed_memory()
         with self.store.lock(arm_key(arm)):
-            if not self._is_there(arm):
+            if not _is_there(arm, self.store, self.clock.pace):
                 self.clock.begin(arm, [other for other in self._waiting() if other != arm])
                 record = carry_out(arm, self.store, self.keep_checkpoints, progress)
                 keep(record, self.store, self.keep_checkpoints)
                 self.clock.end(record)
-                self.left.pop(arm)
+            self.left.pop(arm)
         self._order()
 
 
