@@ -35,7 +35,7 @@ PARTS = ("models", "data", "checkpoints", "adapters")  # that `study clean` remo
 FORMATS = ("gguf", "compressed-tensors", "bnb", "peft", "safetensors")  # of `study export`
 OWN_FILES = (".txt", ".jsonl", ".json")  # as names of corpora and instruction pairs of one's own end
 MODEL = "smollm2-135m"  # where none is named
-OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "results")} | {
+OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "scheduler", "results")} | {
     "models": "--model, once for each",
     "compute": "--anew, or leave it out",
     "output": "--output, or --results, in which each run has its folder",
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     rates.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="those with it in their name: 'l4q 3-16'")
     rates.add_argument("--output", type=_path, required=True, metavar="FILE", help="for `study run --rates FILE`")
     _jobs(rates)
+    _scheduler(rates)
     _results(rates)
     listing = commands.add_parser("list", help="list the records of a results folder")
     listing.add_argument("--csv", type=_path, metavar="FILE", help="write them with all their metrics to a file")
@@ -158,6 +159,7 @@ def _computing(parser: argparse.ArgumentParser) -> None:
         help=f"learning rates that `study rates` chose, or `{SEARCH}` to choose them first (default: the committed)",
     )
     _jobs(parser)
+    _scheduler(parser)
     parser.add_argument(
         "--minutes",
         type=float,
@@ -182,6 +184,16 @@ def _path(text: str) -> Path:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
     return Path(text)
+
+
+def _scheduler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scheduler",
+        default="",
+        metavar="ADDRESS",
+        help="of a dask cluster that computes in the place of this machine, tcp://HOST:PORT, or its scheduler file "
+        "(docs/scaling.md)",
+    )
 
 
 def _jobs(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +289,11 @@ class _Study:
         """The notebooks whose arms are computed together, before any is executed."""
         return [notebook for notebook in self.notebooks if "jobs" in self.assigned[notebook]]
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other machines compute, whose hardware is another."""
+        return bool(self.options.scheduler)
+
     def show(self, records: "list[Record]") -> None:
         """Write the page while arms are carried out."""
         from studylib.report import page
@@ -290,13 +307,14 @@ class _Study:
 def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, Any]:
     """The notebook parameters of --set. ValueError for what is none of any notebook, and for the other options that
     are wrong whatever the model is."""
-    from studylib.config import check_jobs, profile
+    from studylib.config import check_jobs, check_scheduler, profile
     from studylib.report import recipes
     from studylib.study import notebooks as batch
 
     recipes.check_budget(options.budget_mb)
     profile(options.profile)
     check_jobs(options.jobs)
+    check_scheduler(options.scheduler)
     found = {}
     for text in options.set:
         name, separator, value = text.partition("=")
@@ -338,7 +356,7 @@ def _study(
     if "compute" in taken:
         parameters["compute"] = ALL if options.anew else MISSING
     if "jobs" in taken:
-        parameters["jobs"] = options.jobs
+        parameters |= {"jobs": options.jobs, "scheduler": _placed(options.scheduler)}
     if "rates" in taken and options.rates not in ("", SEARCH):
         find_rates(names[0], options.profile, options.rates)  # before any work
         parameters["rates"] = str(Path(options.rates).resolve())
@@ -366,7 +384,7 @@ def _with_rates(study: _Study) -> bool:
         for model, file in zip(study.models, files, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             own = [arm for arm in trained if arm.model == model]
-            if not _search(own, model, options.profile, results, options.jobs, file, until=study.until):
+            if not _search(own, model, options, results, file, until=study.until):
                 study.left("learning rates are still searched")
                 return False
     elif searches:
@@ -457,15 +475,17 @@ def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) ->
 def _run_family(study: _Study) -> int:
     """Compute the arms of notebooks that take a family, execute them and write its page."""
     from studylib.report import page, tables
+    from studylib.study import ClusterError, schedule
     from studylib.study import notebooks as batch
-    from studylib.study import schedule
 
     folder, executed = study.store.folder, []
     for notebook in study.notebooks:
         arms = batch.wanted_arms(notebook, study.assigned[notebook])
-        schedule.missing_arms(arms, study.store)
+        schedule.missing_arms(arms, study.store, study.elsewhere)
         try:
             found, _ = _compute(study, arms, [], alone=False)
+        except ClusterError:
+            raise
         except Exception as error:
             _say(f"{error}; the notebook that needs this arm computes it again")
         else:
@@ -504,7 +524,7 @@ def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     options = study.options
     notebooks, shared = study.notebooks, study.shared
     lacking: list[Path] = []
-    if len(shared) > 1 or options.minutes or targets:
+    if len(shared) > 1 or options.minutes or targets or study.elsewhere:
         failing, lacking, records = _compute_together(study, targets)
         notebooks.sort(key=lambda notebook: notebook != failing)
     if targets or time.time() > study.until:  # those that compute by themselves wait as well
@@ -538,7 +558,7 @@ def _tell_missing(study: _Study, targets: "Sequence[Claim]") -> None:
     from studylib.study import Pace, arm_key, schedule, time_text
 
     arms = list(dict.fromkeys(_of_claims(_arms(study.notebooks, study.assigned), targets)))
-    missing, pace = schedule.missing_arms(arms, study.store), Pace()
+    missing, pace = schedule.missing_arms(arms, study.store, study.elsewhere), Pace()
     for record in filter(None, (study.store.load(arm_key(arm)) for arm in set(arms).difference(missing))):
         pace.learn(record)
     own = sum(study.store.find(arm_key(arm)) is not None for arm in arms)
@@ -595,28 +615,28 @@ def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.config import check_jobs, profile
+    from studylib.config import check_jobs, check_scheduler, profile
     from studylib.data import models
     from studylib.study import notebooks as batch
 
     profile(options.profile)
     check_jobs(options.jobs)
+    check_scheduler(options.scheduler)
     model = models.absolute_name(options.model)
     given = {"model": model, "profile": options.profile, "results": str(options.results.resolve()), "rates": ""}
     arms = []
     for notebook in batch.find_notebooks(options.notebooks):
         own = {name: value for name, value in given.items() if name in batch.default_parameters(notebook)}
         arms += batch.wanted_arms(notebook, own)
-    _search(arms, model, options.profile, options.results, options.jobs, options.output, options.cases)
+    _search(arms, model, options, options.results, options.output, options.cases)
     return 0
 
 
 def _search(
     arms: "list[Arm]",
     model: str,
-    profile: str,
+    options: argparse.Namespace,
     results: Path,
-    jobs: int,
     output: Path,
     cases: Sequence[str] = (),
     until: float = math.inf,
@@ -628,6 +648,7 @@ def _search(
     from studylib.report import figures
     from studylib.study import rates
 
+    profile, scheduler = options.profile, _placed(options.scheduler)
     known = find_rates(model, profile, str(output)) if output.exists() else {}
     wanted = rates.cases(arms)
     chosen = {case: arm for case, arm in wanted.items() if not cases or any(text in case for text in cases)}
@@ -641,7 +662,7 @@ def _search(
         write_whole(output, rates_text(model, profile, known))
         print(f"{case}: {rate.text}")
 
-    done, tried = rates.search(list(chosen.values()), results, jobs, told, until)
+    done, tried = rates.search(list(chosen.values()), results, options.jobs, told, until, scheduler)
     if tried:
         figures.searched_rates(tried).savefig(picture := output.with_suffix(".svg"))
         print(f"Figure: {picture}")
@@ -676,6 +697,11 @@ def _value(text: str, value: str) -> Any:
         raise ValueError(f"--set: the value of {text!r} is not YAML") from error
 
 
+def _placed(scheduler: str) -> str:
+    """The same from any folder: the path of a scheduler file counts from here."""
+    return scheduler if "://" in scheduler or not scheduler else os.path.abspath(scheduler)
+
+
 def _from_here(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_here(item) for item in value]
@@ -700,14 +726,14 @@ def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path 
     that there are.
     """
     from studylib.report import CLAIMS, deciding
+    from studylib.study import ClusterError, schedule
     from studylib.study import notebooks as batch
-    from studylib.study import schedule
 
     wanted = {}
     for notebook in study.shared:
         try:
             wanted[notebook] = batch.wanted_arms(notebook, study.assigned[notebook])
-            schedule.missing_arms(wanted[notebook], study.store)
+            schedule.missing_arms(wanted[notebook], study.store, study.elsewhere)
         except Exception:  # whatever it is, executed it shows that at its place
             return notebook, [], []
     arms = [arm for own in wanted.values() for arm in own]
@@ -721,6 +747,8 @@ def _compute_together(study: _Study, targets: "Sequence[Claim]") -> "tuple[Path 
     print(f"{len(dict.fromkeys(arms))} arms of {', '.join(notebook.stem for notebook in wanted)}", file=sys.stderr)
     try:
         records, _ = _compute(study, arms, targets or list(CLAIMS.values()), alone=bool(targets))
+    except ClusterError:  # of all notebooks alike
+        raise
     except Exception as error:
         _say(f"{error}; the notebook that needs this arm computes it again")
         return None, [], []
@@ -777,8 +805,9 @@ def _compute(
     if planned:
         # Beside others, what is timed would be slower than it is.
         jobs = 1 if any(arm.decoding for arm in planned) else options.jobs
-        missing = schedule.missing_arms(told.waiting, store)
-        schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace)
+        missing = schedule.missing_arms(told.waiting, store, study.elsewhere)
+        scheduler = _placed(options.scheduler)
+        schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace, scheduler)
     told()  # what helpers finished last
     return told.records, told.findings
 

@@ -110,7 +110,7 @@ def test_parameters_are_typed_for_papermill(notebook):
 def test_parameters_are_plain_values(notebook):
     defaults = default_parameters(notebook)
     model, rates = ("models", "rate_files") if takes_family(notebook) else ("model", "rates")
-    trained = ["seeds", "results", "output", "compute", "jobs", rates, "extend", "keep_checkpoints"]
+    trained = ["seeds", "results", "output", "compute", "jobs", "scheduler", rates, "extend", "keep_checkpoints"]
     computing = [] if notebook.stem == "00_claims" else ["compute"]
     common = [model, "profile", *(trained if "extend" in defaults else ["results", "output", *computing])]
     assert list(defaults)[: len(common)] == common

@@ -135,10 +135,19 @@ def _chosen(value: Any) -> Any:
     """A dataclass as a dictionary of the fields that are not as by default, with a float where one is meant."""
     if not dataclasses.is_dataclass(value):
         return value
-    types, chosen = typing.get_type_hints(type(value)), {}
-    for field in dataclasses.fields(value):
-        own = getattr(value, field.name)
-        if own != field.default:
-            floats = float in (types[field.name], *typing.get_args(types[field.name]))
-            chosen[field.name] = float(own) if floats and own is not None else _chosen(own)
+    chosen = {}
+    for name, default, floats in _fields(value.__class__):
+        own = getattr(value, name)
+        if own != default:
+            chosen[name] = float(own) if floats and own is not None else _chosen(own)
     return chosen
+
+
+@functools.cache
+def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+    """Each field's name, its default, and whether it takes floats."""
+    types = typing.get_type_hints(kind)
+    return [
+        (own.name, own.default, float in (types[own.name], *typing.get_args(types[own.name])))
+        for own in dataclasses.fields(kind)
+    ]

@@ -10,6 +10,7 @@ import reprlib
 import sys
 import typing
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 MAX_SEED = 2**32 - 1  # numpy's generators take no larger one
@@ -17,6 +18,7 @@ MAX_COUNT = 10_000_000  # windows, steps, items: a hundred times the papers'
 MAX_LENGTH = 2**20  # tokens of a sequence
 MAX_BATCH = 2**16
 MAX_JOBS = 1024  # arms computed at a time
+ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx)://[^/\s]+:[0-9]+")  # of a scheduler
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 
@@ -38,6 +40,15 @@ def check_whole(name: str, value: Any, least: int, most: int = MAX_COUNT) -> Non
 def check_jobs(jobs: Any) -> None:
     """Raise ValueError for a number of arms computed at a time that is no whole number from 1 to MAX_JOBS."""
     check_whole("jobs", jobs, 1, MAX_JOBS)
+
+
+def check_scheduler(scheduler: str) -> None:
+    """Raise ValueError for what is neither empty, an address nor an existing scheduler file of dask."""
+    if scheduler and not (ADDRESS.fullmatch(scheduler) or ("://" not in scheduler and Path(scheduler).is_file())):
+        raise ValueError(
+            f"scheduler: {shown(scheduler)} is not allowed; use an address, for example tcp://10.0.0.5:8786, "
+            "or a scheduler file that is there"
+        )
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:

@@ -3,6 +3,7 @@ from .cards import summary
 from .engines import run_check
 from .export import export_model
 from .machine import environment
+from .needs import ClusterError
 from .notebooks import read_published, webp
 from .pace import Pace, time_text
 from .rates import rate_of, validation_loss
@@ -33,6 +34,7 @@ __all__ = [
     "MISSING",
     "REFERENCE",
     "TOGETHER",
+    "ClusterError",
     "Pace",
     "Record",
     "RecordError",

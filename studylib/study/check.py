@@ -36,20 +36,20 @@ TRIED = 8  # tokens that are generated
 LOUD = 100.0  # times which a head's weights make logits as large as those of a trained model
 
 
-def check(arm: Arm) -> None:
+def check(arm: Arm, elsewhere: bool = False) -> None:
     """Try one request of every kind that the arm will make, without the model's weights. ValueError, in one line, for
-    what cannot be."""
+    what cannot be. elsewhere: other machines compute it, which may have the GPU that this one lacks."""
     method = find(arm.method)
     method.check(arm)
     named = json.dumps(contents(arm), sort_keys=True)
-    models.check(arm.model)  # which may write the weights first
+    models.check(arm.model)
     skeleton = _skeleton(arm.model, named)
     if arm.adapter:
         adapted_layers(skeleton, arm.adapter.layers)
     if arm.format:
         for linear in decoder_linears(skeleton).values():
             arm.format.check_width(linear.in_features)
-    if arm.tuning and arm.tuning.paged:
+    if arm.tuning and arm.tuning.paged and not elsewhere:
         check_paging()
     method.check_model(arm, skeleton)
     if arm.scheme.rotated:
@@ -74,8 +74,9 @@ def check(arm: Arm) -> None:
 @functools.lru_cache(maxsize=2)
 def _skeleton(model: str, named: str) -> PreTrainedModel:
     """The whole model without numbers, which nothing may change: to make one takes a tenth of a second."""
+    config = models.load_config(model)  # which may write the weights first, so not under the meta device
     with torch.device("meta"):
-        skeleton = models.skeleton(models.load_config(model))
+        skeleton = models.skeleton(config)
     check_matrices(skeleton)
     return skeleton
 

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -122,6 +122,8 @@ class Clock:
     def __init__(self, pace: Pace, jobs: int = 1, hidden: bool = False):
         self.pace, self.jobs, self.begun, self.later = pace, jobs, time.monotonic(), 0.0
         self.planned: dict[str, float] = {}
+        self.others: dict[Arm, tuple[float, float]] = {}  # begun when, planned how long
+        self.shown = -math.inf
         self.bar = tqdm(total=1.0, bar_format=FORM, disable=hidden, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
@@ -129,7 +131,7 @@ class Clock:
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None:
-            self.planned, self.later = {}, 0.0
+            self.planned, self.others, self.later = {}, {}, 0.0
             self._show()
         self.bar.close()
 
@@ -148,17 +150,37 @@ class Clock:
         if time.monotonic() > self.shown + MOMENT:
             self._show()
 
+    def watch(self, begun: Mapping[Arm, float], later: Sequence[Arm] | None = None) -> None:
+        """Other processes carry out these arms, since so long (of time.monotonic); later: others come afterwards, None
+        for those that are known."""
+        if later is not None:
+            self.later = self.pace.total(later)
+        self.others = {
+            arm: self.others.get(arm) or (since, sum(self.pace.of(arm).values())) for arm, since in begun.items()
+        }
+        if self.others and time.monotonic() > self.shown + MOMENT:
+            first, *more = self.others
+            self.bar.set_description(title(first) + f" and {len(more)} more" * bool(more), refresh=False)
+            self._show()
+
     def end(self, record: Record) -> None:
         """The arm was carried out, to this record."""
+        self.planned = {}
+        self.learn(record, self.since)
+
+    def learn(self, record: Record, begun: float) -> None:
+        """Take what an arm took that was begun then (of time.monotonic) and has ended now."""
         self.pace.learn(record)
-        took = time.monotonic() - self.since - sum(record.cost["seconds"].values())
-        self.pace.add(self.arm, "besides", took, self.whole["besides"])
+        took = time.monotonic() - begun - sum(record.cost["seconds"].values())
+        self.pace.add(record.arm, "besides", took, tokens(record.arm)["besides"])
 
     @property
     def left(self) -> float:
         """Seconds."""
         own = sum(seconds * (1 - self.done[phase]) for phase, seconds in self.planned.items())
-        return (own + self.later) / self.jobs
+        now = time.monotonic()
+        others = sum(max(0.0, begun + planned - now) for begun, planned in self.others.values())
+        return (own + others + self.later) / self.jobs
 
     def _show(self) -> None:
         self.shown = time.monotonic()

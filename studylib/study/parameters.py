@@ -175,7 +175,10 @@ COMMON = {"model": NAME, "profile": _one_of(PROFILES), "results": FOLDER, "outpu
 RUN = COMMON | {"compute": COMPUTED}
 RATES_FILE = _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")
 RATES = {"rates": RATES_FILE}
-POOLED = RUN | {"jobs": _whole(1, MAX_JOBS, 2)}
+SCHEDULER = _text(
+    lambda where: not where or is_line(where), "the address of a scheduler, a scheduler file, or ''", "tcp://host:8786"
+)
+POOLED = RUN | {"jobs": _whole(1, MAX_JOBS, 2), "scheduler": SCHEDULER}
 TRAINED = (
     POOLED
     | RATES

@@ -77,6 +77,7 @@ def search(
     jobs: int = 1,
     told: Callable[[str, Rate], None] = lambda case, rate: None,
     until: float = math.inf,
+    scheduler: str = "",
 ) -> tuple[dict[str, Rate], list[Record]]:
     """The rate of least validation loss half-way for each setting of `arms`, and the records of all that were tried.
 
@@ -86,7 +87,7 @@ def search(
     Talwalkar 2016). Every method, width and grid is searched alike. What is tried is kept as records: a search that is
     stopped goes on, and one that is done costs nothing.
     until: the time (as time.time has it) after which nothing further is tried; then the settings that are not done have
-    no rate.
+    no rate. jobs, scheduler: as of schedule.run.
     """
     store = Store(results)
     walks = {case: _walk(arm) for case, arm in cases(arms).items()}
@@ -94,8 +95,9 @@ def search(
     chosen, records = {}, {}
     while asked:
         tried = sorted(asked.values(), key=planned_work, reverse=True)
-        schedule.compute_arms(schedule.missing_arms(tried, store), results, jobs=jobs, until=until)
-        if schedule.missing_arms(tried, store):
+        missing = schedule.missing_arms(tried, store, bool(scheduler))
+        schedule.compute_arms(missing, results, jobs=jobs, until=until, scheduler=scheduler)
+        if schedule.missing_arms(tried, store, bool(scheduler)):
             break
         for record in schedule.run(tried, results, compute=ALL):
             records[record.key] = record

@@ -27,7 +27,7 @@ from studylib.config import (
     versions,
     write_whole,
 )
-from studylib.methods import METHODS, Setting, find
+from studylib.methods import METHODS, Method, Setting, find
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -81,6 +81,11 @@ def numerics(arm: Arm) -> dict[str, int]:
     """The versions of the components that the arm passes through (see config.numerics), and of its method."""
     method = find(arm.method)
     return versions(arm, method.numerics) | {f"method {method.name}": method.version}
+
+
+def is_installed(method: Method) -> bool:
+    """Whether other processes have it: a method that was registered in a notebook or script is in this one only."""
+    return type(method).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def arm_key(arm: Arm) -> str:

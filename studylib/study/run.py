@@ -28,6 +28,7 @@ from studylib.config import (
     Sampling,
     kept_if_possible,
     make_folder,
+    remove,
     usable,
     write_whole,
 )
@@ -48,6 +49,7 @@ from studylib.study.pace import Clock, Pace
 from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
 from studylib.train import TrainingData, check_head, prepare
 
+PROVENANCE = "provenance.json"  # for people; that it is there says that a text is made
 Progress = Callable[[str, int], None]  # is told of finished work: the phase, and tokens
 
 
@@ -125,6 +127,21 @@ def carry_out(
     del work
     gc.collect()
     return record
+
+
+def keep(record: Record, store: Store, keep_checkpoints: bool = False) -> None:
+    """Save the record; where there is no room, in the place of its model, which can be made again. The checkpoints that
+    it came from are removed unless they are to be kept."""
+    try:
+        store.save(record)
+    except OSError:
+        model = store.model_file(record.key)
+        if not model.exists():
+            raise
+        remove(model)
+        store.save(record)
+    if not keep_checkpoints:
+        shutil.rmtree(store.checkpoint_folder(record.key), ignore_errors=True)
 
 
 def _check_unchanged(arm: Arm, key: str) -> None:
@@ -268,6 +285,11 @@ def data_folder(arm: Arm, store: Store) -> Path:
     return store.data_folder(digest(json.dumps(_data_description(arm), sort_keys=True)))
 
 
+def is_made(folder: Path) -> bool:
+    """Whether the text in this folder is there, with all that goes with it."""
+    return (folder / PROVENANCE).exists()
+
+
 def data_lock(folder: Path) -> str:
     """The name of the lock that is held while the text in this folder is made."""
     return f"data-{folder.name}"
@@ -284,7 +306,7 @@ def _prepare_data(work: Work, store: Store, key: str, progress: Progress) -> Tra
     with store.lock(data_lock(folder)):
         told = functools.partial(progress, "data")
         data = prepare(work.model, work.tokenizer, arm.data, arm.training, folder, states, teacher, told)
-        description = folder / "provenance.json"  # for people: nothing reads it
+        description = folder / PROVENANCE
         with kept_if_possible(str(description)):
             write_whole(description, json.dumps(_data_description(arm) | environment(), indent=1))
     return data

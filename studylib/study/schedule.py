@@ -1,31 +1,50 @@
-"""In which order arms are carried out, by how many processes, and that each is carried out once."""
+"""In which order arms are carried out, in this process or by workers, and that each is carried out once."""
 
 import contextlib
 import gc
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import Timeout
 
-from studylib.config import Arm, check_jobs, listed, remove, tell
+from studylib.config import Arm, check_jobs, check_scheduler, listed
 from studylib.methods import find, title
-from studylib.study import helpers
 from studylib.study.machine import keep_freed_memory
 from studylib.study.pace import Clock, Pace, planned_work
-from studylib.study.records import ALL, COMPUTE, MISSING, NEW, REFERENCE, Record, Store, arm_key, read_records
-from studylib.study.run import carry_out, check, data_folder, data_lock
+from studylib.study.records import (
+    ALL,
+    COMPUTE,
+    MISSING,
+    NEW,
+    REFERENCE,
+    Record,
+    Store,
+    arm_key,
+    is_installed,
+    read_records,
+)
+from studylib.study.run import carry_out, check, data_folder, data_lock, keep
+
+if TYPE_CHECKING:
+    from studylib.study.cluster import Crew
 
 GAPS = 3  # arms that the reference lacks, by name
+WATCHED = 0.5  # seconds after which it is looked again how workers are
+LOST = 60  # seconds after which no worker is waited for any longer
 
 
 def run(
-    arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool = False, jobs: int = 1, compute: str = MISSING
+    arms: Sequence[Arm],
+    results: str | Path,
+    keep_checkpoints: bool = False,
+    jobs: int = 1,
+    compute: str = MISSING,
+    scheduler: str = "",
 ) -> list[Record]:
     """The records of `arms`, in their order: loaded from results/records or from the reference results where present,
     computed and saved otherwise, those that take longest first, so that all jobs have work to the end.
@@ -36,25 +55,35 @@ def run(
     keep_checkpoints: leave the end of each training (12 bytes a parameter) in results/checkpoints, from where an arm
     with more steps (Budget.extended_from) goes on; without, such an arm trains its first part again, to the same end.
     jobs: arms computed at a time, each in a process of its own with its share of the threads; memory grows with them.
-    Arms of methods that are registered from outside this package are computed in this process.
+    scheduler: address or scheduler file of a dask cluster, whose workers compute them instead, one each at a time
+    (docs/scaling.md). Arms of methods that are registered from outside this package are computed in this process.
     compute: "missing", as said; "all" does not look at the reference; "new" leaves out what the reference lacks of its
     own model and budget, and a line says so: a notebook that is opened to be read computes nothing.
     Raises ValueError for an arm that cannot be run, before anything is computed, and RecordError for a results folder
     that is not writable, or a record that may not be read.
     """
     check_jobs(jobs)
+    check_scheduler(scheduler)
     if compute not in COMPUTE:
         raise ValueError(f"compute: {compute!r} is not allowed; use {', '.join(COMPUTE)}")
     store = Store(results, None if compute == ALL else REFERENCE)
     if compute == NEW:
         arms = _without_gaps(arms, store)
-    missing = sorted(missing_arms(arms, store), key=planned_work, reverse=True)
-    there = _of_arms(set(arms).difference(missing), store)
-    if borrowed := sum(store.find(record.key) is None for record in there):
+    there = {arm: record for arm in dict.fromkeys(arms) if (record := store.load(arm_key(arm))) is not None}
+    missing = sorted(missing_arms([arm for arm in arms if arm not in there], store, bool(scheduler)), key=planned_work)
+    if borrowed := sum(store.find(record.key) is None for record in there.values()):
         rest = f"{len(missing)} are computed" if missing else "nothing is computed"
         print(f"The reference results hold the records of {borrowed} of {len(set(arms))} arms; {rest}.")
-    compute_arms(missing, results, keep_checkpoints, jobs, pace=Pace(there))
-    return _of_arms(arms, store)
+    compute_arms(missing[::-1], results, keep_checkpoints, jobs, pace=Pace(there.values()), scheduler=scheduler)
+    there |= {arm: _there(arm, store) for arm in missing}
+    # They name their files as they do now: what was run under another path is the same by its contents.
+    return [replace(there[arm], arm=arm) for arm in arms]
+
+
+def _there(arm: Arm, store: Store) -> Record:
+    record = store.load(arm_key(arm))
+    assert record is not None
+    return record
 
 
 def _without_gaps(arms: Sequence[Arm], store: Store) -> list[Arm]:
@@ -77,103 +106,172 @@ def compute_arms(
     next_arms: Callable[[list[Arm]], list[Arm]] = lambda waiting: waiting,
     until: float = math.inf,
     pace: Pace | None = None,
+    scheduler: str = "",
 ) -> None:
     """Carry out arms in the order in which they are given, as `run` does.
 
-    next_arms: given what waits, first of all and after each arm of this process, it says what of that comes now, in
-    which order; helper processes, which finish others meanwhile, take it on. until: the time (as time.time has it)
-    after which no further arm is begun. pace: what is known of how long arms take.
+    next_arms: given what has no record, first of all and after each arm, it says what of that comes now, in which
+    order. until: the time (as time.time has it) after which no further arm is begun. pace: what is known of how long
+    arms take.
     """
-    store = Store(results)
-    shared = [arm for arm in missing if _is_known_elsewhere(arm)]
-    further = min(jobs - 1, len(shared), max(0, len(missing) - 1))
-    turns = helpers.Turns(len(shared))
-    place = {arm: at for at, arm in enumerate(shared)}
+    store, pace = Store(results), pace or Pace()
+    if jobs > 1 or scheduler:  # no worker is started for what another run has computed meanwhile
+        missing = [arm for arm in missing if not _is_there(arm, store, pace)]
+    shared = [arm for arm in missing if is_installed(find(arm.method))]
+    jobs = min(jobs, len(missing))
+    if not shared or (jobs < 2 and not scheduler):
+        with Clock(pace, hidden=not missing) as clock, contextlib.ExitStack() as afterwards:
+            afterwards.callback(gc.unfreeze)
+            _carry_out_all(missing, store, keep_checkpoints, until, next_arms, clock)
+        return
+    from studylib.study import cluster  # of which dask is imported
 
-    def then(waiting: list[Arm]) -> list[Arm]:
-        chosen = next_arms(waiting)
-        turns.set(place[arm] for arm in chosen if arm in place)
-        return chosen
+    with contextlib.ExitStack() as afterwards:
+        if scheduler:
+            crew = afterwards.enter_context(cluster.of_scheduler(scheduler, store, keep_checkpoints, shared))
+        else:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, threads // jobs))
+            afterwards.callback(torch.set_num_threads, threads)
+            count = min(jobs, len(shared))
+            crew = afterwards.enter_context(
+                cluster.of_this_machine(count, torch.get_num_threads(), store, keep_checkpoints, shared)
+            )
+        clock = afterwards.enter_context(Clock(pace, jobs if not scheduler else len(crew.has)))
+        _Shares(missing, crew, 0 if scheduler else jobs, keep_checkpoints, until, next_arms, clock).carry_out()
 
-    turn = then(list(missing))
-    with (
-        _sharing_threads(further, turns, shared, results, keep_checkpoints, until),
-        Clock(pace or Pace(), further + 1, hidden=not missing) as clock,
-        contextlib.ExitStack() as afterwards,
-    ):
-        afterwards.callback(gc.unfreeze)
-        _carry_out_all(missing, turn, store, keep_checkpoints, until, then, clock)
 
-
-def missing_arms(arms: Sequence[Arm], store: Store) -> list[Arm]:
-    """Those without a record, each once and checked."""
+def missing_arms(arms: Sequence[Arm], store: Store, elsewhere: bool = False) -> list[Arm]:
+    """Those without a record, each once and checked; elsewhere: not for what this machine is."""
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
     for arm in missing:
-        check(arm)
+        check(arm, elsewhere)
     return missing
 
 
-def _of_arms(arms: Iterable[Arm], store: Store) -> list[Record]:
-    """Their records, as they name their files now: what was run under another path is the same by its contents."""
-    found = []
-    for arm in arms:
-        record = store.load(arm_key(arm))
-        assert record is not None
-        found.append(replace(record, arm=arm))
-    return found
+def _is_there(arm: Arm, store: Store, pace: Pace) -> bool:
+    """Whether another process has computed it; then the pace has learnt of it."""
+    key = arm_key(arm)
+    record = store.load(key) if store.find(key) else None
+    if record is not None:
+        pace.learn(record)
+    return record is not None
 
 
-def _is_known_elsewhere(arm: Arm) -> bool:
-    """Whether another process has the arm's method: one that was registered in a notebook or script is in this only."""
-    return type(find(arm.method)).__module__.partition(".")[0] == __name__.partition(".")[0]
+class _Shares:
+    """Arms that workers and this process share: it watches them, and computes those whose methods it alone has.
 
+    most: arms at a time, those of this process included; 0: as many as there are workers.
+    """
 
-@contextlib.contextmanager
-def _sharing_threads(count: int, turns: helpers.Turns, arms: Sequence[Arm], *where: Any) -> Iterator[None]:
-    """Inside, so many further processes work on the same arms; what they fail at is left to this one."""
-    threads = torch.get_num_threads()
-    share = max(1, threads // (count + 1))
-    torch.set_num_threads(share)
-    try:
-        with helpers.working(count, _help, share, turns, arms, *where) as processes:
-            yield
-            for process in processes:
-                process.join()
-    finally:
-        torch.set_num_threads(threads)
+    def __init__(
+        self,
+        missing: Sequence[Arm],
+        crew: "Crew",
+        most: int,
+        keep_checkpoints: bool,
+        until: float,
+        then: Callable[[list[Arm]], list[Arm]],
+        clock: Clock,
+    ):
+        self.crew, self.most, self.keep_checkpoints, self.until, self.then = crew, most, keep_checkpoints, until, then
+        self.clock, self.store = clock, crew.store
+        self.own = {arm for arm in missing if not is_installed(find(arm.method))}
+        self.left = dict.fromkeys(missing)  # that have no record, in their order
+        self.turn: list[Arm] = []
 
+    def carry_out(self) -> None:
+        """All of them, each once. ValueError at the end where some were given up, and where no worker is left."""
+        self._order()
+        idle = time.monotonic()  # since then nothing is computed
+        while True:
+            self._give()
+            here = next((arm for arm in self._waiting() if arm in self.own), None)
+            if here is not None and self._room():
+                self._carry_out_here(here)
+                idle = time.monotonic()
+            elif self.crew.busy:
+                if self._collect(WATCHED):
+                    self._give()  # before it is asked what comes then, which takes a while
+                    self._order()
+                idle = time.monotonic()
+            elif not (waiting := list(self._waiting())):
+                break
+            elif time.monotonic() > idle + LOST:
+                raise ValueError(f"scheduler: no worker is left for {len(waiting)} arms; start one, and run it again")
+            else:
+                time.sleep(WATCHED)
+        if self.crew.given_up:
+            raise ValueError(f"workers died of {listed(list(map(title, self.crew.given_up)))}; all other arms are done")
 
-def _help(
-    threads: int, turns: helpers.Turns, arms: Sequence[Arm], results: str | Path, keep_checkpoints: bool, until: float
-) -> None:
-    torch.set_num_threads(threads)
+    def _order(self) -> None:
+        self.turn = self.then(list(self.left))
+        self.clock.watch(self.crew.begun, list(self._waiting()))
 
-    def then(waiting: list[Arm]) -> list[Arm]:
-        left = set(waiting)
-        return [arms[at] for at in turns.get() if arms[at] in left]
+    def _waiting(self) -> Iterator[Arm]:
+        """What comes next, in its order."""
+        for arm in self.turn if time.time() < self.until else ():
+            if arm in self.left and arm not in self.crew.begun and arm not in self.crew.given_up:
+                yield arm
 
-    try:
-        _carry_out_all(arms, then(list(arms)), Store(results), keep_checkpoints, until, then)
-    except (OSError, ValueError) as error:
-        tell(f"a helper process stops: {error}")
+    def _room(self) -> bool:
+        return not self.most or len(self.crew.busy) < self.most
+
+    def _give(self, here: int = 0) -> None:
+        """Each worker without an arm gets the first that waits; here: arms that this process computes meanwhile."""
+        for worker in self.crew.free():
+            while not self.most or len(self.crew.busy) + here < self.most:
+                arm = self.crew.first_for(worker, (arm for arm in self._waiting() if arm not in self.own))
+                if arm is None:
+                    break
+                if not _is_there(arm, self.store, self.clock.pace):
+                    self.crew.give(worker, arm)
+                    break
+                self.left.pop(arm)
+
+    def _collect(self, seconds: float) -> bool:
+        """Wait so long for arms that workers are done with; whether there were some."""
+        done = self.crew.ended(seconds)
+        for arm in done:
+            begun, record = self.crew.begun.pop(arm), self.store.load(arm_key(arm))
+            if record is not None:  # else it was damaged just now, and waits again
+                self.clock.learn(record, begun)
+                self.left.pop(arm)
+        self.clock.watch(self.crew.begun)
+        return bool(done)
+
+    def _carry_out_here(self, arm: Arm) -> None:
+        def progress(phase: str, tokens: int) -> None:
+            self.clock.progress(phase, tokens)
+            self._collect(0)
+            self._give(here=1)
+
+        keep_freed_memory()
+        with self.store.lock(arm_key(arm)):
+            if not _is_there(arm, self.store, self.clock.pace):
+                self.clock.begin(arm, [other for other in self._waiting() if other != arm])
+                record = carry_out(arm, self.store, self.keep_checkpoints, progress)
+                keep(record, self.store, self.keep_checkpoints)
+                self.clock.end(record)
+            self.left.pop(arm)
+        self._order()
 
 
 def _carry_out_all(
     arms: Sequence[Arm],
-    turn: list[Arm],
     store: Store,
     keep_checkpoints: bool,
     until: float,
     then: Callable[[list[Arm]], list[Arm]],
-    clock: Clock | None = None,
+    clock: Clock,
 ) -> None:
-    """Those of `arms` whose turn it is, each once: first those that no other process is working on.
+    """In this process, those of `arms` whose turn it is, each once: first those that no other process is working on.
 
-    turn: what comes now; then: what does afterwards, of those that wait.
+    then: what comes next, of those that wait.
     """
     keep_freed_memory()
-    clock = clock or Clock(Pace(), hidden=True)
     waiting = list(arms)
+    turn = then(list(arms))
     while turn and time.time() < until:
         with _locked(turn, store) as arm:
             waiting.remove(arm)
@@ -181,26 +279,12 @@ def _carry_out_all(
             if record is None:
                 clock.begin(arm, [other for other in turn if other != arm and store.find(arm_key(other)) is None])
                 record = carry_out(arm, store, keep_checkpoints, clock.progress)
-                _save(record, store)
+                keep(record, store, keep_checkpoints)
                 clock.end(record)
                 gc.freeze()  # what is left are libraries, half a second to walk through each time anew
-                if not keep_checkpoints:
-                    shutil.rmtree(store.checkpoint_folder(arm_key(arm)), ignore_errors=True)
             else:
                 clock.pace.learn(record)
         turn = then(waiting)
-
-
-def _save(record: Record, store: Store) -> None:
-    """Keep the record; where there is no room, in the place of its model, which can be made again."""
-    try:
-        store.save(record)
-    except OSError:
-        model = store.model_file(record.key)
-        if not model.exists():
-            raise
-        remove(model)
-        store.save(record)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from studylib.data.corpora import windows
 from studylib.evaluate.scores import window_losses
 from studylib.methods.arms import build_arm
 from studylib.quant.layers import round_to_nearest
-from studylib.study import run, schedule
+from studylib.study import check, run, schedule
 from studylib.study.records import RecordError, Store, arm_key, read_record
 from studylib.train import distillation
 
@@ -203,27 +203,13 @@ def test_the_longest_arm_comes_first_unless_its_data_are_being_made_elsewhere(tm
             assert arm == first
 
 
-def test_jobs_share_the_arms_and_leave_the_same_records(tmp_path, monkeypatch):
-    arms, threads, original = [FP, ROUNDED, TRAINED], torch.get_num_threads(), schedule.carry_out
-    alone = schedule.run(arms, tmp_path / "alone")
-
-    def slow(*args):
-        while not list((tmp_path / "shared" / "records").iterdir()):  # until the other process has finished one
-            time.sleep(0.05)
-        return original(*args)
-
-    monkeypatch.setattr(schedule, "carry_out", slow)
-    shared = schedule.run(arms, tmp_path / "shared", jobs=2)
+def test_jobs_share_the_arms_and_leave_the_same_records(tmp_path):
+    arms, threads = [FP, ROUNDED, TRAINED], torch.get_num_threads()
+    alone, shared = schedule.run(arms, tmp_path / "alone"), schedule.run(arms, tmp_path / "shared", jobs=2)
     assert list(map(without_cost, shared)) == list(map(without_cost, alone))
     assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="jobs: 0 is not allowed"):
         schedule.run([FP], tmp_path, jobs=0)
-
-
-def test_what_a_job_fails_at_is_done_by_the_first(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(schedule, "_help", os._exit)  # which takes other arguments
-    assert [record.status for record in schedule.run([FP, ROUNDED], tmp_path, jobs=2)] == ["finished"] * 2
-    assert "TypeError" in capfd.readouterr().err
 
 
 def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
@@ -271,9 +257,10 @@ def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path
 def test_weights_that_are_written_by_a_check_have_numbers(monkeypatch):
     """A check is the first to ask for the model's folder where nothing is cached, and may have to make it."""
     devices = []
+    check._skeleton.cache_clear()  # as in a new process
     load = models.load_config
     monkeypatch.setattr(models, "load_config", lambda name: devices.append(torch.get_default_device()) or load(name))
-    run.check(FP)
+    check.check(FP)
     assert devices == [torch.device("cpu")]
 
 

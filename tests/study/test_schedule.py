@@ -1,8 +1,7 @@
-"""Helper processes: they end with the process that started them, however that ends, and nobody hears of it."""
+"""The order of arms, and workers of this machine: they end with the process that started them, however that ends."""
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +15,6 @@ from studylib.config.budgets import Evaluation, profile
 from studylib.config.files import remove_leftovers
 from studylib.methods.arms import build_arm
 from studylib.study import schedule
-from studylib.study.helpers import Turns
 from studylib.study.records import Store, arm_key
 
 SCRIPT = """
@@ -41,57 +39,61 @@ sys.exit(cli.main(["list"]))
 """
 
 
-def is_helper(process):
+def workers_of(process):
+    """The processes that the process which loads libraries for them was forked into."""
     with contextlib.suppress(psutil.NoSuchProcess):  # or one that has ended
-        return "spawn_main" in " ".join(process.cmdline())
-    return False
+        return [own for child in psutil.Process(process.pid).children() for own in child.children()]
+    return []
+
+
+def gone(processes, seconds=5):
+    """Whether all have ended then; the system may take longer to bury those that lost their parent."""
+    end = time.monotonic() + seconds
+    while left := [own for own in processes if own.is_running() and own.status() != psutil.STATUS_ZOMBIE]:
+        if time.monotonic() > end:
+            return False
+        psutil.wait_procs(left, 0.1)
+    return True
 
 
 @pytest.fixture
 def running(tmp_path, heeding):
-    """A process that has finished one record and has started a helper for two arms that take for ever."""
+    """A process that has finished one record and has started workers for two arms that take for ever."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeding)
-    helpers = []
+    family = []
     try:
-        while not helpers:
+        while len(workers_of(process)) < 2:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
-            helpers = [own for own in psutil.Process(process.pid).children() if is_helper(own)]
-        yield process, helpers
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield process, family
     finally:
-        for own in (process, *helpers):
+        for own in (process, *family):
             with contextlib.suppress(psutil.NoSuchProcess):
                 own.kill()
         process.communicate()
 
 
-@pytest.mark.parametrize("arms", [0, 2], ids=["while it imports", "while it works"])
-def test_a_helper_ends_when_its_parent_is_killed(running, tmp_path, arms):
-    process, helpers = running
-    while len(list((tmp_path / "data").iterdir())) < arms:  # each has begun one
+def test_workers_end_when_their_parent_is_killed(running, tmp_path):
+    process, family = running
+    while len(list((tmp_path / "data").iterdir())) < 2:  # each has begun an arm
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
-    _, alive = psutil.wait_procs(helpers, 5)
-    assert not alive
+    assert gone(family)
     assert len(list(Store(tmp_path).folder.glob("records/*.json"))) == 1
     remove_leftovers(tmp_path)
     assert not list(tmp_path.rglob(".partial-*"))  # who was writing is gone
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_while_a_helper_imports_is_told_in_one_line(running, tmp_path, number, status):
-    process, helpers = running
-    time.sleep(0.5)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
+def test_an_interrupt_while_workers_start_is_told_in_one_line(running, tmp_path):
+    process, family = running
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, told = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in told
+    assert process.returncode == 130 and "Traceback" not in told
     assert told.splitlines()[-1] == "study: interrupted; the same command goes on from here"
-    assert not any(own.is_running() for own in helpers)
+    assert gone(family)
     assert len(list(tmp_path.glob("records/*.json"))) == 1
 
 
@@ -123,27 +125,6 @@ def test_what_comes_next_is_decided_after_each_arm(two_arms, tmp_path):
     schedule.compute_arms(arms, tmp_path, next_arms=last_alone)
     assert asked == [arms, arms[:3], arms[:2]]
     assert schedule.missing_arms(arms, Store(tmp_path)) == arms[:2]
-
-
-def test_another_process_sees_what_comes_next():
-    turns = Turns(4)
-    assert turns.get() == []
-    for chosen in (range(4), [2, 0], []):
-        turns.set([3])
-        other = multiprocessing.get_context("spawn").Process(target=turns.set, args=(chosen,))
-        other.start()
-        other.join(60)
-        assert (other.exitcode, turns.get()) == (0, list(chosen))
-
-
-def test_what_comes_next_is_read_while_it_is_set():
-    """A place that both the old and the new order have is taken once, and the end of neither is needed."""
-    turns = Turns(3)
-    turns.set([0, 1, 2])
-    turns._places[:2] = [2, 0]
-    assert turns.get() == [2, 0]
-    turns._places[3] = 1
-    assert turns.get() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

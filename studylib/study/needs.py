@@ -1,0 +1,96 @@
+"""What an arm needs of a worker: memory as it is planned, and a GPU for what only CUDA computes."""
+
+import functools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from studylib import data, evaluate  # doors: schedulers and workers read this, who have no time for what is behind
+from studylib.config import Adapter, Arm, Format
+from studylib.methods import title
+
+GPU, MEMORY = "GPU", "memory"  # resources of dask that arms take: devices, and bytes
+# A bound of what a training takes, bytes: of each parameter; of each token of a step, layer and hidden dimension. Three
+# times what plans come to, which take seconds each: only what may not fit is planned.
+OF_PARAMETERS, OF_TOKENS = 24, 100
+
+
+class ClusterError(ValueError):
+    """A scheduler or workers that cannot be used, found before any work."""
+
+
+@dataclass(frozen=True)
+class Has:
+    """What a worker has: bytes of memory, GPUs, and which of these it declared to dask as resources."""
+
+    memory: float
+    gpus: float
+    declared: frozenset[str] = frozenset()
+
+
+def needs(arm: Arm, enough: float) -> dict[str, float]:
+    """What the arm takes of dask's resources by name: GPU for a paged optimizer, and bytes of memory where a plan can
+    be made and a bound is above `enough`."""
+    found = {GPU: 1.0} if arm.tuning and arm.tuning.paged else {}
+    if arm.tuning and arm.instructions:
+        step = arm.tuning.batch, arm.instructions.length
+        if _bound(arm.model, step[0] * step[1]) > enough:
+            planned = _planned(arm.model, arm.method, arm.format, arm.adapter, *step, arm.tuning.checkpointing)
+            found |= {} if planned is None else {MEMORY: planned}
+    return found
+
+
+def fits(arm: Arm, has: Has, everyone: Iterable[Has]) -> bool:
+    """Whether a worker has what the arm needs; everyone: all workers, of whose least what surely fits needs no plan."""
+    wanted = needs(arm, min(own.memory for own in everyone))
+    return wanted.get(GPU, 0) <= has.gpus and wanted.get(MEMORY, 0) <= has.memory
+
+
+def taken(arm: Arm, has: Has) -> dict[str, float]:
+    """What the arm takes of the resources that a worker declared to dask, which its other tasks leave then."""
+    return {name: amount for name, amount in needs(arm, has.memory).items() if name in has.declared}
+
+
+def check_needs(arms: Iterable[Arm], everyone: Collection[Has]) -> None:
+    """ClusterError, in one line, for an arm that needs what no worker has."""
+    most = max(own.memory for own in everyone)
+    for arm in arms:
+        if any(fits(arm, has, everyone) for has in everyone):
+            continue
+        wanted = needs(arm, min(own.memory for own in everyone))
+        if wanted.get(GPU, 0) > max(own.gpus for own in everyone):
+            raise ClusterError(f"{GPU}: {title(arm)} takes a CUDA device, and no worker has one; start one that has")
+        size, largest = wanted.get(MEMORY, 0) / evaluate.GB, most / evaluate.GB
+        raise ClusterError(
+            f"{MEMORY}: {title(arm)} takes {size:.1f} GB as `study plan` counts, and no worker has more than "
+            f"{largest:.1f} GB; start a worker that has, or use a smaller model or profile"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(model: str, tokens: int) -> float:
+    import torch
+
+    config = data.models.load_config(model)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in data.models.skeleton(config).parameters())
+    text = config.get_text_config()
+    return OF_PARAMETERS * parameters + OF_TOKENS * tokens * text.num_hidden_layers * text.hidden_size
+
+
+@functools.lru_cache(maxsize=1024)
+def _planned(
+    model: str,
+    method: str,
+    format: Format | None,
+    adapter: Adapter | None,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+) -> float | None:
+    """Bytes; None for what cannot be planned (see evaluate.plan)."""
+    try:
+        config = data.models.load_config(model)
+        return evaluate.plan(config, method, format=format, adapter=adapter, batch=batch, length=length,
+                    checkpointing=checkpointing, dtype=data.compute_dtype()).total  # fmt: skip
+    except ValueError:
+        return None
