@@ -75,11 +75,12 @@ class Look:
 class Work:
     """What a method is given to do its work on, and told through.
 
-    model: full precision, fp32, as it was loaded; `apply` turns it in place into what is scored. data: the windows
-    [N, T] that it is calibrated or trained on and what was found out about them, for an arm that names some. load: the
+    model: full precision, fp32, as it was loaded; `apply` turns it in place into what is scored. data: the windows [N,
+    T] that it is calibrated or trained on and what was found out about them, for an arm that names some. load: the
     model anew. checkpoints: the folder of this training's last state; keep: leave the end of it there. trained: a file
-    for what a fine-tuning trained, which arms share that differ in deployment alone. progress: told of finished work,
-    in tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are recorded.
+    for what a fine-tuning trained, which arms share that differ in deployment alone. rows: of each of its batches that
+    are computed at a time, None for all. progress: told of finished work, in tokens of a forward pass. phase: entered,
+    by name, around each kind of work; its seconds are recorded.
     """
 
     arm: Arm
@@ -89,6 +90,7 @@ class Work:
     data: "TrainingData | None" = None
     checkpoints: Path = Path()
     trained: Path = Path()
+    rows: int | None = None
     keep: bool = False
     progress: Callable[[int], None] = lambda tokens: None
     phase: Callable[[str], contextlib.AbstractContextManager[None]] = field(

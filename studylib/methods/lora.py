@@ -184,6 +184,7 @@ class FineTuned(Method):
                     arm.tuning,
                     work.checkpoints,
                     held_out=validation,
+                    rows=work.rows,
                     keep=work.keep,
                     progress=work.progress,
                 )

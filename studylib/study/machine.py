@@ -120,6 +120,13 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
+def memory_bytes() -> int:
+    """Of the device that models are on: the GPU's, or the machine's."""
+    if (gpu := device()).type == "cuda":
+        return torch.cuda.get_device_properties(gpu).total_memory
+    return psutil.virtual_memory().total
+
+
 def _accelerator() -> str | None:
     kind = device().type
     return torch.cuda.get_device_name() if kind == "cuda" else None if kind == "cpu" else kind

@@ -1,4 +1,4 @@
-"""What an arm needs of a worker: memory as it is planned, and a GPU for what only CUDA computes."""
+"""What an arm needs of a machine: memory as it is planned, and a GPU for what only CUDA computes."""
 
 import functools
 from collections.abc import Collection, Iterable
@@ -12,6 +12,7 @@ GPU, MEMORY = "GPU", "memory"  # resources of dask that arms take: devices, and 
 # A bound of what a training takes, bytes: of each parameter; of each token of a step, layer and hidden dimension. Three
 # times what plans come to, which take seconds each: only what may not fit is planned.
 OF_PARAMETERS, OF_TOKENS = 24, 100
+ROOM = 0.8  # of the memory: the rest is for what plans leave out, such as temporaries, gaps and the driver
 
 
 class ClusterError(ValueError):
@@ -29,14 +30,24 @@ class Has:
 
 def needs(arm: Arm, enough: float) -> dict[str, float]:
     """What the arm takes of dask's resources by name: GPU for a paged optimizer, and bytes of memory where a plan can
-    be made and a bound is above `enough`."""
+    be made and a bound is above `enough`: those of one row of a batch at a time (see rows_at_once)."""
     found = {GPU: 1.0} if arm.tuning and arm.tuning.paged else {}
-    if arm.tuning and arm.instructions:
-        step = arm.tuning.batch, arm.instructions.length
-        if _bound(arm.model, step[0] * step[1]) > enough:
-            planned = _planned(arm.model, arm.method, arm.format, arm.adapter, *step, arm.tuning.checkpointing)
-            found |= {} if planned is None else {MEMORY: planned}
-    return found
+    planned = _planned_above(arm, enough, 1)
+    return found | ({} if planned is None else {MEMORY: planned})
+
+
+def rows_at_once(arm: Arm, memory: float) -> int | None:
+    """As many rows of each batch of a fine-tuning as a plan puts into ROOM of so many bytes, at least one; None for all
+    of them, and where no plan can be made."""
+    room = ROOM * memory
+    whole = _planned_above(arm, room, arm.tuning.batch) if arm.tuning else None
+    if whole is None or whole <= room:
+        return None
+    assert arm.tuning is not None
+    one = _planned_above(arm, 0, 1)
+    assert one is not None
+    each = (whole - one) / (arm.tuning.batch - 1) if arm.tuning.batch > 1 else whole
+    return max(1, int((room - one) / each) + 1) if one < room else 1
 
 
 def fits(arm: Arm, has: Has, everyone: Iterable[Has]) -> bool:
@@ -47,7 +58,11 @@ def fits(arm: Arm, has: Has, everyone: Iterable[Has]) -> bool:
 
 def taken(arm: Arm, has: Has) -> dict[str, float]:
     """What the arm takes of the resources that a worker declared to dask, which its other tasks leave then."""
-    return {name: amount for name, amount in needs(arm, has.memory).items() if name in has.declared}
+    wanted = needs(arm, has.memory)
+    if MEMORY in has.declared and arm.tuning:
+        whole = _planned_above(arm, 0, arm.tuning.batch)
+        wanted |= {} if whole is None else {MEMORY: min(whole, has.memory)}
+    return {name: amount for name, amount in wanted.items() if name in has.declared}
 
 
 def check_needs(arms: Iterable[Arm], everyone: Collection[Has]) -> None:
@@ -75,6 +90,17 @@ def _bound(model: str, tokens: int) -> float:
         parameters = sum(parameter.numel() for parameter in data.models.skeleton(config).parameters())
     text = config.get_text_config()
     return OF_PARAMETERS * parameters + OF_TOKENS * tokens * text.num_hidden_layers * text.hidden_size
+
+
+def _planned_above(arm: Arm, enough: float, rows: int) -> float | None:
+    """What a step of so many rows is planned to take, bytes; None where a bound is below `enough`, and for what cannot
+    be planned."""
+    if not (arm.tuning and arm.instructions):
+        return None
+    length, checkpointing = arm.instructions.length, arm.tuning.checkpointing
+    if _bound(arm.model, rows * length) <= enough:
+        return None
+    return _planned(arm.model, arm.method, arm.format, arm.adapter, rows, length, checkpointing)
 
 
 @functools.lru_cache(maxsize=1024)

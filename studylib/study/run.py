@@ -44,7 +44,8 @@ from studylib.quant import (
     stored_bytes,
 )
 from studylib.study.check import check
-from studylib.study.machine import environment, peak_memory
+from studylib.study.machine import environment, memory_bytes, peak_memory
+from studylib.study.needs import rows_at_once
 from studylib.study.pace import Clock, Pace
 from studylib.study.records import DIVERGED, FINISHED, Record, Store, arm_key, contents, digest, numerics
 from studylib.train import TrainingData, check_head, prepare
@@ -117,6 +118,7 @@ def carry_out(
             "numerics": numerics(arm),
             "contents": contents(arm),
             "model": identity | {"vocabulary": vocabulary},
+            "rows_at_once": work.rows,
             "text": _text_description(work.tokenizer),
             "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -180,6 +182,7 @@ def _work_on(
         load=load,
         checkpoints=_checkpoints(arm, store) if arm.budget else Path(),
         trained=trained_adapter(arm, store),
+        rows=rows_at_once(arm, memory_bytes()),
         keep=keep,
         progress=functools.partial(progress, "train"),
         phase=phase,
