@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from studylib.config import ARCHIVE, CHAT, Arm, Evaluation, Instructions, RealText, Sampling, Scheme
+from studylib.config import ALPACA, ARCHIVE, CHAT, Arm, Evaluation, Instructions, Profile, RealText, Sampling, Scheme
 from studylib.data import (
     beginning,
     chat_opening,
@@ -26,7 +26,7 @@ from studylib.data import (
     models,
 )
 from studylib.evaluate import check_requests, pair_requests
-from studylib.methods import adapted_layers, find
+from studylib.methods import adapted_layers, build_arm, find, usual_text
 from studylib.quant import check_matrices, check_rotatable, decoder_linears, quantize_model
 from studylib.study.records import contents
 from studylib.train import check_head, check_paging, encode, training_pairs, usable_length
@@ -59,7 +59,7 @@ def check(arm: Arm) -> None:
         check_length(skeleton, length)
     if isinstance(arm.data, Sampling) and arm.data.top_k > config.get_text_config().vocab_size:
         raise ValueError(f"top_k: {arm.data.top_k} is more than the vocabulary; use 0 for all of it")
-    named = json.dumps(contents(arm), sort_keys=True)
+    named = _named(arm)
     if arm.instructions:
         _check_instructions(arm.model, arm.instructions, named)
     if arm.data:
@@ -68,6 +68,21 @@ def check(arm: Arm) -> None:
     _check_layers(arm.model, arm.bits, arm.scheme, named)
     if arm.budget:
         _check_trained(arm.model, named)
+
+
+def check_own_data(budget: Profile, model: str) -> None:
+    """ValueError, in one line, where files of one's own are missing, hold no such data, or too little of it for a
+    budget; before any notebook is started."""
+    _check_evaluation(model, budget.evaluation, _named(build_arm(budget, model, "full-precision")))
+    if budget.training_text:
+        text = usual_text(budget)
+        _check_data(model, text, _named(build_arm(budget, model, "llm-qat", "4-8-4")))
+    if budget.instructions.source != ALPACA:
+        _check_instructions(model, budget.instructions, _named(build_arm(budget, model, "lora")))
+
+
+def _named(arm: Arm) -> str:
+    return json.dumps(contents(arm), sort_keys=True)
 
 
 # Each of these is remembered for all arms that share it, as long as the files that they name stay the same (`named`).
@@ -118,9 +133,11 @@ def _check_evaluation(model: str, wanted: Evaluation, named: str) -> None:
         _check_tokens(model, corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation"), rows)
     if wanted.pairs:
         check_template(tokenizer, model)
-        pairs = instruction_pairs("evaluation")
+        pairs = instruction_pairs("evaluation", wanted.instructions)
         if wanted.pairs > len(pairs):
-            raise ValueError(f"pairs: {wanted.pairs} are more than the {len(pairs)} that are held out")
+            raise ValueError(
+                f"pairs: {wanted.pairs} are more than the {len(pairs)} of {wanted.instructions!r} that are held out"
+            )
         for before, response in pair_requests(sample, tokenizer, pairs[: wanted.pairs]):
             _check_tokens(model, torch.tensor([*before, *response]), rows)
     if wanted.tasks and wanted.source == ARCHIVE:
