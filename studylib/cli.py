@@ -457,6 +457,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         return 0
     if not (several or options.notebooks):
         print(f"{batch.SIZES} is left out: it takes {batch.FAMILY}", file=sys.stderr)
+    if options.training_text and not options.notebooks:
+        print(f"{batch.TEXTS} is left out: it compares texts that methods are trained on", file=sys.stderr)
     for at, study in enumerate(studies):
         if at and time.time() > until:
             study.left(f"{study.name} {'wait' if len(study.models) > 1 else 'waits'}")
@@ -471,12 +473,11 @@ def _notebooks(options: argparse.Namespace, family: bool = False) -> list[Path]:
     """Those of --notebooks, or all; with --training-text not the one that compares texts, which may not be named."""
     from studylib.study import notebooks as batch
 
-    found = batch.find_notebooks(options.notebooks if "notebooks" in options else [], family=family)
+    named = options.notebooks if "notebooks" in options else []
+    found = batch.find_notebooks(named, family=family)
     compared = [notebook for notebook in found if options.training_text and batch.compares_texts(notebook)]
-    if compared and options.notebooks:
+    if compared and named:
         raise ValueError(f"training-text: {compared[0].stem} compares texts; use --set corpora=[FILE] there")
-    for notebook in compared:
-        print(f"{notebook.stem} is left out: it compares texts that methods are trained on", file=sys.stderr)
     return [notebook for notebook in found if notebook not in compared]
 
 

@@ -76,6 +76,13 @@ def check_own_data(budget: Profile, model: str) -> None:
     _check_evaluation(model, budget.evaluation, _named(build_arm(budget, model, "full-precision")))
     if budget.training_text:
         text = usual_text(budget)
+        trained = set(corpora.documents(budget.training_text, "training"))
+        for corpus in budget.evaluation.corpora:
+            if common := len(trained.intersection(corpora.documents(corpus, "evaluation"))):
+                raise ValueError(
+                    f"training_text: {common} documents of {budget.training_text!r} are scored, of {corpus!r}; leave "
+                    "them out of one of the files"
+                )
         _check_data(model, text, _named(build_arm(budget, model, "llm-qat", "4-8-4")))
     if budget.instructions.source != ALPACA:
         _check_instructions(model, budget.instructions, _named(build_arm(budget, model, "lora")))
