@@ -50,7 +50,7 @@ from studylib.methods import (
     method_title,
     pairs_title,
 )
-from studylib.report import recipes
+from studylib.report import explorer, recipes
 from studylib.report.ledger import (
     BY_PAPER,
     CLAIMS,
@@ -138,6 +138,7 @@ def write_report(
         further=_arms(records, board),
         overview=_figures(output, notebooks, SUMMARY),
         recipes=[_recipe(found) for found in recipes.recommendations(records, budget)],
+        explorer="" if live else explorer.part(records),
         recipes_title=recipes.TITLE,
         sizes=recipes.SIZES,
         rates=_rates(records),
