@@ -13,6 +13,7 @@ from .quant.formats import encode_model
 from .quant.layers import quantize_model, round_to_nearest
 from .quant.storage import stored_bytes
 from .report import figures
+from .report.explorer import explore
 from .report.ledger import CLAIMS
 from .report.tables import frame, scoreboard
 from .study.parameters import check_parameters
@@ -41,6 +42,7 @@ __all__ = [
     "check_family",
     "check_parameters",
     "encode_model",
+    "explore",
     "figures",
     "find_family_rates",
     "find_rates",

@@ -39,6 +39,7 @@ OPTIONS = {name: f"--{name}" for name in ("model", "profile", "seeds", "jobs", "
     "models": "--model, once for each",
     "compute": "--anew, or leave it out",
     "output": "--output, or --results, in which each run has its folder",
+    "own": "--pairs, --text, --training-text, --tasks, --windows, --items or --scored-pairs",
 }  # notebook parameters that `study run` sets from its own options
 
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     rates.add_argument("--profile", default="quick", help="budget: smoke, quick, full or paper (default: quick)")
     rates.add_argument("--model", default=MODEL, help="a known name, a local folder or a hub id")
+    _own_data(rates)
     rates.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="those with it in their name: 'l4q 3-16'")
     rates.add_argument("--output", type=_path, required=True, metavar="FILE", help="for `study run --rates FILE`")
     _jobs(rates)
@@ -174,9 +176,30 @@ def _computing(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
     )
+    _own_data(parser)
     _budget(parser)
     parser.add_argument("--output", type=_path, metavar="FOLDER", help="of the page (default: in --results)")
     _results(parser)
+
+
+def _own_data(parser: argparse.ArgumentParser) -> None:
+    """Data of one's own, in the place of the profile's; what each is, studylib.config.OWN_DATA says."""
+    own = parser.add_argument_group("data of your own, in the place of the profile's")
+    own.add_argument("--pairs", metavar="FILE", help="instruction pairs, .json or .jsonl, learned and scored")
+    own.add_argument("--text", nargs="+", metavar="FILE", help="text that perplexities are of, .txt or .jsonl")
+    own.add_argument("--training-text", metavar="FILE", help="in the place of the text that the model writes itself")
+    own.add_argument("--tasks", nargs="+", metavar="NAME", help="benchmarks, e.g. arc_easy piqa")
+    own.add_argument("--windows", type=int, metavar="N", help="windows of each text that are scored")
+    own.add_argument("--items", type=int, metavar="N", help="items of each task that are scored")
+    own.add_argument("--scored-pairs", type=int, metavar="N", help="held-out pairs that are scored")
+
+
+def _own(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of data of one's own, as notebooks take it. ValueError for what cannot be."""
+    from studylib.config import OWN_DATA, located
+
+    given = {name: getattr(options, name) for name in OWN_DATA}
+    return located({name: value for name, value in given.items() if value is not None})
 
 
 def _path(text: str) -> Path:
@@ -312,7 +335,7 @@ def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str
     from studylib.study import notebooks as batch
 
     recipes.check_budget(options.budget_mb)
-    profile(options.profile)
+    profile(options.profile).with_own(_own(options))
     check_jobs(options.jobs)
     check_scheduler(options.scheduler)
     found = {}
@@ -343,18 +366,21 @@ def _study(
     """
     from studylib.config import find_rates, profile
     from studylib.data import models
-    from studylib.study import ALL, MISSING
+    from studylib.study import ALL, MISSING, check_own_data
     from studylib.study import notebooks as batch
 
     names = [models.absolute_name(model) for model in named]
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
     parameters: dict[str, Any] = {"models": names} if "models" in taken else {"model": names[0]}
+    own = _own(options)
     parameters |= {"profile": options.profile, "results": str(options.results.resolve())}
     parameters |= {"output": str(output.resolve())} | {name: further[name] for name in further if name in taken}
     if seeds or "seeds" in taken:
         parameters["seeds"] = list(seeds or profile(options.profile).seeds)
     if "compute" in taken:
         parameters["compute"] = ALL if options.anew else MISSING
+    if own:
+        parameters["own"] = own
     if "jobs" in taken:
         parameters |= {"jobs": options.jobs, "scheduler": _placed(options.scheduler)}
     if "rates" in taken and options.rates not in ("", SEARCH):
@@ -363,6 +389,8 @@ def _study(
     assigned = batch.assign_parameters(notebooks, parameters)
     for model in named:
         models.load_config(model)
+        if own:
+            check_own_data(profile(options.profile).with_own(own), model)
     command, name = shlex.join(["study", *arguments]), ", ".join(named)
     return _Study(options, command, until, name, names, output.resolve(), notebooks, parameters, assigned)
 
@@ -417,7 +445,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     several, targets = len(models) > 1, deciding.named(options.target_claims)
     if options.dry_run and options.rates == SEARCH:
         raise ValueError(f"dry-run: --rates {SEARCH} would search first; leave it out")
-    notebooks = batch.find_notebooks(options.notebooks, family=several)
+    notebooks = _notebooks(options, family=several)
     own, of_family = ([n for n in notebooks if batch.takes_family(n) == wanted] for wanted in (False, True))
     if of_family and not several:
         raise ValueError(f"notebooks: {of_family[0].stem} takes {batch.FAMILY}")
@@ -448,6 +476,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         return 0
     if not (several or options.notebooks):
         print(f"{batch.SIZES} is left out: it takes {batch.FAMILY}", file=sys.stderr)
+    if options.training_text and not options.notebooks:
+        print(f"{batch.TEXTS} is left out: it compares texts that methods are trained on", file=sys.stderr)
     for at, study in enumerate(studies):
         if at and time.time() > until:
             study.left(f"{study.name} {'wait' if len(study.models) > 1 else 'waits'}")
@@ -458,6 +488,18 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _notebooks(options: argparse.Namespace, family: bool = False) -> list[Path]:
+    """Those of --notebooks, or all; with --training-text not the one that compares texts, which may not be named."""
+    from studylib.study import notebooks as batch
+
+    named = options.notebooks if "notebooks" in options else []
+    found = batch.find_notebooks(named, family=family)
+    compared = [notebook for notebook in found if options.training_text and batch.compares_texts(notebook)]
+    if compared and named:
+        raise ValueError(f"training-text: {compared[0].stem} compares texts; use --set corpora=[FILE] there")
+    return [notebook for notebook in found if notebook not in compared]
+
+
 def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) -> Path:
     """Of the page of one model, or of a family: in --results, or the folder of --output, in which each of `several`
     pages has its own."""
@@ -465,6 +507,8 @@ def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) ->
     from studylib.study import digest
 
     name = f"{options.profile}-{'+'.join(_folder_name(models.absolute_name(model)) for model in named)}"
+    if own := _own(options):
+        name += f"-own-{digest(json.dumps(own, sort_keys=True))[:6]}"
     if len(named) > 1 and len(name) > LONGEST:
         name = f"{name[:LONGEST]}-{digest(name)[:6]}"
     if options.output is None:
@@ -584,10 +628,9 @@ def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import listed
     from studylib.evidence import NOT_TESTED
     from studylib.report import deciding, page
-    from studylib.study import notebooks as batch
 
     claims = deciding.named(options.claims)
-    notebooks, until, named = batch.find_notebooks([]), _deadline(options.minutes), [options.model]
+    notebooks, until, named = _notebooks(options), _deadline(options.minutes), [options.model]
     seeds, further = options.seeds or list(range(SEEDS)), _further(options, notebooks)
     study = _study(options, arguments, named, notebooks, _folder(options, named, False), until, seeds, further)
     if not _with_rates(study):
@@ -617,15 +660,24 @@ def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
 def _rates(options: argparse.Namespace, arguments: list[str]) -> int:
     from studylib.config import check_jobs, check_scheduler, profile
     from studylib.data import models
+    from studylib.study import check_own_data
     from studylib.study import notebooks as batch
 
     profile(options.profile)
     check_jobs(options.jobs)
     check_scheduler(options.scheduler)
     model = models.absolute_name(options.model)
-    given = {"model": model, "profile": options.profile, "results": str(options.results.resolve()), "rates": ""}
+    given: dict[str, Any] = {
+        "model": model,
+        "profile": options.profile,
+        "results": str(options.results.resolve()),
+        "rates": "",
+    }
+    if own := _own(options):
+        given["own"] = own
+        check_own_data(profile(options.profile).with_own(own), model)
     arms = []
-    for notebook in batch.find_notebooks(options.notebooks):
+    for notebook in _notebooks(options):
         own = {name: value for name, value in given.items() if name in batch.default_parameters(notebook)}
         arms += batch.wanted_arms(notebook, own)
     _search(arms, model, options, options.results, options.output, options.cases)
@@ -880,7 +932,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
-    from studylib.methods import order, title
+    from studylib.methods import file_title, order, own_files, title
     from studylib.study import REFERENCE, model_file, read_records
 
     skipped: list[Exception] = []
@@ -901,7 +953,7 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
     kept = 0
     for record in records:
         perplexities = "  ".join(
-            f"{name.split('/')[1]} {value:.4g}"
+            f"{file_title(name.partition('/')[2])} {value:.4g}"
             for name, value in record.metrics.items()
             if name.startswith("perplexity/") and value is not None
         )
@@ -909,6 +961,8 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
         if model.exists():
             kept += model.stat().st_size
             note = f"  model kept, {_size(model.stat().st_size)}"
+        if own := own_files(record.arm):
+            note += f"  own data: {' '.join(own)}"
         times = f"{_phases(record.cost['seconds'])}  " if options.times else ""
         print(
             f"{record.key}  {times}{record.arm.model}  {title(record.arm)}  seed {record.arm.seed}  {record.status}  "

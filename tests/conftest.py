@@ -36,7 +36,7 @@ def libraries_frozen(monkeypatch):
 
 
 BUDGET = dataclasses.replace(
-    profile("smoke"), evaluation=Evaluation(("wikipedia", "c4"), 32, 64, ("piqa", "arc_easy"), 100, pairs=20)
+    profile("smoke"), evaluation=Evaluation(("wikipedia", "c4"), 32, 48, ("piqa", "arc_easy"), 100, pairs=20)
 )
 
 

@@ -333,6 +333,20 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--model", "tiny-random", "--model", "tiny-random"], "models: 'tiny-random' is there twice; use two or more"),
         (["--model", "tiny-random", "--notebooks", "10"], "notebooks: 10_model_sizes takes two or more models of one"),
         (["--set", "models=[a, b]"], "--set: 'models' is not allowed; use --model, once for each"),
+        (["--set", "own={}"], "--set: 'own' is not allowed; use --pairs, --text, --training-text, --tasks"),
+        (["--pairs", "pairs.txt"], "instructions: 'pairs.txt' is not known; use alpaca, or the path of a .json"),
+        (["--pairs", "/no/pairs.json", "--model", "tiny-random"], "instructions: there is no file '/no/pairs.json'"),
+        (["--text", "/no/a.txt", "--model", "tiny-random"], "corpus: there is no file '/no/a.txt'"),
+        (["--training-text", "/no/a.txt", "--model", "tiny-random"], "corpus: there is no file '/no/a.txt'"),
+        (
+            ["--training-text", "c4", "--notebooks", "01"],
+            "training-text: 01_sampling_strategy compares texts; use --set",
+        ),
+        (["--tasks", "arc"], "task: 'arc' is not known; use one of boolq, piqa"),
+        (["--windows", "1"], "windows: 1 is not allowed; use a whole number from 2"),
+        (["--windows", "9999", "--model", "tiny-random"], "windows: 9999 of 256 tokens are more than the"),
+        (["--items", "0"], "items: 0 is not allowed; use a whole number from 2"),
+        (["--scored-pairs", "900", "--model", "tiny-random"], "pairs: 900 are more than the 493 of 'alpaca'"),
         (["--model", 300 * "x"], "File name too long"),
         (["--results", "/proc/nowhere", "--model", "tiny-random"], "results folder /proc/nowhere is not writable"),
         (["--results", "/dev/null", "--model", "tiny-random"], "results folder /dev/null is not writable"),
@@ -450,6 +464,49 @@ def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, 
     assert "The smallest within 5.0% of full precision: RTN at 8-8-8" in capsys.readouterr().out
     assert main(["report", "--output", str(output), "--budget-mb", "-1"]) == 2
     assert "budget: -1 MB is not allowed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+    """Files as a user has them, in the working directory."""
+    texts = [f"Note {at}: the small machine keeps its weights in {at} bits and reads on." * 8 for at in range(24)]
+    (tmp_path / "notes.txt").write_text("\n".join(texts[:12]))
+    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[12:]))
+    pairs = [{"instruction": f"How many bits has weight {at}?", "output": f"It has {at} bits."} for at in range(40)]
+    (tmp_path / "faq.json").write_text(json.dumps(pairs))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OWN = ["--pairs", "faq.json", "--text", "notes.txt", "--training-text", "more.jsonl", "--tasks", "piqa"]
+OWN += ["--windows", "6", "--items", "5", "--scored-pairs", "3"]
+
+
+def test_a_claim_is_decided_on_data_of_ones_own(own_data, capfd):
+    """From any folder, and apart from the profile's own records, which the next command computes anew."""
+    command = ["decide", "A4", *SMOKE, "--results", "runs"]
+    assert main([*command, *OWN]) == 0
+    told = capfd.readouterr()
+    assert "Perplexity on notes" in told.out and "Report: " in told.out
+    (folder,) = (own_data / "runs").glob("smoke-tiny-random-own-*")
+    page = (folder / "report.html").read_text()
+    assert "Perplexity is of notes; instruction pairs are those of faq" in page and "These numbers mean nothing" in page
+    records = list(read_records(own_data / "runs" / "records"))
+    assert all(own.arm.evaluation.corpora == (str(own_data / "notes.txt"),) for own in records)
+    assert len(records[0].scores["loss/responses"]) == 3 and len(records[0].scores["accuracy/piqa"]) == 5
+    assert main(["list", "--results", "runs"]) == 0
+    assert "own data: faq.json notes.txt" in capfd.readouterr().out
+    assert main(["run", *SMOKE, "--results", "runs", "--notebooks", "08", "03", "--dry-run"]) == 0
+    assert " 0 in " in capfd.readouterr().out
+
+
+def test_training_text_that_is_scored_is_refused(own_data, capsys):
+    documents = (own_data / "notes.txt").read_text().split("\n")
+    (own_data / "copy.txt").write_text("\n".join(documents[1:]))  # so that what was scored is trained on
+    arguments = ["--text", "notes.txt", "--windows", "6", "--training-text", "copy.txt", "--results", "runs"]
+    assert main(["run", *SMOKE, *arguments]) == 2
+    assert "training_text: 5 documents of" in (told := capsys.readouterr().err) and told.count("\n") == 1
+    assert not (own_data / "runs").exists()
 
 
 def test_models_of_the_same_name_do_not_share_a_folder(tmp_path):

@@ -21,7 +21,8 @@ from llmcompressor.observers import Observer
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver
 from transformers import AutoModelForCausalLM
 
-from studylib.config.budgets import ZERO_SHOT, Evaluation
+from studylib.config.budgets import Evaluation
+from studylib.config.data import ZERO_SHOT
 from studylib.data import corpora, models
 from studylib.data.sources import fetch
 from studylib.evaluate import scores as evaluation

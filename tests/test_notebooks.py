@@ -104,7 +104,7 @@ def test_all_together_are_small():
 def test_parameters_are_typed_for_papermill(notebook):
     found = papermill.inspect_notebook(str(notebook))
     kinds = {entry["inferred_type_name"] for entry in found.values()}
-    assert kinds <= {"str", "int", "bool", "list[str]", "list[int]", "list[float]"} and found["profile"]["help"]
+    assert kinds <= {"str", "int", "bool", "dict", "list[str]", "list[int]", "list[float]"} and found["profile"]["help"]
 
 
 def test_parameters_are_plain_values(notebook):
@@ -112,7 +112,7 @@ def test_parameters_are_plain_values(notebook):
     model, rates = ("models", "rate_files") if takes_family(notebook) else ("model", "rates")
     trained = ["seeds", "results", "output", "compute", "jobs", "scheduler", rates, "extend", "keep_checkpoints"]
     computing = [] if notebook.stem == "00_claims" else ["compute"]
-    common = [model, "profile", *(trained if "extend" in defaults else ["results", "output", *computing])]
+    common = [model, "profile", "own", *(trained if "extend" in defaults else ["results", "output", *computing])]
     assert list(defaults)[: len(common)] == common
     assert assign_parameters([notebook], defaults) == {notebook: defaults}
 
@@ -120,7 +120,7 @@ def test_parameters_are_plain_values(notebook):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"modell": "x"}, "'modell' is not one of 03_bit_allocation.ipynb; allowed are model, profile, seeds"),
+        ({"modell": "x"}, "'modell' is not one of 03_bit_allocation.ipynb; allowed are model, profile, own, seeds"),
         ({"model": 3}, "^03_bit_allocation: parameter model: 3 is not allowed; use a known name, a local folder"),
         ({"seeds": 0}, "seeds: 0 is not allowed; use a list of whole numbers from 0 to 4294967295, at least one, for"),
         ({"seeds": [0, "1"]}, "seeds: '1' is not allowed"),

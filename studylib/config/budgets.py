@@ -6,10 +6,13 @@ Frozen values: files and models that they name are not looked at here (see study
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
+from studylib.config.data import ALPACA, ZERO_SHOT, check_corpus, check_instructions, check_tasks, located
 from studylib.config.learning_rates import Rate
 from studylib.config.settings import DEFAULT_GROUP, INTEGER_FORMATS, Adapter, Format, check_group
 from studylib.config.values import (
@@ -32,15 +35,11 @@ GREEDY, CHAT = "greedy", "chat"
 GREEDY_TOKENS = {"sampled": (0,), "hybrid-3": (3,), "hybrid-4": (4,), "hybrid-5": (5,), "hybrid": (3, 4, 5), CHAT: (0,)}
 STRATEGIES = (GREEDY, *GREEDY_TOKENS)
 SMOLLM2, TINY = MODELS = ("smollm2-135m", "tiny-random")  # that have a name of ours (see data.models)
-CORPORA = ("wikipedia", "c4")
-ALPACA = "alpaca"
 LABELS, KL, REVERSE_KL, SYMMETRIC_KL = LOGIT_LOSSES = ("labels", "kl", "reverse-kl", "symmetric-kl")
 ATTENTION, HIDDEN, RAW_HIDDEN = FEATURE_LOSSES = ("attention", "hidden", "raw-hidden")
 SCALES, MASTERS = ("token", "batchmean"), ("fp32", "bf16")
 COSINE, CONSTANT = SCHEDULES = ("cosine", "constant")
 CURVE_PARTS = 4  # the held-out loss is measured before training and after each quarter of it
-ZERO_SHOT = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-TASKS = (*ZERO_SHOT, "mmlu", "triviaqa")
 ARCHIVE, HUB = TASK_SOURCES = ("archive", "hub")
 IN_16_BITS, IN_4_BITS, ADAPTED_4_BITS = EXECUTIONS = ("16 bits", "4 bits", "4 bits and an adapter")  # timed
 OWN = "own"  # the study's model, among what is timed
@@ -49,32 +48,6 @@ SHAPES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-2-7b", "open
 
 
 TEMPERATURES = (0.01, 100.0)  # the lowest and highest: beyond them the likeliest token is taken, or any
-
-
-def check_corpus(corpus: str) -> None:
-    """Raise ValueError unless `corpus` is a known name or names a .txt (a document a line) or .jsonl ("text") file."""
-    check_text("corpus", corpus)
-    if corpus not in CORPORA and not corpus.endswith((".txt", ".jsonl")):
-        raise ValueError(
-            f"corpus: {corpus!r} is not known; use one of {', '.join(CORPORA)}, or the path of a .txt (one "
-            'document a line) or .jsonl (field "text") file'
-        )
-
-
-def check_instructions(source: str) -> None:
-    """Raise ValueError unless `source` is "alpaca" or names a .json (a list) or .jsonl (a line each) file of pairs."""
-    check_text("instructions", source)
-    if source != ALPACA and not source.endswith((".json", ".jsonl")):
-        raise ValueError(
-            f"instructions: {source!r} is not known; use {ALPACA}, or the path of a .json (a list) or .jsonl (a line "
-            'each) file of objects with "instruction", "output" and, if any, "input"'
-        )
-
-
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise ValueError for a task that is not known."""
-    for task in tasks:
-        check_known("task", task, TASKS)
 
 
 def check_seed(seed: Any) -> None:
@@ -122,15 +95,18 @@ class Sampling:
 class RealText:
     """Training windows of real text: `count` windows of `length` tokens of a corpus's training split, in random order.
 
-    Where the split has fewer, they come again, in another order.
+    Where the split has fewer, they come again, in another order. usual: it stands in the place of generated text
+    throughout a budget (see Profile.training_text), and is not one of several kinds of text that are compared.
     """
 
     corpus: str
     count: int
     length: int
     seed: int = 0
+    usual: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("usual", self.usual)
         check_corpus(self.corpus)
         check_whole("count", self.count, 1)
         check_whole("length", self.length, 2, MAX_LENGTH)
@@ -327,7 +303,7 @@ class Tuning(Budget):
 @dataclass(frozen=True)
 class Evaluation:
     """What a model is scored on: `windows` windows of `length` tokens of each corpus, `items` of each task (None: all),
-    and the responses of `pairs` held-out Alpaca pairs.
+    and the responses of `pairs` held-out pairs of `instructions` (see corpora.instruction_pairs).
 
     source "archive" reads the pinned benchmark files, "hub" lm-eval's own data sets.
     """
@@ -339,9 +315,13 @@ class Evaluation:
     items: int | None = None
     pairs: int = 0
     source: str = ARCHIVE
+    instructions: str = ALPACA
 
     def __post_init__(self) -> None:
         check_several("corpora", self.corpora, check_corpus)
+        names = Counter(PurePath(corpus).stem for corpus in self.corpora)  # which tables and figures call them by
+        for name in (name for name, count in names.items() if count > 1):
+            raise ValueError(f"corpora: two of them are called {name!r}; give one of the files another name")
         check_several("tasks", self.tasks, lambda task: check_tasks([task]))
         check_whole("windows", self.windows, 1)
         check_whole("length", self.length, 2, MAX_LENGTH)
@@ -349,16 +329,19 @@ class Evaluation:
             check_whole("items", self.items, 1)
         check_whole("pairs", self.pairs, 0)
         check_known("source", self.source, TASK_SOURCES)
+        check_instructions(self.instructions)
+        if self.instructions != ALPACA and not self.pairs:
+            raise ValueError(f"instructions: {self.instructions!r} has no effect where no pairs are scored")
 
     @property
     def of_text(self) -> "Evaluation":
         """Without the pairs."""
-        return dataclasses.replace(self, pairs=0)
+        return dataclasses.replace(self, pairs=0, instructions=ALPACA)
 
     @property
     def of_pairs(self) -> "Evaluation":
         """The pairs alone."""
-        return dataclasses.replace(NOTHING, pairs=self.pairs)
+        return dataclasses.replace(NOTHING, pairs=self.pairs, instructions=self.instructions)
 
 
 @dataclass(frozen=True)
@@ -444,7 +427,8 @@ class Profile:
     scale where a method needs such groups. terms: those of the papers, where they are to be each method's own; what
     they do not cover is fine-tuned with `tuning`, at the method's share of its rate. rates: those that were chosen for
     settings (see methods.rate_case), in the place of all others. apart: whether what is fine-tuned is scored on its
-    responses alone and the rest on text and tasks alone, full precision on both: no more than claims are judged by."""
+    responses alone and the rest on text and tasks alone, full precision on both: no more than claims are judged by.
+    training_text: a corpus that stands in the place of the text that the model writes; "": it writes it."""
 
     sampling: Sampling
     training: Training
@@ -458,10 +442,13 @@ class Profile:
     rates: tuple[tuple[str, Rate], ...] = ()
     terms: tuple[Terms, ...] = ()
     apart: bool = False
+    training_text: str = ""
 
     def __post_init__(self) -> None:
         check_parts(self)
         check_flag("apart", self.apart)
+        if self.training_text != "":
+            check_corpus(self.training_text)
         check_several("seeds", self.seeds, check_seed)
         if not self.seeds:
             raise ValueError("seeds: () is not allowed; use one or more")
@@ -488,6 +475,21 @@ class Profile:
     def with_rates(self, rates: Mapping[str, Rate]) -> "Profile":
         """This budget with the learning rates of a search (see find_rates)."""
         return dataclasses.replace(self, rates=tuple(sorted(rates.items())))
+
+    def with_own(self, own: Mapping[str, Any]) -> "Profile":
+        """This budget on data of one's own, by the names of OWN_DATA; {}: as it is. ValueError as of check_own."""
+        given, evaluation = located(own), self.evaluation
+        changes: dict[str, Any] = {name: given[name] for name in ("windows", "items") if name in given}
+        changes |= {name: tuple(given[own]) for name, own in (("corpora", "text"), ("tasks", "tasks")) if own in given}
+        pairs = given.get("scored_pairs", evaluation.pairs)
+        source = given.get("pairs", self.instructions.source)
+        changes |= {"pairs": pairs, "instructions": source if pairs else ALPACA}
+        return dataclasses.replace(
+            self,
+            evaluation=dataclasses.replace(evaluation, **changes),
+            instructions=dataclasses.replace(self.instructions, source=source),
+            training_text=given.get("training_text", self.training_text),
+        )
 
 
 # L4Q, sections 4.1 and E, on Alpaca: AdamW of weight decay 0.01, cosine decay, batches of 128; rates of LLaMA-2 7B.

@@ -454,7 +454,7 @@ def score(
             means = ["accuracy", *(name for name in RIGHT_ANSWER if name in by_metric)]
             metrics |= {f"{name}/{task}": float(np.mean(scores[f"{name}/{task}"])) for name in means}
     if wanted.pairs:
-        pairs = instruction_pairs("evaluation")[: wanted.pairs]
+        pairs = instruction_pairs("evaluation", wanted.instructions)[: wanted.pairs]
         losses, tokens = response_losses(model, tokenizer, pairs, PAIR_TOKENS)
         scores |= {"loss/responses": losses, "tokens/responses": tokens}
         metrics["perplexity/responses"] = float(np.exp(np.average(losses, weights=tokens)))

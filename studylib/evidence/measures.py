@@ -47,9 +47,11 @@ from studylib.methods import (
     Setting,
     corpus_title,
     order,
+    pairs_title,
     seedless,
     setting,
     usual_evaluation,
+    usual_text,
     usual_training,
     usual_tuning,
 )
@@ -173,7 +175,7 @@ def _gathered(records: tuple[Record, ...]) -> Cells:
 def _check_evaluations(records: Sequence[Record]) -> None:
     _check_shared("evaluation", records, lambda arm: _text(arm.evaluation))
     _check_shared("evaluation", records, lambda arm: _tasks(arm.evaluation))
-    _check_shared("evaluation", records, lambda arm: arm.evaluation.pairs)
+    _check_shared("evaluation", records, lambda arm: _pairs(arm.evaluation))
 
 
 def _check_shared(what: str, records: Sequence[Record], value_of: Callable[[Arm], Any]) -> None:
@@ -246,6 +248,11 @@ def _tasks(evaluation: Evaluation) -> Any:
     return (tasks, evaluation.items, evaluation.source) if tasks else None
 
 
+def _pairs(evaluation: Evaluation) -> Any:
+    """Which held-out pairs are scored; None where none are."""
+    return (evaluation.pairs, evaluation.instructions) if evaluation.pairs else None
+
+
 def _same_scores(record: Record, other: Record) -> bool:
     """Whether two runs came to the same, as far as both tell: an older studylib kept less."""
     common = record.scores.keys() & other.scores.keys()
@@ -310,9 +317,11 @@ def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
         training, tuning = usual_training(budget, case), usual_tuning(budget, case)
     if arm.model != model or _shared(arm.evaluation) != _shared(evaluation):
         return False
-    data: Any = budget.sampling
-    if isinstance(arm.data, RealText):
+    data: Any = usual_text(budget)
+    if isinstance(arm.data, RealText) and not budget.training_text:
         data = RealText(arm.data.corpus, data.count, data.length)
+    elif budget.training_text and arm.data and arm.data != replace(data, seed=arm.data.seed):
+        return False
     usual = {
         "data": data,
         "training": training,
@@ -690,12 +699,12 @@ def text_measures(records: Sequence[Record]) -> list[Measure]:
 
 
 def response_measures(records: Sequence[Record]) -> list[Measure]:
-    """Perplexity of held-out Alpaca responses, nats over tokens, a pair resampled as one item; empty where none were
+    """Perplexity of held-out responses, nats over tokens, a pair resampled as one item; empty where none were
     scored."""
     record = _finished([record for record in records if record.arm.evaluation.pairs])
     if record is None:
         return []
-    title = "perplexity of held-out Alpaca responses"
+    title = f"perplexity of held-out {pairs_title(record.arm.evaluation.instructions)} responses"
     sizes = (record.arm.evaluation.pairs,)
     own = Measure("perplexity", "responses", title, ("loss/responses",), sizes, weights="tokens/responses")
     return [with_spreads(own, records)]

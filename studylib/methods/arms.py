@@ -97,6 +97,10 @@ def build_arm(
     parts: dict[str, Any] = dict.fromkeys(PARTS)
     if "data" in own.needs:
         parts["data"] = _changed("sampling", dataclasses.replace(budget.sampling, seed=seed), sampling)
+        if budget.training_text and corpus is None:
+            for field in sampling or {}:
+                raise ValueError(f"sampling: {field!r} has no effect on the training text of the budget; leave it out")
+            parts["data"] = dataclasses.replace(usual_text(budget), seed=seed)
         if corpus is not None:
             parts["data"] = RealText(corpus, parts["data"].count, parts["data"].length, parts["data"].seed)
             for field in sampling or {}:
@@ -145,6 +149,13 @@ def usual_evaluation(budget: Profile, method: str) -> Evaluation:
     if not budget.apart or not (own.rounds or own.needs):  # full precision is what all are compared with
         return budget.evaluation
     return budget.evaluation.of_pairs if "tuning" in own.needs else budget.evaluation.of_text
+
+
+def usual_text(budget: Profile) -> Sampling | RealText:
+    """What a budget calibrates and distils on: text that the model writes, or its own training text."""
+    if not budget.training_text:
+        return budget.sampling
+    return RealText(budget.training_text, budget.sampling.count, budget.sampling.length, usual=True)
 
 
 def usual_training(budget: Profile, case: Case) -> Training:
@@ -264,6 +275,11 @@ def _part(name: str, field: str, kind: type | None = None) -> Callable[[Arm], An
     return value
 
 
+def _compared_text(arm: Arm) -> str | None:
+    """The corpus that an arm is trained on, where it is compared with other texts."""
+    return arm.data.corpus if isinstance(arm.data, RealText) and not arm.data.usual else None
+
+
 def _format(arm: Arm) -> Format | None:
     """The format, unless it is the usual one of its method at that width."""
     if arm.format is None or arm.method not in METHODS:
@@ -275,7 +291,7 @@ def _format(arm: Arm) -> Format | None:
 
 
 CHANGES = {
-    "data.corpus": Change(_part("data", "corpus", RealText), None, lambda corpus: f"{corpus_title(corpus)} text"),
+    "data.corpus": Change(_compared_text, None, lambda corpus: f"{corpus_title(corpus)} text"),
     "data.strategy": Change(_part("data", "strategy", Sampling), "hybrid", str),
     "data.top_k": Change(_part("data", "top_k", Sampling), 50, lambda k: f"top-k {k or 'off'}"),
     "data.temperature": Change(_part("data", "temperature", Sampling), 1.0, "sampled at temperature {:g}".format),
@@ -298,9 +314,6 @@ CHANGES = {
     "adapter.init": Change(_part("adapter", "init"), None, "{} initialisation".format),
     "tuning.checkpointing": Change(_part("tuning", "checkpointing"), False, lambda on: "checkpointing"),
     "tuning.paged": Change(_part("tuning", "paged"), False, lambda on: "paged optimizer"),
-    "instructions.source": Change(
-        _part("instructions", "source"), ALPACA, lambda source: f"{file_title(source)} pairs"
-    ),
     "merge": Change(lambda arm: arm.merge, BESIDE, lambda merge: MERGE_TITLES[merge]),
 }
 
@@ -327,8 +340,24 @@ def corpus_title(corpus: str) -> str:
     return CORPUS_TITLES.get(corpus) or file_title(corpus)
 
 
+def pairs_title(source: str) -> str:
+    """What instruction pairs are called: Alpaca, or by their file's name."""
+    return "Alpaca" if source == ALPACA else file_title(source)
+
+
+def own_files(arm: Arm) -> list[str]:
+    """The files of one's own that an arm reads, by their names: pairs, texts that are scored, text that it is trained
+    on."""
+    found = [arm.instructions.source] if arm.instructions else []
+    found += [arm.evaluation.instructions, *arm.evaluation.corpora]
+    found += [arm.data.corpus] if isinstance(arm.data, RealText) else []
+    return [PurePath(name).name for name in dict.fromkeys(found) if name not in (*CORPORA, ALPACA)]
+
+
 def data_title(arm: Arm) -> str:
     """What an arm's training text is called beside others'."""
+    if isinstance(arm.data, RealText):
+        return CHANGES["data.corpus"].words(arm.data.corpus)
     words = [CHANGES[field].words(value) for field, value in Setting.of(arm).changes if field.startswith("data.")]
     return ", ".join(words) or CHANGES["data.strategy"].default
 

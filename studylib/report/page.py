@@ -5,10 +5,22 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, Evaluation, markdown, number, profile, write_whole
+from studylib.config import (
+    ALPACA,
+    CORPORA,
+    Arm,
+    Evaluation,
+    RealText,
+    capital,
+    listed,
+    markdown,
+    number,
+    profile,
+    write_whole,
+)
 from studylib.evidence import (
     CONTEXT,
     FAMILY,
@@ -34,10 +46,11 @@ from studylib.methods import (
     QLORA_PAPER,
     Setting,
     corpus_title,
+    data_title,
     method_title,
-    usual_evaluation,
+    pairs_title,
 )
-from studylib.report import recipes
+from studylib.report import explorer, recipes
 from studylib.report.ledger import (
     BY_PAPER,
     CLAIMS,
@@ -103,6 +116,9 @@ def write_report(
         model=Path(name).name if Path(name).is_absolute() else name,
         note=records[0].provenance["model"]["note"],
         text={"beginning": "", "date": ""} | records[0].provenance.get("text", {}),
+        own=_own_data(records),
+        pairs=_pairs(records),
+        trained_on=" and ".join({data_title(record.arm): None for record in records if record.arm.training}),
         scored=_scored(records),
         corpora=[corpus_title(corpus) for corpus in _scored(records).corpora],
         trained=_plainest([record.arm for record in records if record.arm.training]),
@@ -122,6 +138,7 @@ def write_report(
         further=_arms(records, board),
         overview=_figures(output, notebooks, SUMMARY),
         recipes=[_recipe(found) for found in recipes.recommendations(records, budget)],
+        explorer="" if live else explorer.part(records),
         recipes_title=recipes.TITLE,
         sizes=recipes.SIZES,
         rates=_rates(records),
@@ -135,7 +152,7 @@ def write_report(
         items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
         live=live,
-        smoke=records[0].arm.evaluation in _smoke_evaluations(),
+        smoke=_is_smoke(records),
         family=FAMILY,
         looks=LOOKS,
         odds=f"{1 / RATE:,.0f}",
@@ -156,7 +173,7 @@ def write_family_report(
     page = _rendered(
         "family.html.j2",
         model=" and ".join(_by_model(records)),
-        smoke=records[0].arm.evaluation in _smoke_evaluations(),
+        smoke=_is_smoke(records),
         live=False,
         names=list(_by_model(records)),
         notes=[f"{model} is {note}" for note, model in notes.items() if note],
@@ -220,10 +237,30 @@ def _plainest(arms: Sequence[Arm]) -> Arm | None:
     return min(arms, key=lambda arm: len(Setting.of(arm).changes), default=None)
 
 
-def _smoke_evaluations() -> list[Evaluation]:
-    """What the profile that shows only that everything runs scores arms on."""
-    budget = profile("smoke")
-    return [usual_evaluation(budget, method) for method in METHODS]
+def _is_smoke(records: Sequence[Record]) -> bool:
+    """Whether they are of the profile that shows only that everything runs, on its data or on one's own: no other has
+    windows as short."""
+    length = profile("smoke").evaluation.length
+    return any(own.corpora and own.length == length for own in (record.arm.evaluation for record in records))
+
+
+def _pairs(records: Sequence[Record]) -> str:
+    """What the instruction pairs are called that arms learn from or are scored on."""
+    learned = [record.arm.instructions.source for record in records if record.arm.instructions]
+    return pairs_title((learned or [_scored(records).instructions])[0])
+
+
+def _own_data(records: Sequence[Record]) -> str:
+    """Which files of one's own the arms read, and what these are for; empty where they read none."""
+    arms = [record.arm for record in records]
+    texts = [corpus_title(corpus) for corpus in _scored(records).corpora if corpus not in CORPORA]
+    learned = sorted(
+        {corpus_title(arm.data.corpus) for arm in arms if isinstance(arm.data, RealText) and arm.data.usual}
+    )
+    parts = [f"perplexity is of {listed(texts)}"] if texts else []
+    parts += [f"instruction pairs are those of {_pairs(records)}"] if _pairs(records) != pairs_title(ALPACA) else []
+    parts += [f"methods are calibrated and trained on {listed(learned)}"] if learned else []
+    return capital("; ".join(parts))
 
 
 def _claims(paper: str, entries: Sequence[Entry]) -> list[Entry]:
@@ -336,10 +373,17 @@ def _cost(cell: Cell) -> dict[str, str]:
 def _sources(records: Sequence[Record]) -> dict[str, str]:
     """The weights and corpora, by their hashes."""
     corpora, on_text = _scored(records).corpora, [record for record in records if record.arm.evaluation.corpora]
+    further = {
+        path: found
+        for record in records
+        for path, found in record.provenance.get("contents", {}).items()
+        if path != record.arm.model
+    }
     return {
         "Weights": _all_values(records, "model", "name"),
         "Weights, SHA-256": _all_values(records, "model", "sha256"),
         **{f"{corpus_title(corpus)}, SHA-256": _all_values(on_text, "corpora", corpus) for corpus in corpora},
+        **{f"{PurePath(path).name}, SHA-256": found for path, found in sorted(further.items()) if path not in corpora},
     }
 
 

@@ -173,6 +173,26 @@ def recommendations(records: Sequence[Record], budget: float | None = None) -> l
     return [recommend(family, budget) for family in families(records)]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen of a family, and of what: see Recommendation.
+
+    fitting: what may be chosen, `those` in words. gaps: how far each of these is above the best, the best first.
+    """
+
+    those: str
+    fitting: list[Candidate]
+    gaps: dict[Candidate, Interval]
+    best: Candidate
+    equals: tuple[Candidate, ...]
+    chosen: Candidate
+
+
+def by_size(family: Family) -> list[Candidate]:
+    """The candidates, the smallest first."""
+    return sorted(family.candidates, key=lambda candidate: (candidate.size, family.loss(candidate)))
+
+
 def recommend(family: Family, budget: float | None = None) -> Recommendation:
     """What fits in `budget` MB; without one, what is as small as the smallest within SHARE of the reference.
 
@@ -180,41 +200,55 @@ def recommend(family: Family, budget: float | None = None) -> Recommendation:
     one that takes least to make. Raises ValueError for a budget that is not a number above 0.
     """
     check_budget(budget)
-    by_size = sorted(family.candidates, key=lambda candidate: (candidate.size, family.loss(candidate)))
-    near = [c for c in by_size if family.loss(c) <= (1 + SHARE) * family.loss(family.reference)]
-    smaller = [c for c in by_size if c.size <= (1 - SAVING) * family.reference.size]
+    found = choose(family, budget)
+    if found is None:
+        smallest = by_size(family)[0]
+        text = f"Nothing that was run fits in {budget:g} MB: the smallest, {smallest.title}, takes {_size(smallest)}."
+        return Recommendation(family, budget, text, (*_worse_than_guessing(family), *_left_out(family)))
+    best, chosen = found.best, found.chosen
+    details = [
+        *_worse_than_guessing(family),
+        *_far_from_reference(family, budget, chosen),
+        *_beside_others(found.those, best, found.equals, chosen, found.gaps),
+        *(_cost(candidate) for candidate in dict.fromkeys((chosen, best))),
+        *_export(chosen),
+        *_seeds(family, found.fitting),
+        *_own_text(chosen),
+        *_left_out(family),
+    ]
+    return Recommendation(family, budget, _headline(family, budget, chosen), tuple(details), chosen, best, found.equals)
+
+
+def choose(family: Family, budget: float | None = None, tolerance: float = SHARE) -> Choice | None:
+    """The rule of `recommend`, for any tolerance in the place of SHARE; None where nothing fits. The page has the same
+    rule in explorer.js, which a test compares."""
+    ordered = by_size(family)
+    near = [c for c in ordered if family.loss(c) <= (1 + tolerance) * family.loss(family.reference)]
+    smaller = [c for c in ordered if c.size <= (1 - SAVING) * family.reference.size]
     if budget is not None:
-        fitting, those = [c for c in by_size if c.size <= budget], "that fit"
+        fitting, those = [c for c in ordered if c.size <= budget], "that fit"
     elif near[0] in smaller:
-        fitting, those = [c for c in by_size if c.size <= near[0].size], "that are no larger"
+        fitting, those = [c for c in ordered if c.size <= near[0].size], "that are no larger"
     else:
         fitting, those = smaller or [c for c in near if c.size <= family.reference.size], "that save as much"
     if not fitting:
-        smallest = f"{by_size[0].title}, takes {_size(by_size[0])}"
-        text = f"Nothing that was run fits in {budget:g} MB: the smallest, {smallest}."
-        return Recommendation(family, budget, text, (*_worse_than_guessing(family), *_left_out(family)))
+        return None
     best, *others = sorted(fitting, key=family.loss)
     gaps = {other: family.above(other, best) for other in others}
-    rate = (1 - LEVEL) / 2 / max(1, len(others))  # all of these comparisons hold at once (Bonferroni)
+    rate = comparisons_rate(len(others))
     equals = tuple(
         other
         for other in others
         if gaps[other].bounds(rate)[0] <= 0
-        and family.loss(other) <= (1 + SHARE) * family.loss(best)
+        and family.loss(other) <= (1 + tolerance) * family.loss(best)
         and (other in near or best not in near)
     )
-    chosen = _cheapest((best, *equals))
-    details = [
-        *_worse_than_guessing(family),
-        *_far_from_reference(family, budget, chosen),
-        *_beside_others(those, best, equals, chosen, gaps),
-        *(_cost(candidate) for candidate in dict.fromkeys((chosen, best))),
-        *_export(chosen),
-        *_seeds(family, fitting),
-        *_own_text(chosen),
-        *_left_out(family),
-    ]
-    return Recommendation(family, budget, _headline(family, budget, chosen), tuple(details), chosen, best, equals)
+    return Choice(those, fitting, gaps, best, equals, _cheapest((best, *equals)))
+
+
+def comparisons_rate(count: int) -> float:
+    """In what share of cases each of so many comparisons may err, so that all hold at once (Bonferroni)."""
+    return (1 - LEVEL) / 2 / max(1, count)
 
 
 def _cheapest(candidates: Sequence[Candidate]) -> Candidate:

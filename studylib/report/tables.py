@@ -62,7 +62,7 @@ def scoreboard(records: Sequence[Record]) -> "pd.DataFrame":
     """One row for each setting, ordered as measures.gather does; plain numbers, NaN where there is none.
 
     Columns: method, bits, variant, seeds (finished), diverged (seeds), bytes/weights, bytes/cache_per_token; for each
-    corpus, for the Alpaca responses, for "accuracy/mean" (%, over the zero-shot tasks), "bits_per_byte/mean" and
+    corpus, for the held-out responses, for "accuracy/mean" (%, over the zero-shot tasks), "bits_per_byte/mean" and
     "probability/mean" (%) of their right answers the estimate, .../low and .../high (95%, items resampled, scores
     averaged over seeds) and, with several seeds, .../lowest_seed and .../highest_seed; accuracy/<task> (%);
     training_minutes (mean over seeds). A cell without a finished seed has no measures, one of an older studylib not
@@ -145,7 +145,7 @@ def readable(board: "pd.DataFrame", tasks: bool = True) -> "pd.DataFrame":
     for name in board:
         kind, _, part = name.partition("/")
         if f"{name}/low" in board:
-            what = "Alpaca responses" if part == "responses" else corpus_title(part)
+            what = part if part == "responses" else corpus_title(part)
             title = titles.get(kind, f"Perplexity, {what}")
             form = points if kind == "accuracy" else number
             if kind != "probability":

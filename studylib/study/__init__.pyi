@@ -1,5 +1,6 @@
 from . import notebooks, schedule
 from .cards import summary
+from .check import check_own_data
 from .engines import run_check
 from .export import export_model
 from .machine import environment
@@ -40,6 +41,7 @@ __all__ = [
     "RecordError",
     "Store",
     "arm_key",
+    "check_own_data",
     "clean",
     "contents",
     "digest",

@@ -35,6 +35,7 @@ from studylib.methods import (
     PEFT,
     corpus_title,
     find,
+    pairs_title,
     title,
 )
 from studylib.study.records import Record
@@ -134,7 +135,8 @@ def summary(record: Record, exported: Exported) -> str:
     lines += [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name in (name for name in record.metrics if name.startswith(PERPLEXITY)):
         text = name.removeprefix(PERPLEXITY)
-        what = "of held-out Alpaca responses" if text == "responses" else f"on {markdown(corpus_title(text))}"
+        pairs = pairs_title(record.arm.evaluation.instructions)
+        what = f"of held-out {pairs} responses" if text == "responses" else f"on {markdown(corpus_title(text))}"
         found = [number(metrics[name] or math.nan) for metrics in columns.values()]
         lines.append(f"| perplexity {what} | {' | '.join(found)} |")
     lines += [line for text in (*_rounding(record.arm, exported), *_numbers(record)) for line in ("", text)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from studylib.config import ARCHIVE, CHAT, Arm, Evaluation, Instructions, RealText, Sampling, Scheme
+from studylib.config import ALPACA, ARCHIVE, CHAT, Arm, Evaluation, Instructions, Profile, RealText, Sampling, Scheme
 from studylib.data import (
     beginning,
     chat_opening,
@@ -27,7 +27,7 @@ from studylib.data import (
     models,
 )
 from studylib.evaluate import check_requests, pair_requests
-from studylib.methods import adapted_layers, find
+from studylib.methods import adapted_layers, build_arm, find, usual_text
 from studylib.quant import check_matrices, check_rotatable, decoder_linears, quantize_model
 from studylib.study.records import contents
 from studylib.train import check_head, check_paging, encode, training_pairs, usable_length
@@ -41,7 +41,7 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     what cannot be. elsewhere: other machines compute it, which may have the GPU that this one lacks."""
     method = find(arm.method)
     method.check(arm)
-    named = json.dumps(contents(arm), sort_keys=True)
+    named = _named(arm)
     models.check(arm.model)
     skeleton = _skeleton(arm.model, named)
     if arm.adapter:
@@ -66,6 +66,28 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     _check_layers(arm.model, arm.bits, arm.scheme, named)
     if arm.budget:
         _check_trained(arm.model, named)
+
+
+def check_own_data(budget: Profile, model: str) -> None:
+    """ValueError, in one line, where files of one's own are missing, hold no such data, or too little of it for a
+    budget; before any notebook is started."""
+    _check_evaluation(model, budget.evaluation, _named(build_arm(budget, model, "full-precision")))
+    if budget.training_text:
+        text = usual_text(budget)
+        trained = set(corpora.documents(budget.training_text, "training"))
+        for corpus in budget.evaluation.corpora:
+            if common := len(trained.intersection(corpora.documents(corpus, "evaluation"))):
+                raise ValueError(
+                    f"training_text: {common} documents of {budget.training_text!r} are scored, of {corpus!r}; leave "
+                    "them out of one of the files"
+                )
+        _check_data(model, text, _named(build_arm(budget, model, "llm-qat", "4-8-4")))
+    if budget.instructions.source != ALPACA:
+        _check_instructions(model, budget.instructions, _named(build_arm(budget, model, "lora")))
+
+
+def _named(arm: Arm) -> str:
+    return json.dumps(contents(arm), sort_keys=True)
 
 
 # Each of these is remembered for all arms that share it, as long as the files that they name stay the same (`named`).
@@ -126,9 +148,11 @@ def _check_evaluation(model: str, wanted: Evaluation, named: str) -> None:
         _check_tokens(model, corpora.windows(corpus, tokenizer, wanted.length, wanted.windows, "evaluation"), rows)
     if wanted.pairs:
         check_template(tokenizer, model)
-        pairs = instruction_pairs("evaluation")
+        pairs = instruction_pairs("evaluation", wanted.instructions)
         if wanted.pairs > len(pairs):
-            raise ValueError(f"pairs: {wanted.pairs} are more than the {len(pairs)} that are held out")
+            raise ValueError(
+                f"pairs: {wanted.pairs} are more than the {len(pairs)} of {wanted.instructions!r} that are held out"
+            )
         for before, response in pair_requests(sample, tokenizer, pairs[: wanted.pairs]):
             _check_tokens(model, torch.tensor([*before, *response]), rows)
     if wanted.tasks and wanted.source == ARCHIVE:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = SHIPPED / "notebooks"
 SIZES = "10_model_sizes"  # the notebook of several models
+TEXTS = "01_sampling_strategy"  # the notebook of several training texts
 FAMILY = "two or more models of one family, for example: study run --model SMALL --model LARGE"  # that it takes
 ANSWER = "answer"  # tag of the cell that tells what the reference says: no part of what is executed elsewhere
 PATIENCE = 300  # seconds that a kernel on a busy machine may take to start, or to hand over the rest of a cell's output
@@ -78,6 +79,11 @@ def _cells(notebook: Path) -> list[tuple[str, set[str], str]]:
 def takes_family(notebook: Path) -> bool:
     """Whether it compares models of one family, and is no notebook of one model."""
     return notebook.stem == SIZES
+
+
+def compares_texts(notebook: Path) -> bool:
+    """Whether its question is which text to train on, so that no text can stand in the place of all."""
+    return notebook.stem == TEXTS
 
 
 def default_parameters(notebook: Path) -> dict[str, Any]:

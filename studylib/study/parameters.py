@@ -26,6 +26,7 @@ from studylib.config import (
     MAX_SEED,
     MERGES,
     OFF,
+    OWN_DATA,
     PROFILES,
     STRATEGIES,
     TEMPERATURES,
@@ -33,6 +34,7 @@ from studylib.config import (
     check_corpus,
     check_layers,
     check_loss,
+    check_own,
     is_line,
     shown,
 )
@@ -121,6 +123,14 @@ def _as_flag(value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def _as_parts(value: Any) -> Any:
+    """papermill's -p passes {windows: 32} on as a text."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError):
+            return yaml.safe_load(value)
+    return value
+
+
 def _as_list(value: Any) -> Any:
     """papermill's -p passes [small, large] on as a text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -171,7 +181,12 @@ PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs 
 COMPUTED = Parameter(
     Annotated[str, _that(lambda value: value in COMPUTE)], "new, missing or all (see studylib.run)", COMPUTE[0]
 )
-COMMON = {"model": NAME, "profile": _one_of(PROFILES), "results": FOLDER, "output": FOLDER}
+OWN = Parameter(
+    Annotated[dict[str, Any], BeforeValidator(_as_parts), _that(check_own)],
+    f"a dictionary of {', '.join(OWN_DATA)}",
+    {"pairs": "mine.json", "windows": 32},
+)
+COMMON = {"model": NAME, "profile": _one_of(PROFILES), "own": OWN, "results": FOLDER, "output": FOLDER}
 RUN = COMMON | {"compute": COMPUTED}
 RATES_FILE = _text(lambda path: not path or is_line(path), "a file that `study rates` wrote, or ''", "rates.json")
 RATES = {"rates": RATES_FILE}

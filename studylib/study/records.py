@@ -72,9 +72,8 @@ def contents(arm: Arm) -> dict[str, str]:
     if isinstance(arm.data, RealText) and arm.data.corpus not in CORPORA:
         names.append(arm.data.corpus)
     found |= {name: data.corpora.sha256(name) for name in names}
-    if arm.instructions and arm.instructions.source != ALPACA:
-        found[arm.instructions.source] = data.corpora.instructions_sha256(arm.instructions.source)
-    return found
+    sources = [arm.evaluation.instructions] + ([arm.instructions.source] if arm.instructions else [])
+    return found | {name: data.corpora.instructions_sha256(name) for name in sources if name != ALPACA}
 
 
 def numerics(arm: Arm) -> dict[str, int]:

@@ -90,7 +90,8 @@ def _without_gaps(arms: Sequence[Arm], store: Store) -> list[Arm]:
     """The arms without those that the reference could have, by its model and evaluations, and lacks."""
     lacking = {arm for arm in arms if store.load(arm_key(arm)) is None}
     covered = {(own.arm.model, own.arm.evaluation) for own in read_records(REFERENCE / "records")} if lacking else set()
-    gaps = [arm for arm in dict.fromkeys(arms) if arm in lacking and (arm.model, arm.evaluation) in covered]
+    asked = [arm for arm in dict.fromkeys(arms) if arm in lacking and not getattr(arm.data, "usual", False)]
+    gaps = [arm for arm in asked if (arm.model, arm.evaluation) in covered]
     if gaps:
         named = listed([title(arm) for arm in gaps[:GAPS]] + [f"{len(gaps) - GAPS} more"] * (len(gaps) > GAPS))
         print(f'{len(gaps)} arms are not in the reference results and are left out: {named}. compute = "{MISSING}" '

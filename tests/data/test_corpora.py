@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studylib.config.budgets import check_corpus
+from studylib.config.data import check_corpus
 from studylib.data import corpora
 from studylib.data.corpora import Pair, documents, instruction_pairs, window_documents, windows
 

@@ -21,7 +21,7 @@ from studylib.evidence.measures import (
     usual_measures,
     won_back,
 )
-from studylib.methods.arms import Setting, setting
+from studylib.methods.arms import Setting, build_arm, setting
 from studylib.study.records import DIVERGED, arm_key, contents
 
 
@@ -199,6 +199,24 @@ def test_records_of_files_that_hold_something_else_now_are_left_out(make_record,
     assert of_profile([known], "tiny-random", budget) == []
     own.unlink()
     assert of_profile([known], "tiny-random", budget) == [known]  # nobody can tell
+
+
+def test_records_of_other_data_stay_apart(make_record, budget):
+    """Other windows, other pairs, another text in the place of the generated one: each has a ledger of its own."""
+    plain = [make_record("full-precision"), make_record("rtn", "4-8-4"), make_record("llm-qat", "4-8-4")]
+    plain += [make_record("llm-qat", "4-8-4", changes={"corpus": "c4"}), make_record("lora")]
+    givens = ({}, {"windows": 16}, {"pairs": "/nowhere/own.json"}, {"training_text": "c4"})
+    by_data = []
+    for own in givens:
+        arms = [
+            build_arm(budget.with_own(own), "tiny-random", r.arm.method, r.arm.bits) for r in plain if r is not plain[3]
+        ]
+        records = [dataclasses.replace(plain[0], key=f"{own} {at}", arm=arm) for at, arm in enumerate(arms)]
+        by_data.append(records + plain[3:4] * (own == {}))
+    every = [record for records in by_data for record in records]
+    for own, records in zip(givens, by_data, strict=True):
+        found = {record.arm for record in of_profile(every, "tiny-random", budget.with_own(own))}
+        assert found == {record.arm for record in records}
 
 
 def test_records_of_a_method_that_is_not_registered_here_are_kept(make_record, budget):

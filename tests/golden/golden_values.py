@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from studylib.config.budgets import (
     CONSTANT,
-    CORPORA,
     LOGIT_LOSSES,
     Budget,
     Evaluation,
@@ -30,6 +29,7 @@ from studylib.config.budgets import (
     Training,
     Tuning,
 )
+from studylib.config.data import CORPORA
 from studylib.config.numerics import NUMERICS
 from studylib.config.settings import (
     ADAPTER_KINDS,

@@ -81,12 +81,6 @@ CHANGED = {  # for each field an arm without a change, one with this change alon
     "adapter.init": (TUNED, part(TUNED, "adapter", init="lsq+"), "lsq+", "lsq+ initialisation"),
     "tuning.checkpointing": (QLORA, part(QLORA, "tuning", checkpointing=True), True, "checkpointing"),
     "tuning.paged": (QLORA, part(QLORA, "tuning", paged=True), True, "paged optimizer"),
-    "instructions.source": (
-        QLORA,
-        part(QLORA, "instructions", source="a/own.json"),
-        "a/own.json",
-        "own pairs",
-    ),
     "merge": (
         QLORA,
         dataclasses.replace(QLORA, merge=MERGED_16),

@@ -51,7 +51,7 @@ def test_a_measure_speaks_of_what_was_scored_on_it(records):
 def test_tables_recommendations_and_the_page_leave_out_what_was_not_scored(records, tmp_path):
     shown = tables.readable(tables.scoreboard(records))
     by_method = shown[shown["Method"] == "QLoRA"].iloc[0]
-    assert by_method["Perplexity, Wikipedia"] == "–" and "[" in by_method["Perplexity, Alpaca responses"]
+    assert by_method["Perplexity, Wikipedia"] == "–" and "[" in by_method["Perplexity, responses"]
     text, tuned = recipes.recommendations(records)
     assert {c.arm.method for c in text.family.candidates} == {"full-precision", "rtn", "llm-qat", "encoded"}
     assert {c.arm.method for c in tuned.family.candidates} == {"lora", "qlora"}

@@ -79,7 +79,7 @@ def test_the_bits_of_right_answers_have_one_column(picture):
 def test_variants_have_a_column_of_words(ablations):
     shown = readable(scoreboard(ablations))
     assert list(shown)[:3] == ["Method", "W-A-KV", "Variant"] and "C4 text" in shown["Variant"].tolist()
-    assert "Perplexity, Alpaca responses" in shown
+    assert "Perplexity, responses" in shown
     assert as_markdown(shown).splitlines()[1].startswith("| --- | --- | --- | ---: |")
 
 
