@@ -17,7 +17,10 @@ from studylib.methods import base
 ROOT = Path(__file__).parent.parent
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # the text as the foundation publishes it
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += [f"docs/{name}.md" for name in ("architecture", "glossary", "licences", "method", "open-questions", "usage")]
+PAGES += [
+    f"docs/{name}.md"
+    for name in ("architecture", "glossary", "licences", "method", "open-questions", "scaling", "usage")
+]
 TEXTS = [
     "*.md",
     "*.toml",
