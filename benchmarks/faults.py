@@ -327,7 +327,7 @@ def heed() -> None:
 
 
 KILLS = 12
-GONE = 10  # seconds in which helpers and kernels must be gone
+GONE = 30  # seconds in which workers and kernels must be gone, and what loaded libraries for them
 STUDY = ("-m", "studylib", "run", "--profile", "smoke", "--notebooks", "04", "--model", "tiny-random", "--jobs", "2")
 SETS = ("--set", "settings=[4-8-4]", "methods=[rtn, gptq]", "searched=[]", "smoothed=[4-8-4]")
 

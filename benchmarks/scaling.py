@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("throughput", "cached", "kills")
-JOBS, ARMS, STEPS = 2, 12, 300
+JOBS, ARMS, STEPS = 2, 8, 150
 CACHED = 10_000
 KILLED_ARMS, KILLED_STEPS = 6, 40
 

@@ -273,7 +273,7 @@ def _deadline(minutes: float | None) -> float:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """Stop as Ctrl-C does, so that helper processes and kernels are stopped as well."""
+    """Stop as Ctrl-C does, so that workers and kernels are stopped as well."""
     raise KeyboardInterrupt(number)
 
 
@@ -860,7 +860,7 @@ def _compute(
         missing = schedule.missing_arms(told.waiting, store, study.elsewhere)
         scheduler = _placed(options.scheduler)
         schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace, scheduler)
-    told()  # what helpers finished last
+    told()  # what workers finished last
     return told.records, told.findings
 
 

@@ -318,6 +318,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         (["--set", "hard=4-4-16", "--set", "seeds=[1]"], "--set: 'seeds' is not allowed; use --seeds"),
         (["--notebooks", "01", "--notebooks", "78"], "notebook: '78' is not known"),
         (["--jobs", "0"], "jobs: 0 is not allowed; use a whole number from 1 to 1024"),
+        (["--scheduler", "host:8786"], "scheduler: 'host:8786' is not allowed; use an address, for example tcp://10."),
         (["--minutes", "0"], "minutes: 0 is not allowed; use a number above 0"),
         (["--minutes", "nan"], "minutes: nan is not allowed; use a number above 0"),
         (["--budget-mb", "0"], "budget: 0 MB is not allowed; use a number above 0"),

@@ -19,7 +19,7 @@ APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # t
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += [
     f"docs/{name}.md"
-    for name in ("architecture", "glossary", "licences", "method", "open-questions", "surprises", "usage")
+    for name in ("architecture", "glossary", "licences", "method", "open-questions", "scaling", "surprises", "usage")
 ]
 TEXTS = [
     "*.md",

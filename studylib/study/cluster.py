@@ -36,7 +36,6 @@ PACKAGE = "studylib"
 PATIENCE = 10  # seconds in which a scheduler answers, and in which a record that another machine wrote is seen
 LOOK = 1.0  # seconds after which the scheduler is asked anew which workers there are
 DEATHS = 3  # workers that may die of an arm
-GONE = 60  # seconds after which a worker ends that does not reach its scheduler
 # dask's own would set the number of threads. With one arena a thread gets memory as a process of its own does.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 SETTINGS: dict[str, Any] = {
@@ -241,7 +240,6 @@ def of_this_machine(count: int, threads: int, store: Store, keep: bool, arms: Se
                     security=True,  # other users of this machine reach its ports as well
                     silence_logs=logging.CRITICAL,  # as this process is
                     local_directory=scratch,
-                    death_timeout=GONE,
                 )
                 client = Client(cluster, set_as_default=False)
             yield Crew(client, store, keep, threads)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 GAPS = 3  # arms that the reference lacks, by name
 WATCHED = 0.5  # seconds after which it is looked again how workers are
-LOST = 60  # seconds after which no worker is waited for any longer
+LOST = 300  # seconds after which no worker is waited for any longer
 
 
 def run(
@@ -70,11 +70,12 @@ def run(
     if compute == NEW:
         arms = _without_gaps(arms, store)
     there = {arm: record for arm in dict.fromkeys(arms) if (record := store.load(arm_key(arm))) is not None}
-    missing = sorted(missing_arms([arm for arm in arms if arm not in there], store, bool(scheduler)), key=planned_work)
+    missing = missing_arms([arm for arm in arms if arm not in there], store, bool(scheduler))
+    missing.sort(key=planned_work, reverse=True)
     if borrowed := sum(store.find(record.key) is None for record in there.values()):
         rest = f"{len(missing)} are computed" if missing else "nothing is computed"
         print(f"The reference results hold the records of {borrowed} of {len(set(arms))} arms; {rest}.")
-    compute_arms(missing[::-1], results, keep_checkpoints, jobs, pace=Pace(there.values()), scheduler=scheduler)
+    compute_arms(missing, results, keep_checkpoints, jobs, pace=Pace(there.values()), scheduler=scheduler)
     there |= {arm: _there(arm, store) for arm in missing}
     # They name their files as they do now: what was run under another path is the same by its contents.
     return [replace(there[arm], arm=arm) for arm in arms]

@@ -80,8 +80,10 @@ def test_workers_end_when_their_parent_is_killed(running, tmp_path):
     while len(list((tmp_path / "data").iterdir())) < 2:  # each has begun an arm
         assert process.poll() is None
         time.sleep(0.05)
+    workers = workers_of(process)
     process.kill()
-    assert gone(family)
+    assert len(workers) == 2 and gone(workers)
+    assert gone(family, 60)  # what had loaded libraries for them takes its time to let go of these
     assert len(list(Store(tmp_path).folder.glob("records/*.json"))) == 1
     remove_leftovers(tmp_path)
     assert not list(tmp_path.rglob(".partial-*"))  # who was writing is gone
@@ -93,7 +95,7 @@ def test_an_interrupt_while_workers_start_is_told_in_one_line(running, tmp_path)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in told
     assert told.splitlines()[-1] == "study: interrupted; the same command goes on from here"
-    assert gone(family)
+    assert gone(family, 60)
     assert len(list(tmp_path.glob("records/*.json"))) == 1
 
 
