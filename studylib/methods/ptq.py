@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SMOOTHABLE = ("llama", "mistral", "qwen2", "qwen3")  # norms that feed q, k, v and gate, up, and nothing else
 CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant and GPTQ, whose time grows with them
 AWQ_WINDOWS = 8  # and for AWQ, which runs each of them some twenty times through every layer
 AUTOROUND_WINDOWS = 8  # and for AutoRound, which trains on BATCH of them in every one of AUTOROUND_STEPS a layer
@@ -170,10 +169,10 @@ def _check_format(bits: BitWidths, format: Format | None, method: str) -> None:
 
 def check_smoothable(model: "PreTrainedModel") -> None:
     """Raise ValueError where it is not known which norms SmoothQuant and AWQ may put their scales into."""
-    if model.config.model_type not in SMOOTHABLE:
+    if model.config.model_type not in quant.LLAMA_LIKE:
         raise ValueError(
             f"model: which norms to smooth is not known for {model.config.model_type!r}; use one of "
-            f"{', '.join(SMOOTHABLE)}"
+            f"{', '.join(quant.LLAMA_LIKE)}"
         )
 
 

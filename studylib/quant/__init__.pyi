@@ -29,7 +29,7 @@ from .learned import (
     qa_lora_model,
     train_grids,
 )
-from .rotation import check_rotatable, rotate_model
+from .rotation import LLAMA_LIKE, check_rotatable, rotate_model
 from .storage import (
     PEFT_ADAPTER,
     Beside,
@@ -43,6 +43,7 @@ from .storage import (
 )
 
 __all__ = [
+    "LLAMA_LIKE",
     "PEFT_ADAPTER",
     "Beside",
     "Codes",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROTATABLE = ("llama", "mistral", "qwen2", "qwen3")  # whose norms feed q, k, v and gate, up, and nothing else
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # whose norms feed q, k, v and gate, up, and nothing else
 LEAST_BLOCK = 16  # numbers that a rotation mixes at least
 MOST_DENSE = 128  # order of the matrix that is multiplied as it is, whatever stands beside it
 SIGNS_SEED = 0  # of R1's random signs, which keep a constant direction from becoming a single large number
@@ -114,9 +114,9 @@ class Rotation:
 def check_rotatable(model: nn.Module) -> None:
     """ValueError unless it is known of the model how to rotate it, and each width has a block."""
     config: Any = model.config
-    if config.model_type not in ROTATABLE:
+    if config.model_type not in LLAMA_LIKE:
         raise ValueError(
-            f"rotated: how to rotate {config.model_type!r} is not known; use one of {', '.join(ROTATABLE)}"
+            f"rotated: how to rotate {config.model_type!r} is not known; use one of {', '.join(LLAMA_LIKE)}"
         )
     for width in _widths(config):
         block_of(width)
