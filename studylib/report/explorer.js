@@ -20,8 +20,8 @@ function choose(family, budget, tolerance) {
     && all[i].loss <= (1 + tolerance) * all[best].loss && (near(i) || !near(best)));
   const known = [best, ...equals], trained = known.every((i) => all[i].trained);
   const alike = known.filter((i) => all[i].trained === trained);
-  const least = Math.min(...alike.map((i) => all[i].minutes));
-  const chosen = alike.find((i) => all[i].minutes <= family.more * Math.max(least, 1 / 60));
+  const least = Math.min(...alike.map((i) => all[i].effort));
+  const chosen = alike.find((i) => all[i].effort <= family.more * Math.max(least, 1 / 60));
   return { fitting, best, equals, chosen };
 }
 

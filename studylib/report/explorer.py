@@ -87,7 +87,7 @@ def data(family: Family) -> dict[str, Any]:
 def _candidate(family: Family, own: Candidate, on_front: bool) -> dict[str, Any]:
     record, look = own.cell.records[0], METHODS[own.arm.method].look if own.arm.method in METHODS else Look()
     far = family.above(own, family.reference)
-    trained, minutes = own.effort
+    trained, effort = own.effort
     return {
         "title": own.title,
         "method": method_title(own.arm.method),
@@ -95,7 +95,8 @@ def _candidate(family: Family, own: Candidate, on_front: bool) -> dict[str, Any]
         "loss": family.loss(own),
         "above": [value if math.isfinite(value) else None for value in (far.estimate, far.low, far.high)],
         "trained": trained,
-        "minutes": minutes,
+        "minutes": sum(own.minutes.values()),
+        "effort": effort,
         "front": on_front,
         "colour": look.colour,
         "hollow": look.hollow,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,11 +53,12 @@ class Candidate:
     """An arm as it would be deployed.
 
     minutes: of each of PHASES, mean over seeds; what arms share (text, or a training that is deployed in several ways)
-    counts in full for each of them.
+    counts in full for each of them. slower: how many times as long the machine takes as the fastest that made others.
     """
 
     cell: Cell
     minutes: dict[str, float]
+    slower: float = 1.0
 
     @property
     def title(self) -> str:
@@ -78,8 +79,8 @@ class Candidate:
 
     @property
     def effort(self) -> tuple[bool, float]:
-        """What making it takes: whether it has to be trained, and minutes."""
-        return self.trained, sum(self.minutes.values())
+        """What making it takes: whether it has to be trained, and minutes, as if of the fastest machine."""
+        return self.trained, sum(self.minutes.values()) / self.slower
 
     @property
     def peak(self) -> float:
@@ -146,9 +147,13 @@ def families(records: Sequence[Record]) -> list[Family]:
         ("Fine-tuned and deployed", True, LORA, response_measures(records)),
     ):
         own = [cell for cell in cells if cell.tuned == tuned]
+        slower = _slower([record for cell in own for record in cell.records])
         for measure in known:
             finished = [cell for cell in own if measure.covers(cell) and not cell.diverged]
-            candidates = tuple(Candidate(cell, _minutes(cell, alone)) for cell in finished)
+            candidates = tuple(
+                Candidate(cell, _minutes(cell, alone), float(np.mean([slower[_machine(own)] for own in cell.records])))
+                for cell in finished
+            )
             if candidates:
                 best = min(candidates, key=lambda candidate: measure.value(identity, candidate.cell))
                 reference = next((c for c in candidates if c.cell.setting == usual), best)
@@ -160,6 +165,24 @@ def families(records: Sequence[Record]) -> list[Family]:
 def _minutes(cell: Cell, alone: dict[str, dict[str, float]]) -> dict[str, float]:
     seconds = [alone[record.key] for record in cell.records]
     return {phase: float(np.mean([own.get(phase, 0.0) for own in seconds])) / 60 for phase in PHASES}
+
+
+def _machine(record: Record) -> tuple[Any, ...]:
+    """What tells apart how fast it was made."""
+    hardware = record.provenance.get("hardware", {})
+    parts = (hardware.get(name) for name in ("processor", "cores", "accelerator"))
+    return (*parts, record.provenance.get("compute_dtype"))
+
+
+def _slower(records: Sequence[Record]) -> dict[tuple[Any, ...], float]:
+    """By machine, how many times as long it takes as the fastest of them: to evaluate, which all of these do alike. The
+    median, as methods differ and a machine may have had other work."""
+    seconds: dict[tuple[Any, ...], list[float]] = {}
+    for record in records:
+        seconds.setdefault(_machine(record), []).append(record.cost["seconds"].get("evaluate", 0.0))
+    medians = {machine: float(np.median(own)) for machine, own in seconds.items()}
+    least = min((value for value in medians.values() if value > 0), default=1.0)
+    return {machine: max(1.0, value / least) for machine, value in medians.items()}
 
 
 def check_budget(budget: float | None) -> None:

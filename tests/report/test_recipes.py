@@ -240,6 +240,26 @@ def test_a_little_more_time_decides_nothing(make_record):
         assert found.chosen.title == chosen and len(found.equals) == 1
 
 
+def test_time_on_a_slow_machine_counts_as_that_of_the_fastest(make_record):
+    """One machine takes three times as long for everything; a median of what others evaluated there says so."""
+
+    def made(*arm, seconds, slower, **fields):
+        record = make_record(*arm, **fields)
+        hardware = record.provenance["hardware"] | {"processor": "AVX2" if slower > 1 else "AVX512"}
+        cost = record.cost | {"seconds": {"quantize": seconds * slower, "evaluate": 2.0 * slower}}
+        return dataclasses.replace(record, cost=cost, provenance=record.provenance | {"hardware": hardware})
+
+    for slower in (1, 3):  # 100 seconds beside 60 decide nothing, wherever they were measured
+        records = [
+            made("full-precision", "16-16-16", loss=3.0, seconds=0, slower=1),
+            made("rtn", "8-8-8", loss=3.02, seconds=60, slower=1),
+            made("gptq", "8-8-8", loss=3.01, seconds=100, slower=slower),
+        ]
+        (found,) = recipes.recommendations(records)
+        assert found.chosen.arm.method == "gptq"
+        assert found.chosen.minutes["quantize"] == pytest.approx(100 * slower / 60)
+
+
 def test_what_is_useless_is_not_among_the_best_of_its_size(make_record):
     full, good, useless = make_record("full-precision"), make_record("rtn", "8-8-8"), make_record("rtn", "2-16-16", 4.2)
     useless = dataclasses.replace(useless, metrics=useless.metrics | {"bytes/weights": 1e6})
