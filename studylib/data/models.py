@@ -180,6 +180,14 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
+@functools.cache
+def parameter_count(name: str) -> int:
+    """How many numbers the model has, by its configuration; before that is known to be one, `check` says so."""
+    config = load_config(name)  # which may write the weights first, so not under the meta device
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
 SAMPLE_LAYERS, SAMPLE_ROWS = 2, 512
 
 

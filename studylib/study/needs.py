@@ -83,13 +83,9 @@ def check_needs(arms: Iterable[Arm], everyone: Collection[Has]) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _bound(model: str, tokens: int) -> float:
-    import torch
-
-    config = data.models.load_config(model)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in data.models.skeleton(config).parameters())
-    text = config.get_text_config()
-    return OF_PARAMETERS * parameters + OF_TOKENS * tokens * text.num_hidden_layers * text.hidden_size
+    text = data.models.load_config(model).get_text_config()
+    of_tokens = OF_TOKENS * tokens * text.num_hidden_layers * text.hidden_size
+    return OF_PARAMETERS * data.models.parameter_count(model) + of_tokens
 
 
 def _planned_above(arm: Arm, enough: float, rows: int) -> float | None:

@@ -1,6 +1,5 @@
 """How long arms take: their work by phase, and seconds learnt from what was measured of others."""
 
-import functools
 import math
 import time
 from collections import defaultdict
@@ -109,7 +108,7 @@ class Pace:
         return sum(sum(phases.values()) for phases in self.all_of(arms))
 
     def _a_token(self, arm: Arm, phase: str) -> float:
-        rate = math.log(FORWARD * (_parameters(arm.model) + SMALL))
+        rate = math.log(FORWARD * (data.models.parameter_count(arm.model) + SMALL))
         for names in (), (phase,), (phase, arm.method):
             own = self.seen[names]
             rate = (sum(own) + rate) / (len(own) + 1)
@@ -203,12 +202,3 @@ def _shared(phase: str, arm: Arm) -> tuple[str, Any] | None:
     if phase not in SHARED or (phase == "train" and not (arm.tuning and find(arm.method).keeps_adapter)):
         return None
     return phase, SHARED[phase](arm)
-
-
-@functools.cache
-def _parameters(model: str) -> int:
-    """How many the model has, by its configuration; before that is known to be one, `check` says so."""
-    import torch
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in data.models.skeleton(data.models.load_config(model)).parameters())
