@@ -29,6 +29,7 @@ from studylib.data import (
 from studylib.evaluate import check_requests, pair_requests
 from studylib.methods import adapted_layers, build_arm, find, usual_text
 from studylib.quant import check_matrices, check_rotatable, decoder_linears, quantize_model
+from studylib.study import launch
 from studylib.study.records import contents
 from studylib.train import check_head, check_paging, encode, training_pairs, usable_length
 
@@ -41,6 +42,8 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     what cannot be. elsewhere: other machines compute it, which may have the GPU that this one lacks."""
     method = find(arm.method)
     method.check(arm)
+    if not elsewhere:
+        launch.check(arm)
     named = _named(arm)
     models.check(arm.model)
     skeleton = _skeleton(arm.model, named)

@@ -43,6 +43,7 @@ from studylib.quant import (
     rotate_model,
     stored_bytes,
 )
+from studylib.study import launch
 from studylib.study.check import check
 from studylib.study.machine import environment, memory_bytes, peak_memory
 from studylib.study.needs import rows_at_once
@@ -73,6 +74,10 @@ def carry_out(
         yield
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - begun, 2)
 
+    processes = None
+    if launch.wanted(arm):
+        with phase("train"):
+            processes = _launch(arm, store, progress)
     with peak_memory() as peak:
         with phase("load"):
             work = _work_on(arm, store, keep_checkpoints, progress, phase)
@@ -119,6 +124,7 @@ def carry_out(
             "contents": contents(arm),
             "model": identity | {"vocabulary": vocabulary},
             "rows_at_once": work.rows,
+            "processes": processes,
             "text": _text_description(work.tokenizer),
             "corpora": {name: corpora.sha256(name) for name in arm.evaluation.corpora},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -200,9 +206,29 @@ def _deploy(method: Method, work: Work, store: Store, key: str, progress: Progre
     if work.arm.data:
         with work.phase("data"):
             work.data = _prepare_data(work, store, key, progress)
-    alone = store.lock(f"adapter-{work.trained.stem}") if work.arm.tuning else contextlib.nullcontext()
-    with alone:
+    with _alone(work.arm, store):
         return method.apply(work) or Log([], [])
+
+
+def _launch(arm: Arm, store: Store, progress: Progress) -> int | None:
+    """Have the arm trained by launched processes, which leave a checkpoint of the end; None where it is trained."""
+    _checkpoints(arm, store)
+    with _alone(arm, store):
+        return None if arm.tuning and usable(trained_adapter(arm, store)) else launch.train(arm, store, progress)
+
+
+def train_only(arm: Arm, store: Store, progress: Progress) -> None:
+    """Be one of the launched processes: train to the end, which is kept, and raise train.Launched."""
+    set_seed(arm.seed)
+    work = _work_on(arm, store, True, progress, lambda name: contextlib.nullcontext())
+    if arm.data:
+        work.data = _prepare_data(work, store, arm_key(arm), progress)
+    find(arm.method).apply(work)
+
+
+def _alone(arm: Arm, store: Store) -> contextlib.AbstractContextManager[Any]:
+    """Inside, no other process makes the adapter that the arm shares with others."""
+    return store.lock(f"adapter-{trained_adapter(arm, store).stem}") if arm.tuning else contextlib.nullcontext()
 
 
 def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -221,6 +247,8 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
         set_seed(arm.seed)
         with Clock(Pace(), hidden=not (arm.budget or arm.data)) as clock:
             clock.begin(dataclasses.replace(arm, evaluation=NOTHING))
+            if launch.wanted(arm):
+                _launch(arm, store, clock.progress)
             work = _work_on(arm, store, kept, clock.progress, lambda name: contextlib.nullcontext())
             log = _deploy(find(arm.method), work, store, key, clock.progress)
         if arm.budget and _converged(log):

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from filelock import Timeout
 
 from studylib.config import Arm, check_jobs, check_scheduler, listed
 from studylib.methods import find, title
+from studylib.study import launch
 from studylib.study.machine import keep_freed_memory
 from studylib.study.pace import Clock, Pace, planned_work
 from studylib.study.records import (
@@ -116,6 +118,8 @@ def compute_arms(
     order. until: the time (as time.time has it) after which no further arm is begun. pace: what is known of how long
     arms take.
     """
+    if jobs > 1 and not scheduler and os.environ.get(launch.LAUNCH):
+        raise ValueError(f"jobs: {jobs} do not go with {launch.LAUNCH}, which gives one arm the machine; use 1")
     store, pace = Store(results), pace or Pace()
     if jobs > 1 or scheduler:  # no worker is started for what another run has computed meanwhile
         missing = [arm for arm in missing if not _is_there(arm, store, pace)]

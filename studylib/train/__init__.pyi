@@ -10,10 +10,11 @@ from .distillation import (
     validation_windows,
 )
 from .finetuning import check_paging, encode, fine_tune, training_pairs, usable_length
-from .loop import take_over
+from .loop import Launched, take_over
 from .losses import label_loss
 
 __all__ = [
+    "Launched",
     "TrainingData",
     "check_head",
     "check_paging",

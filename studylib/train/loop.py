@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -47,6 +50,10 @@ OWNER = "owner.txt"  # in a checkpoint: the names of the training's folder and o
 HeldOut = dict[str, Any]  # "loss"; of a fine-tuning also "pairs" (see config.Log)
 
 
+class Launched(Exception):
+    """A training in several processes is at its end, which its last checkpoint holds for the one that goes on alone."""
+
+
 class _InOrder(Trainer):
     """transformers' Trainer on examples in their given order, which is random already, with Budget's schedule."""
 
@@ -61,16 +68,20 @@ class _InOrder(Trainer):
         """Trainer's own, for some rows at a time where all are too many: their gradients add up to those of the batch.
 
         Trainer's accumulation takes batches for equally heavy: findings/trainer-accumulates-a-mean-as-a-sum.sh
+        So do several processes, which have some rows each and average their gradients.
         """
         count = len(next(iter(inputs.values())))
-        if self.rows is None or count <= self.rows:
+        rows = self.rows or count
+        if count <= rows and self.args.world_size == 1:
             return super().training_step(model, inputs, *args, **kwargs)
-        parts = [{name: x[at : at + self.rows] for name, x in inputs.items()} for at in range(0, count, self.rows)]
+        parts = [{name: x[at : at + rows] for name, x in inputs.items()} for at in range(0, count, rows)]
         weights = [self.weight(part) for part in parts]
+        whole = torch.tensor(float(sum(weights)), device=self.args.device)
+        mean = self.accelerator.reduce(whole, "mean").item()  # over processes; of one its own
         loss: Any = 0.0
         try:
             for part, weight in zip(parts, weights, strict=True):
-                self.share = weight / sum(weights)
+                self.share = weight / mean
                 loss = loss + super().training_step(model, part, *args, **kwargs)
         finally:
             self.share = 1.0
@@ -103,7 +114,9 @@ class _InOrder(Trainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Resumed at its end, Trainer takes one more step: findings/trainer-resumed-at-its-end-steps-again.sh
-        if self.state.global_step < self.budget.last:
+        measured = [entry["held_out_loss"] for entry in self.state.log_history if "held_out_loss" in entry]
+        given_up = bool(measured) and self.budget.given_up(self.state.global_step, measured[-1])
+        if self.state.global_step < self.budget.last and not given_up:
             super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial=None) -> str:
@@ -112,35 +125,70 @@ class _InOrder(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial=None) -> None:
         """Trainer's own, whole and sealed, after which older ones are removed; a training goes on where it fails."""
         checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with kept_if_possible(str(checkpoint)), written_whole(checkpoint) as partial:
-            self.run_dir = partial.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            except RuntimeError as error:  # so torch.save tells of a full disk
-                raise OSError("torch could not write it; is the disk full?") from error
+        self.state.train_batch_size = self.budget.batch  # of all processes
+        if not self.is_world_process_zero():
+            self._save_with_others(model, None)
+            return
+        alone = self.args.world_size == 1  # else the others would wait for what fails here
+        with (
+            kept_if_possible(str(checkpoint)) if alone else contextlib.nullcontext(),
+            written_whole(checkpoint) as partial,
+        ):
+            self._save_with_others(model, partial.parent)
             _sign(partial, checkpoint)
         for other in _checkpoints(checkpoint.parent) if checkpoint.exists() else ():
             if other != checkpoint:
                 with contextlib.suppress(OSError):
                     remove(other)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_file(_trained(self.model, state_dict), Path(output_dir, SAFE_WEIGHTS_NAME))
+    def _save_with_others(self, model: nn.Module, folder: Path | None) -> None:
+        """Trainer's own, of all processes into the folder of the first one."""
+        told: list[Any] = [folder]
+        self.run_dir = broadcast_object_list(told)[0]
+        try:
+            super()._save_checkpoint(model, None)
+        except RuntimeError as error:  # so torch.save tells of a full disk
+            raise OSError("torch could not write it; is the disk full?") from error
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.state.global_step < self.budget.last:  # at its end it has no use for them
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's own; of a sharded model it would write all weights as well."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        own = {name: _whole(parameter.detach()) for name, parameter in _trained(self.model).items()}
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(own, Path(output_dir, SAFE_WEIGHTS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = _trained(self.model)
         for name, saved in load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)).items():
-            own[name].copy_(saved)
+            there = own[name].detach()
+            if isinstance(there, DTensor):
+                saved = distribute_tensor(saved.to(there.device), there.device_mesh, there.placements)
+            there.copy_(saved)
 
 
-def _trained(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What training changes, by name; the rest is made anew from the arm."""
-    return {
-        name: parameter.detach() if state is None else state[name]
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Put together where it is sharded, which all processes take part in."""
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor  # a copy waits until it is there
 
 
 _BEGUN: dict[str, HeldOut] = {}  # held-out losses of models before their training, which many arms begin alike
@@ -212,11 +260,17 @@ class _Watch(TrainerCallback):
         if given_up or state.global_step == self.budget.last:
             control.should_save, control.should_training_stop = self.keep, True
         elif time.monotonic() - self.saved > CHECKPOINT_SECONDS:
-            control.should_save, self.saved = True, time.monotonic()
+            control.should_save = True
+        if args.world_size > 1:  # clocks differ
+            told: list[Any] = [control.should_save, control.should_training_stop]
+            control.should_save, control.should_training_stop = broadcast_object_list(told)
+        if control.should_save:
+            self.saved = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             control.should_training_stop = True
+            control.should_save |= self.keep
 
 
 @contextlib.contextmanager
@@ -263,6 +317,7 @@ def fit(
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
     so does an extended one (budget.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
     A last loss that is not finite means that the training diverged and was stopped there.
+    In several processes (accelerate, torchrun) each takes its share of a batch, and the training ends with Launched.
     """
     bf16 = models.compute_dtype() == torch.bfloat16
     # Compiled layers fuse the fake quantizers, which cost as much as the products where those run in bf16.
@@ -274,12 +329,11 @@ def fit(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=budget.steps,
-        per_device_train_batch_size=budget.batch,
         learning_rate=budget.learning_rate,
         weight_decay=budget.weight_decay,
         max_grad_norm=budget.max_grad_norm,
         optim=optimizer,
-        bf16=bf16,
+        bf16=bf16 and not _sharded(),  # accelerate would round what is sharded to bf16, before it is quantized
         use_cpu=model.device.type == "cpu",
         seed=seed,
         data_seed=seed,
@@ -291,19 +345,25 @@ def fit(
         save_strategy="no",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would wrap the model in DataParallel
+    arguments.per_device_train_batch_size = budget.batch // arguments.world_size
 
     def measured() -> HeldOut:
         model.eval()
+        if isinstance(model, FSDPModule):
+            register_fsdp_forward_method(model, "held_out_loss")  # so that it sees whole parameters
         with torch.no_grad(), _uncompiled(layers), models.autocast(model.device):
-            found = held_out_loss()
+            found = model.held_out_loss()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what no backward pass follows stays whole, and is no parameter of the optimizer
         model.train()
         return found
 
     resumed = last_checkpoint(folder, budget)
     beginning = _beginning(model, held_out_text) if held_out_text and resumed is None else ""
-    grids = [scale for scale, *_ in trained_grids(model)]
-    first = [scale.detach().clone() for scale in grids]
-    model.forward = loss_function
+    first = _scales(model)
+    model.forward = models.autocast(model.device)(loss_function) if _sharded() else loss_function
+    model.held_out_loss = held_out_loss
     try:
         trainer = _InOrder(
             model=model,
@@ -318,10 +378,12 @@ def fit(
         make_folder(Path(folder))
         trainer.train(resume_from_checkpoint=resumed)
     finally:
-        del model.forward
+        del model.forward, model.held_out_loss
         for layer in layers:
             layer._compiled_call_impl = None
         model.eval()
+    if arguments.world_size > 1:
+        raise Launched
     history = trainer.state.log_history
     return Log(
         [
@@ -335,11 +397,14 @@ def fit(
             for entry in history
             if "held_out_loss" in entry
         ],
-        _moved(grids, first),
+        _moved(_scales(model), first),
     )
 
 
-@torch.no_grad()
+def _scales(model: nn.Module) -> list[Tensor]:
+    return [scale.detach().clone() for scale, *_ in trained_grids(model)]
+
+
 def _moved(scales: list[Tensor], first: list[Tensor]) -> float | None:
     """The median share by which scales are others than at first; None where there are none."""
     if not scales:
@@ -388,6 +453,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
+def _sharded() -> bool:
+    """Whether accelerate's launcher has asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def _is_of(checkpoint: Path, budget: Budget) -> bool:
     """Whether a whole checkpoint was made for this folder, and of a training in these batches to this end."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
@@ -397,4 +467,6 @@ def _is_of(checkpoint: Path, budget: Budget) -> bool:
         and state["global_step"] <= budget.last
         and state["max_steps"] in (budget.steps, *budget.extended_from)
         and state["train_batch_size"] == budget.batch
+        # What shards of a model have written of their optimizer is for shards; the end of a training needs none.
+        and ((checkpoint / OPTIMIZER_NAME).exists() or _sharded() or state["global_step"] == budget.last)
     )
