@@ -112,10 +112,11 @@ class Method(ABC):
     "scheme". rounds: whether it leaves anything in low bits.
     numerics: the components of config.numerics that it passes through besides those that its arm's parts imply;
     version: its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the
-    adapters', where none was chosen. learns_grid: whether scales are trained. few_shot_at: the bits at which few-shot
-    tasks are run as well; few_shot: which of them (None: all that a profile has). checks_weights: whether the rounding
-    error of each layer is recorded. keeps_adapter: whether it leaves a 16-bit adapter beside the base; what a method
-    without one makes is deployed in one way.
+    adapters', where none was chosen. learns_grid: whether scales are trained; grid_alone: and nothing else is, so that
+    its learning_rate has no effect. few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of
+    them (None: all that a profile has). checks_weights: whether the rounding error of each layer is recorded.
+    keeps_adapter: whether it leaves a 16-bit adapter beside the base; what a method without one makes is deployed in
+    one way.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Method(ABC):
     few_shot: tuple[str, ...] | None = None
     relative_rate: float = 1.0
     learns_grid: bool = False
+    grid_alone: bool = False
     checks_weights: bool = False
     keeps_adapter: bool = False
 

@@ -472,7 +472,7 @@ class EfficientQAT(FineTuned):
     """
 
     name, title, source = "efficientqat", "EfficientQAT", "arXiv 2407.11062"
-    learns_grid = True
+    learns_grid = grid_alone = True
     look, numerics = Look("#F0E442", "d"), ("formats", "learned grids")
     needs = FineTuned.needs - {"adapter"} | {"data"}
     formats, keeps_adapter = UNIFORM, False

@@ -82,10 +82,10 @@ def search(
     """The rate of least validation loss half-way for each setting of `arms`, and the records of all that were tried.
 
     From the arm's own rate upwards by FACTOR while the loss falls, else downwards; where a grid is learned, its rate in
-    the same way after that. Each training follows its whole schedule and is broken off half-way; one whose loss after a
-    quarter is more than BEHIND above that of the best so far is given up there (after successive halving: Jamieson &
-    Talwalkar 2016). Every method, width and grid is searched alike. What is tried is kept as records: a search that is
-    stopped goes on, and one that is done costs nothing.
+    the same way after that, or alone where nothing else is trained. Each training follows its whole schedule and is
+    broken off half-way; one whose loss after a quarter is more than BEHIND above that of the best so far is given up
+    there (after successive halving: Jamieson & Talwalkar 2016). Every method, width and grid is searched alike. What is
+    tried is kept as records: a search that is stopped goes on, and one that is done costs nothing.
     until: the time (as time.time has it) after which nothing further is tried; then the settings that are not done have
     no rate. jobs, scheduler: as of schedule.run.
     """
@@ -121,7 +121,8 @@ def _walk(arm: Arm) -> Generator[Arm, list[float], Rate]:
     """Asks for arms, is sent the losses of their curves, and ends with the rate of the least at their end."""
     best = rate_of(arm)
     losses = yield _half(arm)
-    for field in ("learning_rate", *(["grid_rate"] if best.grid_rate is not None else [])):
+    weights = [] if find(arm.method).grid_alone else ["learning_rate"]
+    for field in (*weights, *(["grid_rate"] if best.grid_rate is not None else [])):
         start = best
         for factor in (FACTOR, 1 / FACTOR):
             for _ in range(MOST):
@@ -144,5 +145,7 @@ def cost(searched: Sequence[Arm], arms: Sequence[Arm], results: str | Path) -> f
     work = 0.0
     for arm in searched:
         if store.find(arm_key(_half(arm))) is None:
-            work += (USUAL + FURTHER * find(arm.method).trains_grid(arm.scheme)) * planned_work(arm)
+            method = find(arm.method)
+            trainings = USUAL * (not method.grid_alone) + FURTHER * method.trains_grid(arm.scheme)
+            work += trainings * planned_work(arm)
     return work / max(1, sum(map(planned_work, dict.fromkeys(arms))))

@@ -63,6 +63,13 @@ def test_a_learned_grid_is_searched_after_the_adapter():
     assert all(rate.grid_rate == GRID_RATE for rate in asked[:3]) and all(rate.grid_rate < 1 for rate in asked)
 
 
+def test_a_grid_that_is_trained_alone_is_searched_alone():
+    (start,) = cases([arm("efficientqat")]).values()
+    asked, end = walked(lambda rate: abs(log10(rate.grid_rate / 0.1)), start)
+    assert end.grid_rate == pytest.approx(0.1, rel=0.06)
+    assert {rate.learning_rate for rate in asked} == {rates.rate_of(start).learning_rate}
+
+
 def test_a_training_that_diverges_is_no_choice_and_no_landscape_ends_the_walk():
     (start,) = cases([arm("qlora")]).values()
     _, end = walked(lambda rate: math.inf if rate.learning_rate > 1e-3 else -rate.learning_rate, start)
