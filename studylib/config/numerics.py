@@ -42,6 +42,7 @@ NUMERICS = {
     "hidden states": Version(1, "each token's error is relative to the teacher's state; the raw one is 'raw-hidden'"),
     # adapters, instruction pairs in batches, merging
     "fine-tuning": Version(2, "pairs are cut at the model's context, too"),
+    "merging": Version(1, "a merged model is distilled towards the unmerged one"),
     # L4Q, QAT-LoRA, QAT with learned steps
     "learned grids": Version(2, "scales and offsets start on the grid of the arm's format"),
     "ptq": Version(1, FIRST),  # SmoothQuant, GPTQ and AWQ as llm-compressor computes them
@@ -62,6 +63,7 @@ def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
     names |= {"training", "distillation"} if arm.training else set()
     names |= {"hidden states"} if arm.training and HIDDEN in arm.training.features else set()
     names |= {"training", "fine-tuning"} if arm.tuning else set()
+    names |= {"distillation", "merging"} if arm.merging else set()
     for name in sorted(names - NUMERICS.keys()):
         raise ValueError(f"numerics: {name!r} is not known; use some of {', '.join(NUMERICS)}")
     return {name: NUMERICS[name].number for name in sorted(names)}

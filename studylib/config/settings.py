@@ -311,12 +311,14 @@ def check_layers(layers: Any) -> None:
         )
 
 
-BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED = MERGES = (
+BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED, MERGED_DISTILLED = MERGES = (
     "adapter",
     "dequantized",
     "requantized",
     "merged-16",
     "merged-quantized",
+    "merged-distilled",
 )  # how a fine-tuned model is deployed (see methods.merge)
+AT_ONCE = MERGES[:-1]  # without further training
 FROM_ORIGINAL = (MERGED_16, MERGED_QUANTIZED)
-PACKED = (REQUANTIZED, MERGED_QUANTIZED)
+PACKED = (REQUANTIZED, MERGED_QUANTIZED, MERGED_DISTILLED)

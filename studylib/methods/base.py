@@ -231,7 +231,7 @@ class Method(ABC):
 
     def as_trained(self, arm: Arm) -> Arm:
         """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""
-        return dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE)
+        return dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE, merging=None)
 
 
 _METHODS: dict[str, Method] = {}

@@ -280,6 +280,47 @@ class EncodedLinear(nn.Linear):
         return f"{super().extra_repr()}, format={self.format.title}"
 
 
+class _Rounded(torch.autograd.Function):
+    """Forward: round to the format. Backward: the identity. What is not finite stays as it is: training then stops."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, format: Format) -> Tensor:
+        return encode(weight, format).decode(weight.dtype) if weight.isfinite().all() else weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer whose weight trains and is rounded to a number format, any of them, in every pass.
+
+    input [..., in] -> [..., out]. Gradients go straight through the rounding (Bengio et al. 2013, arXiv 1308.3432);
+    scales are those that `encode` finds anew. The parameters are those of the layer it replaces.
+    """
+
+    def __init__(self, linear: nn.Linear, format: Format):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = nn.Parameter(linear.weight.detach().clone()), linear.bias
+        format.check_width(self.in_features)
+        self.format, self.weight_dtype = format, linear.weight.dtype
+
+    def codes(self) -> Codes:
+        """The weight as it is stored. ValueError where it is not finite."""
+        return encode(self.weight, self.format)
+
+    def dense(self) -> Tensor:
+        """The weight that the layer multiplies with, [out, in]."""
+        return _Rounded.apply(self.weight, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format.title}"
+
+
 def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
@@ -300,10 +341,11 @@ def encode_model(model: nn.Module, format: Format) -> nn.Module:
 
 
 def decode_model(model: nn.Module) -> nn.Module:
-    """Put DeployedLinear with decoded weights in place of every EncodedLinear, below peft's adapters too."""
+    """Put DeployedLinear with decoded weights in place of every EncodedLinear, below peft's adapters too, and of every
+    RoundedLinear."""
     decoded = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, EncodedLinear):
+        if isinstance(layer, EncodedLinear | RoundedLinear):
             stored = layer.codes()
             decoded[name] = DeployedLinear(stored.decode(layer.weight_dtype), layer.bias, stored)
     return _replace(model, decoded)

@@ -16,7 +16,7 @@ from studylib.data import corpora, generation, models
 from studylib.evaluate import packing, scores
 from studylib.methods import adapters, ptq
 from studylib.quant import formats, grids, kernel, learned, rotation
-from studylib.train import losses
+from studylib.train import finetuning, losses
 
 
 @pytest.mark.parametrize("component", NUMERICS)
@@ -137,6 +137,11 @@ def adapters_of_another_seed(patch):
     patch.setattr(adapters, "inject", lambda model, adapter, names, seed: original(model, adapter, names, seed + 1))
 
 
+def a_divergence_of_the_other_direction(patch):
+    original = finetuning.soft_logit_loss
+    patch.setattr(finetuning, "soft_logit_loss", lambda *args: original(*args, "reverse-kl"))
+
+
 def another_random_model(patch):
     original = models.skeleton
 
@@ -172,6 +177,7 @@ CHANGES = [
     ("ptq", another_strength),
     ("fine-tuning", adapters_that_are_scaled_otherwise),
     ("fine-tuning", adapters_of_another_seed),
+    ("merging", a_divergence_of_the_other_direction),
     ("models", another_random_model),
     ("execution", another_middle_of_the_codes),
 ]
