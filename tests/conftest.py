@@ -243,6 +243,7 @@ def tuned(make_record):
     variants = [
         ("lora", "16-16-16", 2.80, {}),
         ("qlora", "4-16-16", 2.80, {"format": nf}),
+        ("qlora", "4-16-16", 2.80, {"format": nf, "merge": "merged-distilled"}),
         ("qlora", "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64, True)}),
         ("qlora", "4-16-16", 2.95, {"format": nf, "adapter": Adapter(layers="q_proj+v_proj")}),
         ("qlora", "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
