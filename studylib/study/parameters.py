@@ -170,14 +170,17 @@ NUMBERS = _list(
 CORPUS = _text(check_corpus, "", "c4")
 CORPORA_LIST = _list(CORPUS, f"{', '.join(CORPORA)} or paths of .txt or .jsonl files", list(CORPORA))
 KINDS = _some_of(ADAPTER_KINDS)
+WAYS = _some_of(MERGES)
 LOSS = _text(check_loss, "", "kl")
 WIDTHS, ALL_WIDTHS = (4, 3, 2), (4, 3, 2, 8)  # of NormalFloat; of integers
 
-# without training; on a low-bit base; whose memory can be planned
+# without training; of these, in groups; on a low-bit base; whose memory can be planned
 ROUNDED = [name for name, method in METHODS.items() if method.rounds and method.needs <= {"data"}]
+IN_GROUPS = [name for name, method in METHODS.items() if method.takes >= {"format"} and "data" in method.needs]
 ON_A_BASE = [name for name, method in METHODS.items() if method.needs >= {"tuning", "format"}]
 PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs and "data" not in method.needs]
 
+CALIBRATED = _some_of(IN_GROUPS)
 COMPUTED = Parameter(
     Annotated[str, _that(lambda value: value in COMPUTE)], "new, missing or all (see studylib.run)", COMPUTE[0]
 )
@@ -228,6 +231,8 @@ PARAMETERS = {
         "methods": _some_of(ROUNDED),
         "searched": SETTINGS,
         "grouped": WEIGHTS_ALONE,
+        "calibrated": CALIBRATED,
+        "symmetric": CALIBRATED,
         "hard": SETTING,
         "smoothed": SETTINGS,
     },
@@ -236,12 +241,20 @@ PARAMETERS = {
         "methods": _some_of(ON_A_BASE),
         "further": _some_of(ON_A_BASE),
         "kinds": KINDS,
+        "merges": WAYS,
         "bits": _some_of(ALL_WIDTHS, least=1),
         "integers": _some_of((FULL, AFFINE), least=1),
         "group": GROUP,
     },
     "06_number_formats": POOLED
-    | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG, "micro": FLAG},
+    | {
+        "widths": _some_of(WIDTHS, least=1),
+        "group": GROUP,
+        "groups": GROUPS,
+        "fine": FLAG,
+        "micro": FLAG,
+        "calibrated": CALIBRATED,
+    },
     "07_memory": RUN
     | {
         "methods": _some_of(PLANNED, least=1),
@@ -279,7 +292,7 @@ PARAMETERS = {
         "initialisations": _some_of(INITS),
         "few": _text(check_layers, "all, or ends of layers' names joined by '+'", "q_proj+v_proj"),
         "kinds": KINDS,
-        "merges": _some_of(MERGES),
+        "merges": WAYS,
     },
     "12_quantization_grids": TRAINED
     | {

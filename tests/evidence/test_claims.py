@@ -196,7 +196,7 @@ def test_divergence_and_sure_answers_stand_beside_the_same_verdict(ablations, tu
     records = [known_divergence(record) for record in ablations + tuned]
     assert verdict(claim, records) == REPRODUCED
     titles = [finding.measure for finding in judge(CLAIMS[claim], records)[1:]]
-    kept = claim[0] in "AO" or claim in ("B1", "B2")
+    kept = (claim[0] in "AO" and claim != "O4") or claim in ("B1", "B2")
     assert ("KL divergence from full precision on Wikipedia and C4" in titles) == kept
     judged = {title for title in titles if title.startswith(("mean accuracy", "bits a byte of right answers"))}
     assert len(judged) in (0, 2)  # one wherever the other
@@ -418,7 +418,7 @@ def test_what_is_undecided_says_what_could_have_been_detected(make_record):
     assert finding.sentence.endswith(f"Undecided (minimum detectable effect: {finding.could}).")
     assert finding.could.endswith("% or more")
     wide = dataclasses.replace(finding, effect=Effect(Interval(0.0, (18.0, 18.0)), ACCURACY, "", above=0))
-    assert wide.could == "73.7 points or more"  # (3.22 + 0.84) standard errors
+    assert wide.could == "73.8 points or more"  # (3.23 + 0.84) standard errors
     wider = dataclasses.replace(finding, effect=Effect(Interval(0.0, (40.0, 40.0)), ACCURACY, "", above=0))
     assert wider.could == "no difference, however large"
     once = dataclasses.replace(finding, effect=Effect(Interval(0.0, (math.inf, math.inf)), ACCURACY, "", above=0))
