@@ -261,17 +261,19 @@ def merge(
     return model.requires_grad_(False).eval()
 
 
-def merged_student(model: nn.Module, format: Format | None) -> nn.Module:
-    """A copy of a model that `attach` prepared, for "merged-distilled": W~ + D (see merge) rounded to `format`, that of
-    the base unless given, in every pass. It learns from the model itself; all of its linear weights require gradients.
+def merged_student(model: nn.Module, format: Format | None, original: nn.Module) -> nn.Module:
+    """A copy of a model that `attach` prepared, for "merged-distilled": what "merged-16" leaves, rounded to `format`,
+    that of the base unless given, in every pass. It learns from the model itself; its linear weights require gradients.
 
+    It begins at W + D, not at W~ + D: D is smaller than half a step, so that rounding W~ + D, whose W~ lies on the
+    levels, gives back W~. The rest of W lies anywhere between two levels: of W + D, D turns its share of the codes.
     Raises ValueError as `merge` does.
     """
     made: Adaptation = model.adaptation
     wanted = format or made.format
     made.method.check_merge(MERGED_DISTILLED, wanted)
     assert wanted is not None  # see check_merge
-    student = merge(copy.deepcopy(model))
+    student = merge(copy.deepcopy(model), MERGED_16, original=original)
     for name, linear in decoder_linears(student).items():
         student.set_submodule(name, RoundedLinear(linear.plain(), wanted))
     return student

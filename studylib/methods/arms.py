@@ -56,7 +56,7 @@ MERGE_TITLES = {
     REQUANTIZED: "adapter merged, rounded again",
     MERGED_16: "adapter merged into the 16-bit weights",
     MERGED_QUANTIZED: "adapter merged into the 16-bit weights, then rounded",
-    MERGED_DISTILLED: "adapter merged, rounded and distilled",
+    MERGED_DISTILLED: "adapter merged into the 16-bit weights, then rounded and distilled",
 }
 
 

@@ -194,8 +194,11 @@ class FineTuned(Method):
                         save_trained(model, log, work.trained)
             if not _finite(model):  # by its very last step
                 log = _diverged(log)
-            if math.isfinite(log.steps[-1]["loss"]) and arm.merging:
-                work.model = student = merged_student(model, arm.format)
+            finite = math.isfinite(log.steps[-1]["loss"])
+            original = work.load() if finite and arm.merge in FROM_ORIGINAL else None
+            if finite and arm.merging:
+                assert original is not None
+                work.model = student = merged_student(model, arm.format, original)
                 towards = fine_tune(
                     student,
                     work.tokenizer,
@@ -211,8 +214,7 @@ class FineTuned(Method):
                     decode_model(student).requires_grad_(False)
                 else:
                     log = _diverged(log)
-            elif math.isfinite(log.steps[-1]["loss"]):
-                original = work.load() if arm.merge in FROM_ORIGINAL else None
+            elif finite:
                 merge(model, arm.merge, format=arm.format, original=original)
         return log
 

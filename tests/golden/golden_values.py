@@ -455,7 +455,7 @@ def of_merging() -> Iterator[float]:
         for name, parameter in teacher.named_parameters():
             if "lora_B" in name:
                 parameter.data += 0.1 * normal(*parameter.shape)
-        student = merged_student(teacher, format)
+        student = merged_student(teacher, format, tiny(opinionated=True))
         before = copied(student)
         with tempfile.TemporaryDirectory() as folder:
             learn, settings = Instructions(length=192, seed=1), Tuning(3, 2, 1e-3)

@@ -12,7 +12,7 @@ import torch
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import Evaluation, Tuning, profile
-from studylib.config.settings import DEQUANTIZED, MERGED_DISTILLED, REQUANTIZED, Adapter, Format
+from studylib.config.settings import DEQUANTIZED, MERGED_DISTILLED, MERGED_QUANTIZED, REQUANTIZED, Adapter, Format
 from studylib.data import models
 from studylib.data.corpora import windows
 from studylib.evaluate.scores import window_losses
@@ -190,15 +190,15 @@ def divergence(model, other):
 def test_distilling_brings_a_merged_model_nearer_to_the_unmerged_one(fp32, tmp_path, format):
     own = arm("qlora", f"{format.bits}-16-16", format=format, adapter=Adapter(4, 64.0))
     beside, log = apply(own, tmp_path)
-    requantized, _ = apply(dataclasses.replace(own, merge=REQUANTIZED), tmp_path)
+    merged, _ = apply(dataclasses.replace(own, merge=MERGED_QUANTIZED), tmp_path)
     budget = Tuning(steps=12, batch=4, learning_rate=1e-4)
     distilled, read = apply(dataclasses.replace(own, merge=MERGED_DISTILLED, merging=budget), tmp_path)
     assert read == log  # that of the adapter, which was not trained again
-    assert divergence(distilled, beside) < 0.4 * divergence(requantized, beside)
+    assert divergence(distilled, beside) < 0.6 * divergence(merged, beside)  # which is what it began with
     for name, layer in decoder_linears(distilled).items():
         codes = layer.codes()
         assert layer.beside is None and torch.equal(layer.weight, codes.decode())
-        assert codes.nbytes == requantized.get_submodule(name).codes().nbytes
+        assert codes.nbytes == merged.get_submodule(name).codes().nbytes
 
 
 def test_a_distillation_that_was_killed_goes_on_and_one_that_diverges_is_said_so(fp32, tmp_path, monkeypatch):

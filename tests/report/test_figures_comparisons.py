@@ -161,6 +161,8 @@ def test_what_is_left_after_deployment_stands_by_its_bytes_and_way_of_merging(tu
     figure = figures.after_deployment(tuned)
     assert "smaller and better than" in flat(figure) and "responses" in flat(figure)
     shown = texts(figure)
-    assert "adapter merged, rounded and distilled" in shown and "rank 64" not in texts(figures.size_accuracy(tuned))
+    assert "adapter merged into the 16-bit weights, then rounded and distilled" in shown and "rank 64" not in texts(
+        figures.size_accuracy(tuned)
+    )
     assert "Perplexity" in figure.axes[0].get_ylabel() and "MB" in figure.axes[0].get_xlabel()
     assert figures.after_deployment([make_record("full-precision")]).get_suptitle() == "No arm finished"
