@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import HIDDEN, Sampling
-from studylib.config.settings import OF_WEIGHTS
+from studylib.config.settings import FLOATING, OF_WEIGHTS
 
 
 class Version(NamedTuple):
@@ -31,6 +31,7 @@ NUMERICS = {
     "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
     # grids of weights alone: StatsQ, LSQ, ParetoQ. Apart from "grids", so that arms on MinMax grids keep their keys
     "weight grids": Version(1, "activations and cache beside them are MinMax; LSQ starts where the error is least"),
+    "float grids": Version(1, "MXFP4, MXFP6, MXFP8, NVFP4 and FP8 for activations and cache"),
     "rotation": Version(1, "Hadamard matrices, from Paley's and Sylvester's constructions"),
     # NormalFloat, 4-bit floats, integers in groups, double quantization
     "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
@@ -59,6 +60,7 @@ def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
     names = {"models", "corpora", "evaluation", *further}
     names |= {"generation"} if isinstance(arm.data, Sampling) else set()
     names |= {"weight grids"} if arm.scheme.grid in OF_WEIGHTS else set()
+    names |= {"float grids"} if arm.scheme.grid in FLOATING else set()
     names |= {"rotation"} if arm.scheme.rotated else set()
     names |= {"training", "distillation"} if arm.training else set()
     names |= {"hidden states"} if arm.training and HIDDEN in arm.training.features else set()

@@ -49,6 +49,8 @@ GRID_TITLES = {
     "statsq": "StatsQ weights",
     "lsq": "LSQ weights",
     "paretoq": "ParetoQ weights",
+    "mxfp": "MXFP",
+    "nvfp": "NVFP",
 }
 KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
 MERGE_TITLES = {

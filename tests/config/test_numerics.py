@@ -15,7 +15,7 @@ from studylib.config.numerics import NUMERICS, Version
 from studylib.data import corpora, generation, models
 from studylib.evaluate import packing, scores
 from studylib.methods import adapters, ptq
-from studylib.quant import formats, grids, kernel, learned, rotation
+from studylib.quant import floats, formats, grids, kernel, learned, rotation
 from studylib.train import finetuning, losses
 
 
@@ -152,6 +152,11 @@ def another_random_model(patch):
     patch.setattr(models, "skeleton", changed)
 
 
+def floats_that_are_rounded_down(patch):
+    original = floats.nearest
+    patch.setattr(floats, "nearest", lambda x, element: original(x * 0.98, element))
+
+
 def smaller_blocks(patch):
     patch.setattr(rotation, "block_of", lambda width: 16)
 
@@ -172,6 +177,7 @@ CHANGES = [
     ("evaluation", rows_that_are_packed_otherwise),
     ("evaluation", shorter_windows_of_responses),
     ("formats", another_middle),
+    ("float grids", floats_that_are_rounded_down),
     ("rotation", smaller_blocks),
     ("generation", samples_of_more_tokens),
     ("ptq", another_strength),

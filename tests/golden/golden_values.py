@@ -35,6 +35,8 @@ from studylib.config.settings import (
     ADAPTER_KINDS,
     AFFINE,
     AT_ONCE,
+    FLOAT_BITS,
+    FLOATING,
     FULL,
     INITS,
     LEARNED,
@@ -45,7 +47,7 @@ from studylib.config.settings import (
     Scheme,
 )
 from studylib.data import corpora, generation, models, prompts
-from studylib.quant import formats, grids, kernel, layers, learned, rotation, storage
+from studylib.quant import floats, formats, grids, kernel, layers, learned, rotation, storage
 
 FILE = Path(__file__).with_name("numerics.json")
 TOLERANCE = 2e-3
@@ -227,6 +229,17 @@ def of_weight_grids() -> Iterator[float]:
         model = layers.quantize_model(tiny(opinionated=True), bits, scheme)
         yield from summary(logits(model) - plain)
         yield from (storage.stored_bytes(model), layers.cache_bytes_per_token(tiny(), bits, scheme))
+
+
+def of_float_grids() -> Iterator[float]:
+    x = normal(32, 128) * torch.logspace(-2, 2, 32)[:, None]
+    plain = logits(tiny(opinionated=True))
+    for kind in FLOATING:
+        for bits in FLOAT_BITS[kind]:
+            for whole in (False, True):
+                yield from summary(floats.rounded(x, Grid(bits, kind), whole))
+        model = layers.quantize_model(tiny(opinionated=True), "4-8-8", Scheme(kind))
+        yield from (*summary(logits(model) - plain), layers.cache_bytes_per_token(tiny(), "4-8-8", Scheme(kind)))
 
 
 def of_rotation() -> Iterator[float]:
@@ -543,6 +556,7 @@ VALUES: dict[str, Callable[[], Iterable[float]]] = {
     "evaluation": of_evaluation,
     "grids": of_grids,
     "weight grids": of_weight_grids,
+    "float grids": of_float_grids,
     "rotation": of_rotation,
     "formats": of_formats,
     "generation": of_generation,
