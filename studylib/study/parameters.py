@@ -25,12 +25,15 @@ from studylib.config import (
     MAX_RANK,
     MAX_SEED,
     MERGES,
+    MXFP,
+    NVFP,
     OFF,
     OWN_DATA,
     PROFILES,
     STRATEGIES,
     TEMPERATURES,
     BitWidths,
+    Scheme,
     check_corpus,
     check_layers,
     check_loss,
@@ -156,6 +159,14 @@ WEIGHTS_ALONE = _list(
     ["4-16-16"],
 )
 SETTINGS = _list(SETTING, "bit widths", ["8-8-8", "4-8-4"])
+
+
+def _floats(grid: str) -> Parameter:
+    """Bit widths that a grid of floats has."""
+    check = Scheme(grid).check_widths
+    return _list(_text(lambda bits: check(BitWidths.parse(bits)), "", "4-8-8"), "bit widths", ["4-4-16", "4-8-8"])
+
+
 GROUP = Parameter(
     Annotated[int, Field(ge=0, le=MAX_GROUP), _that(lambda group: group != 1)],
     f"a whole number from 2 to {MAX_GROUP}, or 0 for the profile's",
@@ -272,6 +283,9 @@ PARAMETERS = {
         "rotated": FLAG,
         "trained": SETTINGS,
         "smoothed": SETTINGS,
+        "mxfp": _floats(MXFP),
+        "nvfp": _floats(NVFP),
+        "distilled": SETTINGS,
     },
     "10_model_sizes": {name: own for name, own in TRAINED.items() if name not in ("model", "rates")}
     | {
