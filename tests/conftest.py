@@ -243,6 +243,7 @@ def tuned(make_record):
     variants = [
         ("lora", "16-16-16", 2.80, {}),
         ("qlora", "4-16-16", 2.80, {"format": nf}),
+        ("qlora", "4-16-16", 2.80, {"format": nf, "merge": "merged-distilled"}),
         ("qlora", "4-16-16", 2.90, {"format": Format("fp-bnb", 4, 64, True)}),
         ("qlora", "4-16-16", 2.95, {"format": nf, "adapter": Adapter(layers="q_proj+v_proj")}),
         ("qlora", "4-16-16", 2.80, {"format": nf, "adapter": Adapter(4, 4)}),
@@ -303,6 +304,8 @@ def ablations(picture, make_record):
         make_record("smoothquant", "4-4-16", loss=9.0, accuracy=0.26),
         make_record("rtn", "4-4-16", loss=4.4, accuracy=0.40, changes={"scheme": Scheme(rotated=True)}),
         make_record("llm-qat", "4-4-16", loss=3.4, accuracy=0.50, changes={"scheme": Scheme(rotated=True)}),
+        make_record("rtn", "4-4-16", loss=3.6, accuracy=0.45, changes={"scheme": Scheme("nvfp")}),
+        make_record("llm-qat", "4-4-16", loss=3.1, accuracy=0.60, changes={"scheme": Scheme("nvfp")}),
     ]
     return [run for record in records for run in repeated(record)]
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from studylib.config.budgets import Decoding, Evaluation, Instructions, RealText, Sampling, Training, Tuning
-from studylib.config.settings import BESIDE, MERGES, Adapter, BitWidths, Format, Scheme
+from studylib.config.settings import BESIDE, MERGED_DISTILLED, MERGES, Adapter, BitWidths, Format, Scheme
 from studylib.config.values import check_known, check_parts, check_text
 
 PARTS = ("data", "training", "format", "adapter", "instructions", "tuning", "decoding")  # that an arm may have or not
@@ -23,7 +23,8 @@ class Arm:
     method: the name of one that is registered (see methods.base), which says what goes with it (`Method.check`).
     bits "W-A-KV"; scheme: grids and where they apply. data: the text that a method is calibrated or distilled on,
     training: the distillation. format: the number format of rounded weights, or of the base that is fine-tuned on
-    `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see methods.merge).
+    `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see methods.merge), and merging:
+    the distillation that "merged-distilled" takes, on the same instructions.
     decoding: how tokens a second are timed.
     seed draws the data; it is 0 for methods that draw nothing, so that all seeds share one record.
     """
@@ -40,6 +41,7 @@ class Arm:
     instructions: Instructions | None = None
     tuning: Tuning | None = None
     merge: str = BESIDE
+    merging: Tuning | None = None
     decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
@@ -48,6 +50,11 @@ class Arm:
         check_text("bits", self.bits)
         BitWidths.parse(self.bits)
         check_known("merge", self.merge, MERGES)
+        if (self.merging is not None) != (self.merge == MERGED_DISTILLED):
+            raise ValueError(
+                f"merging: {'missing' if self.merging is None else 'not allowed'} with merge {self.merge!r}; "
+                f"it is the distillation of {MERGED_DISTILLED!r}"
+            )
         check_parts(self)
 
     @property

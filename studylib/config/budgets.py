@@ -423,17 +423,19 @@ def _check_terms(terms: Any) -> None:
 @dataclass(frozen=True)
 class Profile:
     """A budget: the data and training a method may spend, what every arm is scored on, and the seeds that make the
-    interval over runs. few_shot: tasks that the headline settings are scored on as well. group: weights that share a
-    scale where a method needs such groups. terms: those of the papers, where they are to be each method's own; what
-    they do not cover is fine-tuned with `tuning`, at the method's share of its rate. rates: those that were chosen for
-    settings (see methods.rate_case), in the place of all others. apart: whether what is fine-tuned is scored on its
-    responses alone and the rest on text and tasks alone, full precision on both: no more than claims are judged by.
-    training_text: a corpus that stands in the place of the text that the model writes; "": it writes it."""
+    interval over runs. merging: the distillation of a model that is merged after its fine-tuning, of half as many
+    steps. few_shot: tasks that the headline settings are scored on as well. group: weights that share a scale where a
+    method needs such groups. terms: those of the papers, where they are to be each method's own; what they do not cover
+    is fine-tuned with `tuning`, at the method's share of its rate. rates: those that were chosen for settings (see
+    methods.rate_case), in the place of all others. apart: whether what is fine-tuned is scored on its responses alone
+    and the rest on text and tasks alone, full precision on both: no more than claims are judged by. training_text: a
+    corpus that stands in the place of the text that the model writes; "": it writes it."""
 
     sampling: Sampling
     training: Training
     instructions: Instructions
     tuning: Tuning
+    merging: Tuning
     evaluation: Evaluation
     seeds: tuple[int, ...]
     few_shot: tuple[str, ...] = ()
@@ -504,6 +506,7 @@ PROFILES = {
         Training(steps=4, batch=2, learning_rate=1e-3, grid_rate=0.01),
         Instructions(length=128),
         Tuning(steps=4, batch=2, learning_rate=1e-3, grid_rate=0.003, weight_decay=0.01, warmup=0.1),
+        Tuning(steps=2, batch=2, learning_rate=1e-4, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=4, length=64, tasks=("openbookqa",), items=4, pairs=2),
         seeds=(0,),
         group=32,
@@ -514,6 +517,7 @@ PROFILES = {
         Training(steps=32, batch=1, learning_rate=3e-4, grid_rate=0.01),
         Instructions(length=256),
         Tuning(steps=24, batch=2, learning_rate=1e-3, grid_rate=0.003, weight_decay=0.01, warmup=0.1),
+        Tuning(steps=12, batch=2, learning_rate=1e-5, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=16, length=256, tasks=("arc_easy",), items=40, pairs=16),
         seeds=(0,),
     ),
@@ -522,6 +526,7 @@ PROFILES = {
         Training(steps=512, batch=8, learning_rate=1e-4, grid_rate=0.01),
         Instructions(length=512),
         Tuning(steps=195, batch=32, learning_rate=5e-4, grid_rate=0.003, weight_decay=0.01, warmup=0.1),
+        Tuning(steps=98, batch=32, learning_rate=1e-5, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=128, length=512, tasks=ZERO_SHOT, items=1000, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),
@@ -531,6 +536,7 @@ PROFILES = {
         Training(steps=12_000, batch=8, learning_rate=2e-5),
         Instructions(length=2048),
         _L4Q_SHORT,
+        Tuning(steps=98, batch=128, learning_rate=1e-5, warmup=0.1),
         Evaluation(("wikipedia", "c4"), windows=32, length=2048, tasks=ZERO_SHOT, items=None, pairs=480),
         seeds=(0, 1, 2),
         few_shot=("mmlu", "triviaqa"),

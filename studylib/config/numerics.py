@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import HIDDEN, Sampling
-from studylib.config.settings import OF_WEIGHTS
+from studylib.config.settings import FLOATING, OF_WEIGHTS
 
 
 class Version(NamedTuple):
@@ -31,6 +31,7 @@ NUMERICS = {
     "grids": Version(1, FIRST),  # uniform grids, fake quantization, quantized layers
     # grids of weights alone: StatsQ, LSQ, ParetoQ. Apart from "grids", so that arms on MinMax grids keep their keys
     "weight grids": Version(1, "activations and cache beside them are MinMax; LSQ starts where the error is least"),
+    "float grids": Version(1, "MXFP4, MXFP6, MXFP8, NVFP4 and FP8 for activations and cache"),
     "rotation": Version(1, "Hadamard matrices, from Paley's and Sylvester's constructions"),
     # NormalFloat, 4-bit floats, integers in groups, double quantization
     "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
@@ -42,6 +43,7 @@ NUMERICS = {
     "hidden states": Version(1, "each token's error is relative to the teacher's state; the raw one is 'raw-hidden'"),
     # adapters, instruction pairs in batches, merging
     "fine-tuning": Version(2, "pairs are cut at the model's context, too"),
+    "merging": Version(1, "a merged model is distilled towards the unmerged one"),
     # L4Q, QAT-LoRA, QAT with learned steps
     "learned grids": Version(2, "scales and offsets start on the grid of the arm's format"),
     "ptq": Version(1, FIRST),  # SmoothQuant, GPTQ and AWQ as llm-compressor computes them
@@ -58,10 +60,12 @@ def versions(arm: Arm, further: tuple[str, ...] = ()) -> dict[str, int]:
     names = {"models", "corpora", "evaluation", *further}
     names |= {"generation"} if isinstance(arm.data, Sampling) else set()
     names |= {"weight grids"} if arm.scheme.grid in OF_WEIGHTS else set()
+    names |= {"float grids"} if arm.scheme.grid in FLOATING else set()
     names |= {"rotation"} if arm.scheme.rotated else set()
     names |= {"training", "distillation"} if arm.training else set()
     names |= {"hidden states"} if arm.training and HIDDEN in arm.training.features else set()
     names |= {"training", "fine-tuning"} if arm.tuning else set()
+    names |= {"distillation", "merging"} if arm.merging else set()
     for name in sorted(names - NUMERICS.keys()):
         raise ValueError(f"numerics: {name!r} is not known; use some of {', '.join(NUMERICS)}")
     return {name: NUMERICS[name].number for name in sorted(names)}

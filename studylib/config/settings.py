@@ -61,6 +61,8 @@ SYMMETRIC, ASYMMETRIC, FULL_RANGE, STATSQ, LSQ, PARETOQ = GRIDS = (
     "lsq",
     "paretoq",
 )
+MXFP, NVFP = FLOATING = ("mxfp", "nvfp")  # grids of floats in blocks
+FLOAT_BITS = {MXFP: (4, 6, 8), NVFP: (4, 8)}  # of activations and cache; weights have 4
 LEARNED = (LSQ, PARETOQ)  # grids whose scales are trained
 OF_WEIGHTS = (STATSQ, *LEARNED)  # grids of weights alone; activations and cache beside them are symmetric
 BEFORE_ROTARY, AFTER_ROTARY = KEYS = ("before-rotary", "after-rotary")
@@ -69,7 +71,7 @@ PER_TOKEN, PER_HEAD = CACHE_SCALES = ("token", "head")
 
 @dataclass(frozen=True)
 class Grid:
-    """Which integers stand for a row of numbers, and how their scale is chosen.
+    """Which integers, or floats, stand for a row of numbers, and how their scale is chosen.
 
     kind "symmetric": levels -(2^(b-1)-1)..2^(b-1)-1, scale = max|x| / (2^(b-1)-1), zero point 0 (LLM-QAT, Eq. 1:
     MinMax, nothing is clipped). Worked: 4 bits, row (-3.5, 1.2): scale 0.5, codes (-7, 2), values (-3.5, 1.0).
@@ -81,6 +83,8 @@ class Grid:
     "lsq": the symmetric levels with a learned scale, numbers beyond them clipped (LSQ: Esser et al. 2020, Eq. 1-3); the
     scale starts where the squared error is least. "paretoq": the same, from max|x| / (2^(b-1)-1) (ParetoQ: Liu et al.
     2025, arXiv 2502.02631, section 3.2, which has it for 3 and 4 bits).
+    "mxfp": E2M1, E2M3 or E4M3 at 4, 6 or 8 bits, with a power of two for each 32 (see Format, and quant.floats).
+    "nvfp": NVFP4 at 4 bits, with one fp32 number a row besides; at 8 bits E4M3 with that alone.
     group: None for one scale a row, or the number of neighbours in a row that share a scale.
     """
 
@@ -91,8 +95,21 @@ class Grid:
     def __post_init__(self) -> None:
         if check_bits(self.bits) == OFF:
             raise ValueError(f"bits: a grid needs {MIN_BITS} to {MAX_BITS}; {OFF} (off) has no grid, leave it out")
-        check_known("grid", self.kind, GRIDS)
+        check_known("grid", self.kind, (*GRIDS, *FLOATING))
         check_group(self.group)
+        if self.kind in FLOATING and (self.group is not None or self.bits not in FLOAT_BITS[self.kind]):
+            choices = " or ".join(map(str, FLOAT_BITS[self.kind]))
+            raise ValueError(
+                f"bits: {self.bits} with group {self.group!r} is not allowed for the grid {self.kind!r}; use {choices} "
+                "and leave the group out"
+            )
+
+    @property
+    def block(self) -> int | None:
+        """Neighbours that share a scale, for grids of floats; None for whole rows."""
+        if self.kind == MXFP:
+            return MICROSCALING["mxfp4"]
+        return MICROSCALING["nvfp4"] if self.kind == NVFP and self.bits == 4 else None
 
     @property
     def symmetric(self) -> bool:
@@ -109,8 +126,8 @@ class Grid:
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
     def check_width(self, width: int) -> None:
-        """Raise ValueError where the group does not divide a row of `width` numbers."""
-        check_width(self.group, width)
+        """Raise ValueError where the group, or the block, does not divide a row of `width` numbers."""
+        check_width(self.block if self.kind in FLOATING else self.group, width)
 
     def rows(self, x: "Tensor") -> "Tensor":
         """`x` [..., D] viewed as [..., D // group, group] (as it is where a whole row shares a scale)."""
@@ -153,12 +170,33 @@ class Scheme:
     rotated: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("grid", GRIDS), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
+        for name, allowed in (("grid", (*GRIDS, *FLOATING)), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
             check_known(name, getattr(self, name), allowed)
         check_group(self.group)
+        if self.grid in FLOATING and (self.group, self.cache_scale) != (None, PER_TOKEN):
+            raise ValueError(
+                f"group: {self.group!r} with cache_scale {self.cache_scale!r} is not allowed for the grid "
+                f"{self.grid!r}, whose blocks are its own; leave both out"
+            )
         check_flag("rotated", self.rotated)
         if self.rotated and self.keys != BEFORE_ROTARY:
             raise ValueError(f"keys: {self.keys!r} does not go with rotated; its keys are quantized {BEFORE_ROTARY!r}")
+
+    def check_widths(self, bits: BitWidths) -> None:
+        """Raise ValueError for widths that the floats of the grid do not have."""
+        if self.grid not in FLOATING:
+            return
+        allowed = FLOAT_BITS[self.grid]
+        for name, width, have in (
+            ("weights", bits.weights, allowed[:1]),
+            ("activations", bits.activations, allowed),
+            ("cache", bits.cache, allowed),
+        ):
+            if width not in (*have, OFF):
+                choices = ", ".join(map(str, have))
+                raise ValueError(
+                    f"bits of the {name}: {width} is not allowed for the grid {self.grid!r}; use {choices} or {OFF}"
+                )
 
     @property
     def on_the_fly(self) -> str:
@@ -311,12 +349,14 @@ def check_layers(layers: Any) -> None:
         )
 
 
-BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED = MERGES = (
+BESIDE, DEQUANTIZED, REQUANTIZED, MERGED_16, MERGED_QUANTIZED, MERGED_DISTILLED = MERGES = (
     "adapter",
     "dequantized",
     "requantized",
     "merged-16",
     "merged-quantized",
+    "merged-distilled",
 )  # how a fine-tuned model is deployed (see methods.merge)
-FROM_ORIGINAL = (MERGED_16, MERGED_QUANTIZED)
-PACKED = (REQUANTIZED, MERGED_QUANTIZED)
+AT_ONCE = MERGES[:-1]  # without further training
+FROM_ORIGINAL = (MERGED_16, MERGED_QUANTIZED, MERGED_DISTILLED)
+PACKED = (REQUANTIZED, MERGED_QUANTIZED, MERGED_DISTILLED)

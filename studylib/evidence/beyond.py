@@ -1,12 +1,16 @@
 """What the papers leave open and later work claims, each with its rule, written before the runs that it judges."""
 
-from studylib.config import Format
-from studylib.evidence.measures import FULL, unchanged_text
-from studylib.evidence.rules import is_best, stays_below
+from functools import partial
+
+from studylib.config import MERGED_DISTILLED, NVFP, Format
+from studylib.evidence.measures import FULL, response_measures, unchanged_text
+from studylib.evidence.rules import is_best, loses_little, stays_below, wins_back
 from studylib.evidence.verdicts import TIMES, Claim, PaperNumber
 from studylib.methods import setting
 
 ROTATED = {"scheme.rotated": True}
+ON_NVFP4 = {"scheme.grid": NVFP}
+LITTLE = 0.01  # "next to no loss": less than this share of the perplexity
 CLAIMS = (
     Claim(
         "O1",
@@ -37,5 +41,24 @@ CLAIMS = (
             setting("encoded", "4-16-16", {"format": Format("mxfp4-even", 4, 32)}),
         ),
         is_best,
+    ),
+    Claim(
+        "O4",
+        "QLoRA's adapter can be merged into 4-bit weights at next to no loss",
+        "Left open: QLoRA keeps its adapter in 16 bits; of methods that merge without loss L4Q and QA-LoRA have others",
+        "QLoRA merged into 4-bit weights and distilled shortly is less than 1% worse in response perplexity than "
+        "unmerged",
+        (setting("qlora", "4-16-16"), setting("qlora", "4-16-16", {"merge": MERGED_DISTILLED})),
+        partial(loses_little, LITTLE),
+        primary=response_measures,
+    ),
+    Claim(
+        "O5",
+        "Distillation wins back most of what NVFP4 loses in weights and activations",
+        "Quantization-aware distillation (arXiv 2601.20088) brings NVFP4 near to 16 bits (direction only)",
+        "LLM-QAT on NVFP4 at 4-4-16 wins back more than half of the perplexity that RTN on NVFP4 loses",
+        (FULL, setting("rtn", "4-4-16", ON_NVFP4), setting("llm-qat", "4-4-16", ON_NVFP4)),
+        wins_back,
+        beside=unchanged_text,
     ),
 )

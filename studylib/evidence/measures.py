@@ -327,6 +327,7 @@ def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
         "training": training,
         "instructions": budget.instructions,
         "tuning": tuning,
+        "merging": budget.merging,
         "decoding": budget.decoding,
     }
     return all(_is_as_usual(name, getattr(arm, name), part) for name, part in usual.items())

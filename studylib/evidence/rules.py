@@ -124,6 +124,12 @@ def is_best(measure: Measure, best: Cell, *others: Cell) -> Outcome:
     return together(nearest, f"{_are([_short(other, best) for other in others], effects, best.title)}.")
 
 
+def loses_little(most: float, measure: Measure, reference: Cell, cell: Cell) -> Outcome:
+    """Whether `cell` is worse than `reference` by less than `most`, a share of the perplexity."""
+    effect = replace(_worse(measure, reference, cell), below=most)
+    return together([effect], f"{_is(cell.title, effect, reference.title)}.")
+
+
 def matches(measure: Measure, reference: Cell, cell: Cell, other: Cell | None = None) -> Outcome:
     """Whether `cell` is as good as `reference`; and, where it was run, `other` worse than `cell`."""
     effects = [_within(measure, reference, cell)]

@@ -20,7 +20,7 @@ REPRODUCED, NOT_REPRODUCED, NO_DIFFERENCE, UNDECIDED, NOT_TESTED = VERDICTS = (
     "undecided",
     "not tested here",
 )
-FAMILY = 29  # claims whose verdict can err: those of the page that are neither planned nor counted
+FAMILY = 31  # claims whose verdict can err: those of the page that are neither planned nor counted
 LOOKS = 3  # at the verdicts while a study grows from one seed to three
 RATE = 0.05 / FAMILY / LOOKS  # how often a bound that a verdict rests on may be wrong, so that a page rarely has one
 MOVED = 0.01  # of learned scales: a median move of less is said

@@ -3,6 +3,7 @@
 peft and bitsandbytes do what they do well and are imported where they are used: the imports take seconds.
 """
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from studylib.config import (
     ALL,
+    AT_ONCE,
     BESIDE,
     BITSANDBYTES,
     DEQUANTIZED,
@@ -23,7 +25,7 @@ from studylib.config import (
     FROM_ORIGINAL,
     LOFTQ,
     MERGED_16,
-    MERGES,
+    MERGED_DISTILLED,
     PACKED,
     PISSA,
     Adapter,
@@ -34,7 +36,16 @@ from studylib.config import (
 )
 from studylib.data import models
 from studylib.methods.base import Method
-from studylib.quant import PEFT_ADAPTER, Beside, Codes, DeployedLinear, EncodedLinear, decoder_linears, encode
+from studylib.quant import (
+    PEFT_ADAPTER,
+    Beside,
+    Codes,
+    DeployedLinear,
+    EncodedLinear,
+    RoundedLinear,
+    decoder_linears,
+    encode,
+)
 
 LOFTQ_STEPS = 5  # LoftQ, section 4: "we perform 5 iterations"
 OVERSAMPLED = 8  # directions more than the rank, for the accuracy of the last ones
@@ -204,7 +215,7 @@ def merge(
     about 1%. "dequantized": W~ + D in bf16.
     "requantized": W~ + D rounded to the format anew, to the nearest level. "merged-16": W + D in bf16, W from
     `original`, the model as it was loaded; under "pissa" and "loftq" W without the share that the adapter began with.
-    "merged-quantized": W + D rounded to the format.
+    "merged-quantized": W + D rounded to the format. ("merged-distilled" takes a training: see merged_student.)
     format: what "requantized" and "merged-quantized" round to; that of the base unless given (a 16-bit base has none).
     Everything is fp32 afterwards, in evaluation mode, and frozen.
     Raises ValueError, and changes nothing, for an unknown `how`, one that the method has no use for, or what is
@@ -213,8 +224,8 @@ def merge(
     made: Adaptation | None = getattr(model, "adaptation", None)
     if made is None:
         raise ValueError("the model has no adapter to merge; it was not prepared by attach, or is merged already")
-    if how not in MERGES:
-        raise ValueError(f"merge: {how!r} is not known; use one of {', '.join(MERGES)}")
+    if how not in AT_ONCE:
+        raise ValueError(f"merge: {how!r} is not known or takes a training; use one of {', '.join(AT_ONCE)}")
     wanted = format or made.format
     made.method.check_merge(how, wanted)
     quantized = made.format is not None
@@ -248,6 +259,24 @@ def merge(
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model.requires_grad_(False).eval()
+
+
+def merged_student(model: nn.Module, format: Format | None, original: nn.Module) -> nn.Module:
+    """A copy of a model that `attach` prepared, for "merged-distilled": what "merged-16" leaves, rounded to `format`,
+    that of the base unless given, in every pass. It learns from the model itself; its linear weights require gradients.
+
+    It begins at W + D, not at W~ + D: D is smaller than half a step, so that rounding W~ + D, whose W~ lies on the
+    levels, gives back W~. The rest of W lies anywhere between two levels: of W + D, D turns its share of the codes.
+    Raises ValueError as `merge` does.
+    """
+    made: Adaptation = model.adaptation
+    wanted = format or made.format
+    made.method.check_merge(MERGED_DISTILLED, wanted)
+    assert wanted is not None  # see check_merge
+    student = merge(copy.deepcopy(model), MERGED_16, original=original)
+    for name, linear in decoder_linears(student).items():
+        student.set_submodule(name, RoundedLinear(linear.plain(), wanted))
+    return student
 
 
 def _adapted(layer: nn.Module) -> bool:

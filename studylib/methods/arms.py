@@ -16,6 +16,7 @@ from studylib.config import (
     DEQUANTIZED,
     KL,
     MERGED_16,
+    MERGED_DISTILLED,
     MERGED_QUANTIZED,
     PARTS,
     PLAIN,
@@ -48,6 +49,8 @@ GRID_TITLES = {
     "statsq": "StatsQ weights",
     "lsq": "LSQ weights",
     "paretoq": "ParetoQ weights",
+    "mxfp": "MXFP",
+    "nvfp": "NVFP",
 }
 KIND_TITLES = {"dora": "DoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
 MERGE_TITLES = {
@@ -55,6 +58,7 @@ MERGE_TITLES = {
     REQUANTIZED: "adapter merged, rounded again",
     MERGED_16: "adapter merged into the 16-bit weights",
     MERGED_QUANTIZED: "adapter merged into the 16-bit weights, then rounded",
+    MERGED_DISTILLED: "adapter merged into the 16-bit weights, then rounded and distilled",
 }
 
 
@@ -114,6 +118,7 @@ def build_arm(
         parts["tuning"] = _changed("tuning", usual_tuning(budget, case), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
+    parts["merging"] = budget.merging if merge == MERGED_DISTILLED else None
     terms = budget.terms_of(method, _base(method, format))
     usual = terms.adapter if terms else own.usual_adapter()
     parts["format"], parts["adapter"] = format, usual if adapter is None else adapter

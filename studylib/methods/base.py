@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from studylib.config import (
     BESIDE,
+    FLOATING,
     INTEGER_FORMATS,
     LEARNED,
     NOTHING,
@@ -159,6 +160,7 @@ class Method(ABC):
                 raise ValueError(f"{part}: is given, but {self.name!r} takes none")
         if arm.scheme != Scheme() and "scheme" not in self.takes:
             raise ValueError(f"scheme: {self.name!r} takes none; its grids are its own")
+        arm.scheme.check_widths(arm.widths)
         if arm.widths.cache == OFF and (arm.scheme.cache_scale, arm.scheme.keys) != (Scheme.cache_scale, Scheme.keys):
             raise ValueError(
                 f"cache_scale: {arm.scheme.cache_scale!r} with keys {arm.scheme.keys!r} has no effect at {arm.bits}, "
@@ -207,6 +209,8 @@ class Method(ABC):
         format = arm.format
         if not self.rounds and not arm.tuning:
             raise ValueError("it is the model as it was loaded")
+        if arm.scheme.grid in FLOATING:
+            raise ValueError("its numbers are floats in blocks, which no container holds here")
         if arm.scheme.rotated:
             raise ValueError("its activations are rotated on the way, which no container says here")
         if format and in_bitsandbytes(format):
@@ -233,7 +237,7 @@ class Method(ABC):
 
     def as_trained(self, arm: Arm) -> Arm:
         """Deployed as it was trained, and scored on nothing: equal for arms that share what makes their weights."""
-        return dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE)
+        return dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE, merging=None)
 
 
 _METHODS: dict[str, Method] = {}

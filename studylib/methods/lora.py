@@ -162,7 +162,8 @@ class FineTuned(Method):
         return found
 
     def apply(self, work: Work) -> "Log":
-        from studylib.methods.adapters import load_trained, merge, save_trained
+        from studylib.methods.adapters import load_trained, merge, merged_student, save_trained
+        from studylib.quant import decode_model
         from studylib.train import fine_tune, training_pairs
 
         arm, model = work.arm, work.model
@@ -171,11 +172,11 @@ class FineTuned(Method):
             tokens = None if work.data is None else work.calibration(CALIBRATION_WINDOWS)
             format = arm.format if "format" in self.needs else None
             attach(model, self, format=format, adapter=arm.adapter, seed=arm.seed, tokens=tokens)
+            pairs, validation = training_pairs(arm.instructions.source)
             if usable(work.trained):
                 log = load_trained(model, work.trained)
                 work.progress(arm.tuning.last * arm.tuning.batch * arm.instructions.length)
             else:
-                pairs, validation = training_pairs(arm.instructions.source)
                 log = fine_tune(
                     model,
                     work.tokenizer,
@@ -191,12 +192,40 @@ class FineTuned(Method):
                 if self.keeps_adapter:
                     with kept_if_possible(f"the adapter of {arm.method} {arm.bits}"):
                         save_trained(model, log, work.trained)
-            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):  # by its very last step
-                log = dataclasses.replace(log, steps=[*log.steps[:-1], log.steps[-1] | {"loss": math.nan}])
-            if math.isfinite(log.steps[-1]["loss"]):
-                original = work.load() if arm.merge in FROM_ORIGINAL else None
+            if not _finite(model):  # by its very last step
+                log = _diverged(log)
+            finite = math.isfinite(log.steps[-1]["loss"])
+            original = work.load() if finite and arm.merge in FROM_ORIGINAL else None
+            if finite and arm.merging:
+                assert original is not None
+                work.model = student = merged_student(model, arm.format, original)
+                towards = fine_tune(
+                    student,
+                    work.tokenizer,
+                    pairs,
+                    arm.instructions,
+                    arm.merging,
+                    work.checkpoints / f"{work.checkpoints.name}-merging",
+                    teacher=model,
+                    rows=work.rows,
+                    progress=work.progress,
+                )
+                if math.isfinite(towards.steps[-1]["loss"]) and _finite(student):
+                    decode_model(student).requires_grad_(False)
+                else:
+                    log = _diverged(log)
+            elif finite:
                 merge(model, arm.merge, format=arm.format, original=original)
         return log
+
+
+def _finite(model: "PreTrainedModel") -> bool:
+    """Whether all that trains is."""
+    return all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def _diverged(log: "Log") -> "Log":
+    return dataclasses.replace(log, steps=[*log.steps[:-1], log.steps[-1] | {"loss": math.nan}])
 
 
 def attach(
@@ -281,7 +310,7 @@ class LoRA(FineTuned):
         super().check_parts(format, adapter)
 
     def check(self, arm: Arm) -> None:
-        base = dataclasses.replace(arm, format=None, merge=BESIDE) if arm.merge in PACKED else arm
+        base = dataclasses.replace(arm, format=None, merge=BESIDE, merging=None) if arm.merge in PACKED else arm
         super().check(base)
         self.check_merge(arm.merge, arm.format)
 

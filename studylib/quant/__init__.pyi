@@ -1,5 +1,6 @@
 from .formats import (
     EncodedLinear,
+    RoundedLinear,
     bits_per_parameter,
     check_matrix,
     decode_model,
@@ -53,6 +54,7 @@ __all__ = [
     "Int4Linear",
     "LearnedGridLinear",
     "QuantizedLinear",
+    "RoundedLinear",
     "bits_per_parameter",
     "cache_bytes_per_token",
     "cast_parameters",

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studylib.config import INTEGER_FORMATS, MICROSCALING, Format, in_bitsandbytes
+from studylib.quant import floats
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
-from studylib.quant.storage import SCALES_IN_GROUP, Codes, DeployedLinear, look_up, pack
+from studylib.quant.storage import SCALES_IN_GROUP, Codes, DeployedLinear, pack
 
 FLOAT_MAGNITUDES = {
     "fp-e2m1": (0, 0.5, 1, 1.5, 2, 3, 4, 6),
@@ -44,8 +45,7 @@ def levels(format: Format) -> Tensor:
         half = 2 ** (format.bits - 1)
         return torch.arange(-half, half).float() / (half - 0.5)
     if format.kind in MICROSCALING:
-        magnitudes = torch.tensor(E2M1)
-        return torch.cat([-magnitudes.flip(0), magnitudes[1:]])
+        return floats.levels()
     if format.kind == "nf":
         half = 2 ** (format.bits - 1)
         delta = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
@@ -73,51 +73,6 @@ def scale_levels() -> Tensor:
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
     positive = torch.cat(positive)
     return torch.cat([-positive.flip(0), torch.zeros(1), positive, torch.ones(1)])
-
-
-@cache
-def e8m0() -> Tensor:
-    """What the 256 codes of E8M0 stand for, fp32: 2^(code - 127), and NaN. Do not write to it."""
-    return torch.cat([torch.exp2(torch.arange(255).double() - 127), torch.tensor([torch.nan])]).float()
-
-
-@cache
-def e4m3() -> Tensor:
-    """What the 256 codes of E4M3 stand for, fp32, in the order of their bits. Do not write to it."""
-    return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
-
-
-E2M1 = FLOAT_MAGNITUDES["fp-e2m1"]
-LARGEST_EXPONENT = 2  # of E2M1: floor(log2(6))
-E4M3_LARGEST = torch.finfo(torch.float8_e4m3fn).max
-E4M3_IN_PLACE_OF_0 = 0x20  # 0.125: the scale of a group that is too small for one, as compressed-tensors has it
-
-
-def _nearest_e2m1(x: Tensor) -> Tensor:
-    """uint8 codes, in the order of `levels`, of the E2M1 numbers nearest to x; ties go to the even mantissa, and what
-    lies beyond the largest becomes the largest."""
-    magnitudes = torch.tensor(E2M1, device=x.device)
-    between = (magnitudes[:-1] + magnitudes[1:]) / 2
-    between[1::2] = between[1::2].nextafter(between.new_zeros(()))  # a number midway goes up to an even mantissa
-    nearest = torch.bucketize(x.abs(), between)
-    return (len(E2M1) - 1 + nearest * torch.where(x < 0, -1, 1)).to(torch.uint8)
-
-
-def _encode_microscaling(groups: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes of numbers fp32 [groups, size]: uint8 of the same shape, their scales uint8 [groups], and the number that
-    all scales are divided by, fp32 [1], where there is one."""
-    largest = groups.abs().amax(1)
-    if kind == "nvfp4":
-        outer = (E4M3_LARGEST * E2M1[-1] / largest.max().clamp_min(torch.finfo(torch.float32).tiny)).view(1)
-        outer = torch.where(outer.isinf(), 1, outer)
-        scales = (outer * (largest / E2M1[-1])).clamp(max=E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-        scales = torch.where(scales == 0, E4M3_IN_PLACE_OF_0, scales)
-        return _nearest_e2m1(groups / (look_up(scales, e4m3()) / outer)[:, None]), scales, outer
-    mantissas, exponents = largest.frexp()  # from 0.5 to 1: the exponent is one more than floor(log2)
-    if kind == "mxfp4-even":
-        exponents = exponents + (mantissas >= 0.875)  # E2M1 rounds 1.75 to 2
-    scales = (exponents - 1 - LARGEST_EXPONENT + 127).clamp(0, 254).to(torch.uint8)
-    return _nearest_e2m1(groups / look_up(scales, e8m0())[:, None]), scales, None
 
 
 def _nearest(x: Tensor, scale: Tensor, table: Tensor) -> Tensor:
@@ -150,11 +105,10 @@ def encode(weight: Tensor, format: Format) -> Codes:
     rows, columns = weight.shape
     format.check_width(columns)
     weight, zeros = weight.detach().float(), None
-    low, table, outer, mean = 0, None, None, None
     if format.kind in MICROSCALING:
-        table = levels(format)
-        codes, scales, outer = _encode_microscaling(weight.reshape(-1, MICROSCALING[format.kind]), format.kind)
-    elif format.kind in INTEGER_FORMATS:
+        return floats.encode(weight, format.kind)
+    low, table, outer, mean = 0, None, None, None
+    if format.kind in INTEGER_FORMATS:
         low = format.grid.low
         integers = quantize(weight, format.grid)
         codes, scales = integers.codes.short() - low, integers.scale.flatten()
@@ -165,9 +119,7 @@ def encode(weight: Tensor, format: Format) -> Codes:
         scales = groups.abs().amax(1)
         codes = _nearest(groups, scales[:, None], table)
     codes, scale_table = pack(codes, format.bits), None
-    if format.kind in MICROSCALING:
-        scale_table = e4m3() if format.kind == "nvfp4" else e8m0()
-    elif format.double:
+    if format.double:
         scale_table = scale_levels()
         scales, outer, mean = _encode_scales(scales, negative=in_bitsandbytes(format))
     elif format.scale_bits == 16:
@@ -280,6 +232,47 @@ class EncodedLinear(nn.Linear):
         return f"{super().extra_repr()}, format={self.format.title}"
 
 
+class _Rounded(torch.autograd.Function):
+    """Forward: round to the format. Backward: the identity. What is not finite stays as it is: training then stops."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, format: Format) -> Tensor:
+        return encode(weight, format).decode(weight.dtype) if weight.isfinite().all() else weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer whose weight trains and is rounded to a number format, any of them, in every pass.
+
+    input [..., in] -> [..., out]. Gradients go straight through the rounding (Bengio et al. 2013, arXiv 1308.3432);
+    scales are those that `encode` finds anew. The parameters are those of the layer it replaces.
+    """
+
+    def __init__(self, linear: nn.Linear, format: Format):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = nn.Parameter(linear.weight.detach().clone()), linear.bias
+        format.check_width(self.in_features)
+        self.format, self.weight_dtype = format, linear.weight.dtype
+
+    def codes(self) -> Codes:
+        """The weight as it is stored. ValueError where it is not finite."""
+        return encode(self.weight, self.format)
+
+    def dense(self) -> Tensor:
+        """The weight that the layer multiplies with, [out, in]."""
+        return _Rounded.apply(self.weight, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format.title}"
+
+
 def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
@@ -300,10 +293,11 @@ def encode_model(model: nn.Module, format: Format) -> nn.Module:
 
 
 def decode_model(model: nn.Module) -> nn.Module:
-    """Put DeployedLinear with decoded weights in place of every EncodedLinear, below peft's adapters too."""
+    """Put DeployedLinear with decoded weights in place of every EncodedLinear, below peft's adapters too, and of every
+    RoundedLinear."""
     decoded = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, EncodedLinear):
+        if isinstance(layer, EncodedLinear | RoundedLinear):
             stored = layer.codes()
             decoded[name] = DeployedLinear(stored.decode(layer.weight_dtype), layer.bias, stored)
     return _replace(model, decoded)

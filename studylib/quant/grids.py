@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studylib.config import FULL_RANGE, LEARNED, LSQ, STATSQ, SYMMETRIC, Grid
+from studylib.config import FLOATING, FULL_RANGE, LEARNED, LSQ, STATSQ, SYMMETRIC, Grid
+from studylib.quant.floats import rounded
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ def choose_scale(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """fp32 scale and zero point of each row of `rows` [..., D]: both [..., 1]; no zero point if symmetric.
 
     A row of zeros gets the smallest normal number as its scale, and codes that stand for exact zeros.
-    Raises ValueError for LEARNED grids, whose scale is learned.
+    Raises ValueError for LEARNED grids, whose scale is learned, and for those of FLOATING.
     """
     tiny = torch.finfo(torch.float32).tiny
+    if grid.kind in FLOATING:
+        raise ValueError(f"grid: {grid.kind!r} has no integers; use floats.rounded, or formats.encode for its codes")
     if grid.kind in LEARNED:
         raise ValueError(f"grid: the scale of {grid.kind!r} is learned, not chosen from the numbers; give it as `step`")
     if grid.kind == STATSQ:
@@ -111,10 +114,15 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: round to the grid. Backward: the identity, or zero where |x| >= mask or where x was clipped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid, mask: float | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid, mask: float | None, whole: bool) -> Tensor:
+        passed = None if mask is None else x.abs() < mask
+        if grid.kind in FLOATING:
+            ctx.masked = passed is not None
+            if ctx.masked:
+                ctx.save_for_backward(passed)
+            return rounded(x, grid, whole).to(x.dtype)
         rows = grid.rows(x)
         scale, zero = choose_scale(rows, grid)
-        passed = None if mask is None else x.abs() < mask
         if grid.kind == STATSQ:
             inside = ((rows.abs() / scale) <= grid.high).reshape(x.shape)
             passed = inside if passed is None else passed & inside
@@ -128,7 +136,7 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.masked:
             (passed,) = ctx.saved_tensors
             gradient = gradient * passed
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -154,12 +162,15 @@ class _LearnedStep(torch.autograd.Function):
         return gradient * inside.reshape(x.shape), d_step.sum_to_size(step.shape).to(step.dtype), None
 
 
-def fake_quantize(x: Tensor, grid: Grid, mask: float | None = None, step: Tensor | None = None) -> Tensor:
-    """quantize(x, grid, step).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN.
+def fake_quantize(
+    x: Tensor, grid: Grid, mask: float | None = None, step: Tensor | None = None, whole: bool = False
+) -> Tensor:
+    """quantize(x, grid, step).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN. Of
+    grids of floats, floats.rounded(x, grid, whole).
 
     x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of a LEARNED grid, as
     `quantize` takes it, which gets a gradient of its own; numbers that a grid clips get none.
     mask: None for the plain straight-through estimator; LLM-QAT's official code uses 2.0, which drops the gradient
     where |x| >= 2 although its forward pass never clips.
     """
-    return _StraightThrough.apply(x, grid, mask) if step is None else _LearnedStep.apply(x, step, grid)
+    return _StraightThrough.apply(x, grid, mask, whole) if step is None else _LearnedStep.apply(x, step, grid)

@@ -9,7 +9,19 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from studylib.config import AFTER_ROTARY, ASYMMETRIC, LEARNED, OFF, PER_HEAD, BitWidths, Grid, Scheme
+from studylib.config import (
+    AFTER_ROTARY,
+    ASYMMETRIC,
+    FLOATING,
+    LEARNED,
+    MXFP,
+    OFF,
+    PER_HEAD,
+    BitWidths,
+    Grid,
+    Scheme,
+)
+from studylib.quant import floats
 from studylib.quant.grids import fake_quantize, initial_step, quantize
 from studylib.quant.integers import IntegerProduct, multiplies
 from studylib.quant.rotation import take_over_rotations
@@ -67,6 +79,10 @@ class QuantizedLinear(nn.Linear):
         """The weight as it is stored; None where it has 16 bits. ValueError where it is not finite."""
         if self.weight_grid is None:
             return self.stored
+        if self.weight_grid.kind in FLOATING:
+            if not self.weight.isfinite().all():
+                raise ValueError("weight: holds NaN or infinity; codes exist for finite numbers only")
+            return floats.encode(self.weight.detach(), f"{self.weight_grid.kind}{self.weight_grid.bits}")
         found = quantize(self.weight.detach(), self.weight_grid, self.weight_step)
         return Codes.of_integers(found.codes, self.weight_grid.bits, self.weight_grid.low, found.scale, found.zero)
 
@@ -74,7 +90,7 @@ class QuantizedLinear(nn.Linear):
         """The weight that the layer multiplies with, [out, in]."""
         if self.weight_grid is None:
             return self.weight
-        return fake_quantize(self.weight, self.weight_grid, self.mask, self.weight_step)
+        return fake_quantize(self.weight, self.weight_grid, self.mask, self.weight_step, whole=True)
 
     def _product(self, x: Tensor) -> IntegerProduct | None:
         """What multiplies the weight's integers; None where x has to be multiplied otherwise."""
@@ -182,6 +198,7 @@ def quantize_model(
     attention.
     """
     bits = BitWidths.parse(bits)
+    scheme.check_widths(bits)
     linears = decoder_linears(model)
     if any(isinstance(module, QuantizedLinear) for module in linears.values()):
         raise ValueError("the model is quantized already; load it anew to quantize it in another way")
@@ -256,7 +273,7 @@ def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Schem
     """Bytes of keys and values that one token leaves in the cache, in all layers: KV bits, an fp32 scale for each.
 
     A scale is shared by all heads, or each head has its own (scheme.cache_scale). Worked: 3 heads of 64 numbers at 4
-    bits: 96 + 4 bytes over all heads, 96 + 12 for each head.
+    bits: 96 + 4 bytes over all heads, 96 + 12 for each head; MXFP8: 192 + 6, FP8 ("nvfp" at 8 bits): 192 + 4.
     """
     width = BitWidths.parse(bits).cache
     outputs = [
@@ -269,6 +286,8 @@ def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Schem
         outputs = [heads * head_width(model)] * (2 * model.config.num_hidden_layers)
     if width == OFF:
         return sum(outputs) * FLOAT_BYTES
+    if scheme.grid in FLOATING:
+        return sum(_packed_floats(n, Grid(width, scheme.grid)) for n in outputs)
     return sum(
         _packed(n, n // head_width(model) if scheme.cache_scale == PER_HEAD else 1, width, scheme) for n in outputs
     )
@@ -277,6 +296,12 @@ def cache_bytes_per_token(model: nn.Module, bits: str | BitWidths, scheme: Schem
 def _packed(numbers: int, scales: int, bits: int, scheme: Scheme) -> int:
     zeros = scales if scheme.on_the_fly == ASYMMETRIC else 0
     return (numbers + zeros) * bits // 8 + scales * SCALE_BYTES
+
+
+def _packed_floats(numbers: int, grid: Grid) -> int:
+    """Bytes of a token's keys or values: elements, a byte for each block's scale, an fp32 scale but for "mxfp"."""
+    blocks = 0 if grid.block is None else numbers // grid.block
+    return numbers * grid.bits // 8 + blocks + SCALE_BYTES * (grid.kind != MXFP)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:

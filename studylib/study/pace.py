@@ -38,7 +38,8 @@ def tokens(arm: Arm) -> dict[str, float]:
     if arm.training and arm.data:
         found["train"] = arm.training.last * arm.training.batch * arm.data.length
     if arm.tuning and arm.instructions:
-        found["train"] = arm.tuning.last * arm.tuning.batch * arm.instructions.length
+        trained = [budget for budget in (arm.tuning, arm.merging) if budget]
+        found["train"] = sum(budget.last * budget.batch for budget in trained) * arm.instructions.length
     if not arm.budget:
         found["quantize"] = windows if windows else ROUNDING * scored
     if arm.decoding and arm.format:

@@ -25,12 +25,15 @@ from studylib.config import (
     MAX_RANK,
     MAX_SEED,
     MERGES,
+    MXFP,
+    NVFP,
     OFF,
     OWN_DATA,
     PROFILES,
     STRATEGIES,
     TEMPERATURES,
     BitWidths,
+    Scheme,
     check_corpus,
     check_layers,
     check_loss,
@@ -156,6 +159,14 @@ WEIGHTS_ALONE = _list(
     ["4-16-16"],
 )
 SETTINGS = _list(SETTING, "bit widths", ["8-8-8", "4-8-4"])
+
+
+def _floats(grid: str) -> Parameter:
+    """Bit widths that a grid of floats has."""
+    check = Scheme(grid).check_widths
+    return _list(_text(lambda bits: check(BitWidths.parse(bits)), "", "4-8-8"), "bit widths", ["4-4-16", "4-8-8"])
+
+
 GROUP = Parameter(
     Annotated[int, Field(ge=0, le=MAX_GROUP), _that(lambda group: group != 1)],
     f"a whole number from 2 to {MAX_GROUP}, or 0 for the profile's",
@@ -170,14 +181,17 @@ NUMBERS = _list(
 CORPUS = _text(check_corpus, "", "c4")
 CORPORA_LIST = _list(CORPUS, f"{', '.join(CORPORA)} or paths of .txt or .jsonl files", list(CORPORA))
 KINDS = _some_of(ADAPTER_KINDS)
+WAYS = _some_of(MERGES)
 LOSS = _text(check_loss, "", "kl")
 WIDTHS, ALL_WIDTHS = (4, 3, 2), (4, 3, 2, 8)  # of NormalFloat; of integers
 
-# without training; on a low-bit base; whose memory can be planned
+# without training; of these, in groups; on a low-bit base; whose memory can be planned
 ROUNDED = [name for name, method in METHODS.items() if method.rounds and method.needs <= {"data"}]
+IN_GROUPS = [name for name, method in METHODS.items() if method.takes >= {"format"} and "data" in method.needs]
 ON_A_BASE = [name for name, method in METHODS.items() if method.needs >= {"tuning", "format"}]
 PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs and "data" not in method.needs]
 
+CALIBRATED = _some_of(IN_GROUPS)
 COMPUTED = Parameter(
     Annotated[str, _that(lambda value: value in COMPUTE)], "new, missing or all (see studylib.run)", COMPUTE[0]
 )
@@ -228,6 +242,8 @@ PARAMETERS = {
         "methods": _some_of(ROUNDED),
         "searched": SETTINGS,
         "grouped": WEIGHTS_ALONE,
+        "calibrated": CALIBRATED,
+        "symmetric": CALIBRATED,
         "hard": SETTING,
         "smoothed": SETTINGS,
     },
@@ -236,12 +252,20 @@ PARAMETERS = {
         "methods": _some_of(ON_A_BASE),
         "further": _some_of(ON_A_BASE),
         "kinds": KINDS,
+        "merges": WAYS,
         "bits": _some_of(ALL_WIDTHS, least=1),
         "integers": _some_of((FULL, AFFINE), least=1),
         "group": GROUP,
     },
     "06_number_formats": POOLED
-    | {"widths": _some_of(WIDTHS, least=1), "group": GROUP, "groups": GROUPS, "fine": FLAG, "micro": FLAG},
+    | {
+        "widths": _some_of(WIDTHS, least=1),
+        "group": GROUP,
+        "groups": GROUPS,
+        "fine": FLAG,
+        "micro": FLAG,
+        "calibrated": CALIBRATED,
+    },
     "07_memory": RUN
     | {
         "methods": _some_of(PLANNED, least=1),
@@ -259,6 +283,9 @@ PARAMETERS = {
         "rotated": FLAG,
         "trained": SETTINGS,
         "smoothed": SETTINGS,
+        "mxfp": _floats(MXFP),
+        "nvfp": _floats(NVFP),
+        "distilled": SETTINGS,
     },
     "10_model_sizes": {name: own for name, own in TRAINED.items() if name not in ("model", "rates")}
     | {
@@ -279,7 +306,7 @@ PARAMETERS = {
         "initialisations": _some_of(INITS),
         "few": _text(check_layers, "all, or ends of layers' names joined by '+'", "q_proj+v_proj"),
         "kinds": KINDS,
-        "merges": _some_of(MERGES),
+        "merges": WAYS,
     },
     "12_quantization_grids": TRAINED
     | {

@@ -25,7 +25,10 @@ def cases(arms: Sequence[Arm]) -> dict[str, Arm]:
     found: dict[str, Arm] = {}
     for arm in sorted((arm for arm in arms if arm.budget), key=lambda arm: (len(Setting.of(arm).changes), arm.seed)):
         found.setdefault(rate_case(arm.method, arm.bits, arm.format, arm.scheme), arm)
-    return {case: _begun(dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE)) for case, arm in found.items()}
+    return {
+        case: _begun(dataclasses.replace(arm, evaluation=NOTHING, merge=BESIDE, merging=None))
+        for case, arm in found.items()
+    }
 
 
 def _begun(arm: Arm) -> Arm:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from studylib.config import Instructions, Log, Tuning
 from studylib.data import Pair, context_length, conversation, device, instruction_pairs
 from studylib.train.distillation import MEASURED, last_hidden
-from studylib.train.losses import label_loss, label_losses
+from studylib.train.losses import label_loss, label_losses, soft_logit_loss
 
 IGNORED = -100  # the label of a position whose next token is not learned
 PADDED_TO = 8  # rows are padded to a multiple of it,
@@ -97,6 +97,15 @@ def response_loss(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Ten
     return label_loss(hidden, model.get_output_embeddings().weight, labels[learned])
 
 
+def towards_teacher(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean KL(teacher || model) in nats of the predictions of the labelled tokens [B, T] (see soft_logit_loss)."""
+    learned = labels != IGNORED
+    with torch.no_grad():
+        given = last_hidden(teacher, tokens)[learned]
+    heads = model.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    return soft_logit_loss(last_hidden(model, tokens)[learned], heads[0], given, heads[1])
+
+
 @torch.no_grad()
 def pair_losses(model: PreTrainedModel, tokens: Tensor, labels: Tensor) -> Tensor:
     """The summed cross-entropy in nats of the labelled tokens of each row [B, T], as in response_loss: [B]."""
@@ -121,6 +130,7 @@ def fine_tune(
     settings: Tuning,
     folder: str | Path,
     *,
+    teacher: PreTrainedModel | None = None,
     held_out: Sequence[Pair] = (),
     rows: int | None = None,
     keep: bool = False,
@@ -128,10 +138,11 @@ def fine_tune(
 ) -> Log:
     """Train the parameters of `model` that require gradients (see methods.attach) on `pairs`, in place.
 
-    Examples come in one random order (see random_order), drawn by instructions.seed, again and again. held_out: pairs
-    whose response loss is measured as training goes on, each by itself, the shortest first. rows: of a batch, computed
-    at a time; the loss is the batch's mean over tokens all the same. folder, keep, and what happens to a killed
-    training: as training_loop.fit.
+    Examples come in one random order (see random_order), drawn by instructions.seed, again and again. teacher: a model
+    of the same vocabulary whose predictions are learned (see towards_teacher), in the place of the responses. held_out:
+    pairs whose response loss is measured as training goes on, each by itself, the shortest first. rows: of a batch,
+    computed at a time; the loss is the batch's mean over tokens all the same. folder, keep, and what happens to a
+    killed training: as training_loop.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
     from studylib.train.loop import fit
@@ -151,6 +162,8 @@ def fine_tune(
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    loss = functools.partial(towards_teacher, model, teacher) if teacher else functools.partial(response_loss, model)
+
     def held_out_loss() -> dict[str, Any]:
         losses, counts = [], []
         for some in batches:
@@ -164,7 +177,7 @@ def fine_tune(
     try:
         return fit(
             model,
-            lambda tokens, labels: {"loss": response_loss(model, tokens, labels)},
+            lambda tokens, labels: {"loss": loss(tokens, labels)},
             examples,
             settings,
             folder,

@@ -57,6 +57,9 @@ SAID = {
     "steps of tuning": tuned(lambda arm: f"{arm.tuning.steps:,}"),
     "batch of tuning": tuned(lambda arm: f"{arm.tuning.batch}"),
     "rate of tuning": tuned(lambda arm: f"{arm.tuning.learning_rate:.2g}"),
+    "distillation when merged": lambda section, budget: (
+        f"{budget.merging.steps} steps of {budget.merging.batch}, rate {budget.merging.learning_rate:g}"
+    ),
     "rate of scales": tuned(lambda arm: "as all" if arm.tuning.grid_rate is None else f"{arm.tuning.grid_rate:g}"),
     "schedule of tuning": tuned(lambda arm: f"{arm.tuning.schedule}, warm-up {arm.tuning.warmup:g}"),
     "weight decay of tuning": tuned(lambda arm: f"{arm.tuning.weight_decay:g}"),

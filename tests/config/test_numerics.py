@@ -15,8 +15,8 @@ from studylib.config.numerics import NUMERICS, Version
 from studylib.data import corpora, generation, models
 from studylib.evaluate import packing, scores
 from studylib.methods import adapters, ptq
-from studylib.quant import formats, grids, kernel, learned, rotation
-from studylib.train import losses
+from studylib.quant import floats, formats, grids, kernel, learned, rotation
+from studylib.train import finetuning, losses
 
 
 @pytest.mark.parametrize("component", NUMERICS)
@@ -137,6 +137,11 @@ def adapters_of_another_seed(patch):
     patch.setattr(adapters, "inject", lambda model, adapter, names, seed: original(model, adapter, names, seed + 1))
 
 
+def a_divergence_of_the_other_direction(patch):
+    original = finetuning.soft_logit_loss
+    patch.setattr(finetuning, "soft_logit_loss", lambda *args: original(*args, "reverse-kl"))
+
+
 def another_random_model(patch):
     original = models.skeleton
 
@@ -145,6 +150,11 @@ def another_random_model(patch):
         return original(config)
 
     patch.setattr(models, "skeleton", changed)
+
+
+def floats_that_are_rounded_down(patch):
+    original = floats.nearest
+    patch.setattr(floats, "nearest", lambda x, element: original(x * 0.98, element))
 
 
 def smaller_blocks(patch):
@@ -167,11 +177,13 @@ CHANGES = [
     ("evaluation", rows_that_are_packed_otherwise),
     ("evaluation", shorter_windows_of_responses),
     ("formats", another_middle),
+    ("float grids", floats_that_are_rounded_down),
     ("rotation", smaller_blocks),
     ("generation", samples_of_more_tokens),
     ("ptq", another_strength),
     ("fine-tuning", adapters_that_are_scaled_otherwise),
     ("fine-tuning", adapters_of_another_seed),
+    ("merging", a_divergence_of_the_other_direction),
     ("models", another_random_model),
     ("execution", another_middle_of_the_codes),
 ]

@@ -196,7 +196,7 @@ def test_divergence_and_sure_answers_stand_beside_the_same_verdict(ablations, tu
     records = [known_divergence(record) for record in ablations + tuned]
     assert verdict(claim, records) == REPRODUCED
     titles = [finding.measure for finding in judge(CLAIMS[claim], records)[1:]]
-    kept = claim[0] in "AO" or claim in ("B1", "B2")
+    kept = (claim[0] in "AO" and claim != "O4") or claim in ("B1", "B2")
     assert ("KL divergence from full precision on Wikipedia and C4" in titles) == kept
     judged = {title for title in titles if title.startswith(("mean accuracy", "bits a byte of right answers"))}
     assert len(judged) in (0, 2)  # one wherever the other
@@ -352,8 +352,8 @@ def test_the_spread_of_other_arms_counts_for_one_that_was_run_once(ablations, se
 
 def test_a_false_word_on_a_page_is_rare_because_every_claim_that_can_err_is_counted():
     exact = {"A5", "B3", "B6", "B7", "C3"}  # on a page of its own; counted or planned
-    assert len(CLAIMS) - len(exact) == FAMILY == 29
-    assert pytest.approx(0.05 / 29 / 3) == RATE
+    assert len(CLAIMS) - len(exact) == FAMILY == 31
+    assert pytest.approx(0.05 / 31 / 3) == RATE
     page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
     assert f"bounds are wrong in one of {1 / RATE:,.0f} cases each" in " ".join(page.split())
 
@@ -418,7 +418,7 @@ def test_what_is_undecided_says_what_could_have_been_detected(make_record):
     assert finding.sentence.endswith(f"Undecided (minimum detectable effect: {finding.could}).")
     assert finding.could.endswith("% or more")
     wide = dataclasses.replace(finding, effect=Effect(Interval(0.0, (18.0, 18.0)), ACCURACY, "", above=0))
-    assert wide.could == "73.7 points or more"  # (3.22 + 0.84) standard errors
+    assert wide.could == "74.0 points or more"  # (3.27 + 0.84) standard errors
     wider = dataclasses.replace(finding, effect=Effect(Interval(0.0, (40.0, 40.0)), ACCURACY, "", above=0))
     assert wider.could == "no difference, however large"
     once = dataclasses.replace(finding, effect=Effect(Interval(0.0, (math.inf, math.inf)), ACCURACY, "", above=0))

@@ -34,10 +34,12 @@ from studylib.config.numerics import NUMERICS
 from studylib.config.settings import (
     ADAPTER_KINDS,
     AFFINE,
+    AT_ONCE,
+    FLOAT_BITS,
+    FLOATING,
     FULL,
     INITS,
     LEARNED,
-    MERGES,
     OF_WEIGHTS,
     Adapter,
     Format,
@@ -45,7 +47,7 @@ from studylib.config.settings import (
     Scheme,
 )
 from studylib.data import corpora, generation, models, prompts
-from studylib.quant import formats, grids, kernel, layers, learned, rotation, storage
+from studylib.quant import floats, formats, grids, kernel, layers, learned, rotation, storage
 
 FILE = Path(__file__).with_name("numerics.json")
 TOLERANCE = 2e-3
@@ -227,6 +229,17 @@ def of_weight_grids() -> Iterator[float]:
         model = layers.quantize_model(tiny(opinionated=True), bits, scheme)
         yield from summary(logits(model) - plain)
         yield from (storage.stored_bytes(model), layers.cache_bytes_per_token(tiny(), bits, scheme))
+
+
+def of_float_grids() -> Iterator[float]:
+    x = normal(32, 128) * torch.logspace(-2, 2, 32)[:, None]
+    plain = logits(tiny(opinionated=True))
+    for kind in FLOATING:
+        for bits in FLOAT_BITS[kind]:
+            for whole in (False, True):
+                yield from summary(floats.rounded(x, Grid(bits, kind), whole))
+        model = layers.quantize_model(tiny(opinionated=True), "4-8-8", Scheme(kind))
+        yield from (*summary(logits(model) - plain), layers.cache_bytes_per_token(tiny(), "4-8-8", Scheme(kind)))
 
 
 def of_rotation() -> Iterator[float]:
@@ -418,12 +431,12 @@ def of_fine_tuning() -> Iterator[float]:
     affine = Format("affine", 3, 32)
     original = tiny(opinionated=True)
     for method, format, kind, merges in (
-        ("lora", None, "lora", (MERGES[0], MERGES[3])),
-        ("lora", None, "dora", (MERGES[1],)),
-        ("qlora", nf4, "lora", MERGES),
-        ("qlora", nf4, "loftq", (MERGES[4],)),
-        ("qlora", affine, ADAPTER_KINDS[2], (MERGES[0],)),
-        ("qa-lora", affine, "lora", (MERGES[0],)),
+        ("lora", None, "lora", (AT_ONCE[0], AT_ONCE[3])),
+        ("lora", None, "dora", (AT_ONCE[1],)),
+        ("qlora", nf4, "lora", AT_ONCE),
+        ("qlora", nf4, "loftq", (AT_ONCE[4],)),
+        ("qlora", affine, ADAPTER_KINDS[2], (AT_ONCE[0],)),
+        ("qa-lora", affine, "lora", (AT_ONCE[0],)),
     ):
         adapter = Adapter(4, 8.0, kind=kind)
         for how in merges:
@@ -441,6 +454,27 @@ def of_fine_tuning() -> Iterator[float]:
             learn = Instructions(length=192, seed=1)
             log = finetuning.fine_tune(model, tokenizer, pairs, learn, settings, folder, held_out=pairs[:2])
         yield from trained_by(model, log, before)
+
+
+def of_merging() -> Iterator[float]:
+    from studylib.methods import attach
+    from studylib.methods.adapters import merged_student
+    from studylib.train import finetuning
+
+    tokenizer, pairs = models.load_tokenizer("tiny-random"), corpora.instruction_pairs("training")[:8]
+    for format in (Format("nf", 4, 32, double=True), Format("affine", 3, 32)):
+        adapter = Adapter(4, 8.0)
+        teacher = attach(tiny(opinionated=True), "qlora", format=format, adapter=adapter, seed=2)
+        for name, parameter in teacher.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.1 * normal(*parameter.shape)
+        student = merged_student(teacher, format, tiny(opinionated=True))
+        before = copied(student)
+        with tempfile.TemporaryDirectory() as folder:
+            learn, settings = Instructions(length=192, seed=1), Tuning(3, 2, 1e-3)
+            log = finetuning.fine_tune(student, tokenizer, pairs, learn, settings, folder, teacher=teacher)
+        yield from trained_by(student, log, before)
+        yield from summary(weights(formats.decode_model(student)))
 
 
 def of_learned_grids() -> Iterator[float]:
@@ -522,6 +556,7 @@ VALUES: dict[str, Callable[[], Iterable[float]]] = {
     "evaluation": of_evaluation,
     "grids": of_grids,
     "weight grids": of_weight_grids,
+    "float grids": of_float_grids,
     "rotation": of_rotation,
     "formats": of_formats,
     "generation": of_generation,
@@ -529,6 +564,7 @@ VALUES: dict[str, Callable[[], Iterable[float]]] = {
     "distillation": of_distillation,
     "hidden states": of_hidden_states,
     "fine-tuning": of_fine_tuning,
+    "merging": of_merging,
     "learned grids": of_learned_grids,
     "ptq": of_ptq,
     "execution": of_execution,

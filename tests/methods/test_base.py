@@ -10,7 +10,7 @@ import torch
 from studylib.config.arm import PARTS, Arm
 from studylib.config.budgets import NOTHING, Evaluation, Sampling, Training, profile
 from studylib.config.numerics import NUMERICS, versions
-from studylib.config.settings import LEARNED, OF_WEIGHTS, REQUANTIZED, Adapter, Format, Grid, Scheme
+from studylib.config.settings import FLOATING, LEARNED, OF_WEIGHTS, REQUANTIZED, Adapter, Format, Grid, Scheme
 from studylib.data import models
 from studylib.methods import base
 from studylib.methods.arms import Setting, build_arm, order, title
@@ -324,3 +324,15 @@ def test_what_work_offers(tiny_model, tiny_tokenizer):
         work.progress(3)
     assert told == [3] and work.data is None and not work.keep
     Work(usual(find("rtn")), tiny_model, tiny_tokenizer, lambda: tiny_model).progress(5)  # told to nobody
+
+
+@pytest.mark.parametrize("grid", FLOATING)
+def test_grids_of_floats_are_for_what_quantizes_on_the_fly_and_no_container_holds_them(grid):
+    arm = build_arm(SMOKE, "m", "llm-qat", "4-8-8", scheme=Scheme(grid))
+    assert Setting.of(arm)["scheme.grid"] == grid and "float grids" in versions(arm)
+    with pytest.raises(ValueError, match="its numbers are floats in blocks, which no container holds here"):
+        find("llm-qat").container(arm)
+    with pytest.raises(ValueError, match=f"bits of the weights: 3 is not allowed for the grid '{grid}'; use 4 or 16"):
+        build_arm(SMOKE, "m", "llm-qat", "3-8-8", scheme=Scheme(grid))
+    with pytest.raises(ValueError, match="scheme: 'gptq' takes none but rotated"):
+        build_arm(SMOKE, "m", "gptq", "4-8-8", scheme=Scheme(grid))

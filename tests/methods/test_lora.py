@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import Evaluation, profile
-from studylib.config.settings import DEQUANTIZED, REQUANTIZED, Adapter, Format
+from studylib.config.budgets import Evaluation, Tuning, profile
+from studylib.config.settings import DEQUANTIZED, MERGED_DISTILLED, MERGED_QUANTIZED, REQUANTIZED, Adapter, Format
 from studylib.data import models
 from studylib.data.corpora import windows
 from studylib.evaluate.scores import window_losses
@@ -44,6 +44,7 @@ ARMS = {
     method: arm(method) for method in ("qlora", "qa-lora", "gptq+qa-lora", "qat-lora", "l4q", "gptq+lora", "qat", "lsq")
 }
 ARMS |= {"lora": arm("lora", "16-16-16", format=None), "merged": arm("qlora", merge=REQUANTIZED)}
+ARMS["distilled"] = arm("qlora", merge=MERGED_DISTILLED)
 ARMS["efficientqat"] = arm("efficientqat", adapter=None, tuning={"learning_rate": 5e-3, "grid_rate": 0.01})
 ARMS["dora"] = arm("qlora", adapter=dataclasses.replace(ADAPTER, kind="dora", layers="q_proj+v_proj"))
 
@@ -67,7 +68,8 @@ def work_on(arm, folder, **fields):
 def apply(arm, folder, **fields):
     """The deployed model, and the log of its training."""
     work = work_on(arm, folder, **fields)
-    return work.model, find(arm.method).apply(work)
+    log = find(arm.method).apply(work)
+    return work.model, log
 
 
 @torch.no_grad()
@@ -95,7 +97,8 @@ def test_a_method_trains_and_leaves_what_is_deployed(fp32, tmp_path, name):
     assert coded == (0 if name == "lora" else 14)
     assert beside == {"lora": 14, "qlora": 14, "gptq+lora": 14, "qat-lora": 14, "dora": 4}.get(name, 0)
     assert (tmp_path / "trained.safetensors").exists() == find(ARMS[name].method).keeps_adapter
-    assert len(told) == 5  # what was done before, and each step
+    steps = ARMS[name].merging.steps + 1 if ARMS[name].merging else 0
+    assert len(told) == 5 + steps  # what was done before, and each step
 
 
 def stored(layer):
@@ -169,6 +172,57 @@ def test_a_killed_training_goes_on_from_its_checkpoint(fp32, tmp_path, monkeypat
     assert list((tmp_path / "cut" / "checkpoints").glob("checkpoint-*"))
     resumed, read = apply(ARMS[method], tmp_path / "cut")
     assert read == log and torch.equal(logits(resumed), logits(whole))
+
+
+# --- merged and distilled ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def divergence(model, other):
+    """Mean KL(other || model) in nats of the tokens of responses that neither was trained on."""
+    _, pairs = finetuning.training_pairs("alpaca")
+    batch = finetuning.collate(finetuning.encode(models.load_tokenizer("tiny-random"), pairs, 128))
+    own, given = (each(batch["tokens"]).logits.log_softmax(-1) for each in (model, other))
+    return (given.exp() * (given - own)).sum(-1)[batch["labels"] != finetuning.IGNORED].mean().item()
+
+
+@pytest.mark.parametrize("format", [NF4, Format("affine", 3, 32)], ids=lambda format: format.title)
+def test_distilling_brings_a_merged_model_nearer_to_the_unmerged_one(fp32, tmp_path, format):
+    own = arm("qlora", f"{format.bits}-16-16", format=format, adapter=Adapter(4, 64.0))
+    beside, log = apply(own, tmp_path)
+    merged, _ = apply(dataclasses.replace(own, merge=MERGED_QUANTIZED), tmp_path)
+    budget = Tuning(steps=12, batch=4, learning_rate=1e-4)
+    distilled, read = apply(dataclasses.replace(own, merge=MERGED_DISTILLED, merging=budget), tmp_path)
+    assert read == log  # that of the adapter, which was not trained again
+    assert divergence(distilled, beside) < 0.6 * divergence(merged, beside)  # which is what it began with
+    for name, layer in decoder_linears(distilled).items():
+        codes = layer.codes()
+        assert layer.beside is None and torch.equal(layer.weight, codes.decode())
+        assert codes.nbytes == merged.get_submodule(name).codes().nbytes
+
+
+def test_a_distillation_that_was_killed_goes_on_and_one_that_diverges_is_said_so(fp32, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    monkeypatch.setattr("studylib.train.loop.CHECKPOINT_SECONDS", -1)
+    own = dataclasses.replace(ARMS["distilled"], merging=Tuning(steps=4, batch=2, learning_rate=1e-3))
+    whole, _ = apply(own, tmp_path / "whole")
+    told, again = [], []
+
+    def cut(tokens):
+        told.append(tokens)
+        if len(told) == 8:  # the adapter's five, and three of the five of the distillation
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        apply(own, tmp_path / "cut", progress=cut)
+    resumed, _ = apply(own, tmp_path / "cut", progress=again.append)
+    assert again[0] == 4 * 2 * 128 and again[1] > 0 and len(again) < 6  # all of the adapter's work; some of the other
+    assert torch.equal(logits(resumed), logits(whole))
+    wild = dataclasses.replace(own, merging=Tuning(steps=4, batch=2, learning_rate=1e30))
+    _, log = apply(wild, tmp_path / "wild")
+    assert not math.isfinite(log.steps[-1]["loss"])
 
 
 # --- EfficientQAT -----------------------------------------------------------------------------------------------------
@@ -337,6 +391,10 @@ def test_an_instruction_file_without_enough_pairs_is_refused_first(tmp_path, row
         ("lora", {"bits": "4-16-16"}, "bits: 4-16-16 does not go with 'lora'"),
         ("lora", {"format": NF4}, "format: NF4 .* DQ, groups of 32 is not allowed for 'lora'"),
         ("lora", {"merge": "requantized"}, "format: missing; 'requantized' rounds to one"),
+        ("qlora", {"merge": MERGED_DISTILLED}, "merging: missing with merge 'merged-distilled'"),
+        ("qlora", {"merging": TUNING}, "merging: not allowed with merge 'adapter'; it is the distillation of"),
+        ("l4q", {"merge": MERGED_DISTILLED, "merging": TUNING}, "'merged-distilled' is not allowed for 'l4q'"),
+        ("lora", {"merge": MERGED_DISTILLED, "merging": TUNING}, "format: missing; 'merged-distilled' rounds to one"),
         ("qat", {"adapter": ADAPTER}, "adapter: is given, but 'qat' takes none"),
         ("qat", {"adapter": ADAPTER, "merge": "dequantized"}, "adapter: is given, but 'qat' takes none"),
     ],

@@ -7,7 +7,7 @@ import torch
 from attached import AFFINE, FULL, NF4, SETTINGS, SMALL, TUNED, logits, stir, tokens, train
 
 from studylib.config.budgets import Log
-from studylib.config.settings import MERGES, Adapter, Format, Scheme
+from studylib.config.settings import AT_ONCE, Adapter, Format, Scheme
 from studylib.methods import attach, merge
 from studylib.methods.adapters import load_trained, save_trained
 from studylib.methods.base import find
@@ -17,7 +17,7 @@ from studylib.quant.storage import DeployedLinear, stored_bytes
 
 KINDS = ("lora", "dora", "pissa", "loftq")
 QUANTIZED = [name for name in TUNED if not find(name).keeps_adapter]
-NOT_SAME = [(method, how) for method in TUNED for how in MERGES if method not in QUANTIZED or how == "adapter"]
+NOT_SAME = [(method, how) for method in TUNED for how in AT_ONCE if method not in QUANTIZED or how == "adapter"]
 
 
 def largest_difference(one, other):
@@ -59,7 +59,7 @@ def test_every_kind_of_adapter_can_be_merged(tiny_model, fp32, format, kind):
     for name, linear in decoder_linears(original).items():  # the adapter has changed nothing yet
         torch.testing.assert_close(untrained.get_submodule(name).weight, linear.weight, rtol=2**-7, atol=5e-4)
     train(tiny_model)
-    merged = {how: merge(copy.deepcopy(tiny_model), how, original=original) for how in MERGES}
+    merged = {how: merge(copy.deepcopy(tiny_model), how, original=original) for how in AT_ONCE}
     assert largest_difference(merged["adapter"], tiny_model) < 4e-3
     assert largest_difference(merged["dequantized"], tiny_model) < 6e-3
     assert largest_difference(merged["requantized"], tiny_model) > 0.01
@@ -70,7 +70,7 @@ def test_every_kind_of_adapter_can_be_merged(tiny_model, fp32, format, kind):
 def test_merged_weights_are_those_of_the_definitions(tiny_model, fp32):
     original = copy.deepcopy(tiny_model)
     stir(attach(tiny_model, "qlora", format=NF4, adapter=Adapter(4, 8.0)))
-    for how in MERGES:
+    for how in AT_ONCE:
         merged = merge(copy.deepcopy(tiny_model), how, original=original)
         for name, linear in decoder_linears(original).items():
             layer = tiny_model.get_submodule(name)
@@ -198,7 +198,11 @@ def test_merges_that_make_no_sense_are_refused_before_anything_changes(tiny_mode
     l4q = attach(copy.deepcopy(tiny_model), "l4q", **SETTINGS["l4q"])
     qlora = attach(copy.deepcopy(tiny_model), "qlora", **SETTINGS["qlora"])
     for model, how, message in (
-        (qlora, "sum", "merge: 'sum' is not known; use one of adapter, dequantized, requantized, merged-16"),
+        (
+            qlora,
+            "sum",
+            "merge: 'sum' is not known or takes a training; use one of adapter, dequantized, requantized, merged-16",
+        ),
         (
             l4q,
             "requantized",

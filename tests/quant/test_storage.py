@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from studylib.config.files import usable
-from studylib.config.settings import GRIDS, LEARNED, MERGES, Adapter, Format, Grid, Scheme
+from studylib.config.settings import AT_ONCE, GRIDS, LEARNED, Adapter, Format, Grid, Scheme
 from studylib.data import models
 from studylib.evaluate.memory import _Yes
 from studylib.methods import attach
@@ -390,7 +390,7 @@ DEPLOYED = [
     ("qlora", "dora", Format("fp-bnb", 4, 32), "adapter"),
     ("qlora", "pissa", NF4, "adapter"),
     ("qlora", "loftq", Format("affine", 3, 32), "adapter"),
-    *(("qlora", "loftq", NF4, how) for how in MERGES[1:]),
+    *(("qlora", "loftq", NF4, how) for how in AT_ONCE[1:]),
     ("gptq+lora", "lora", AFFINE, "adapter"),
     ("gptq+lora", "lora", FULL, "adapter"),
     ("gptq+qa-lora", "lora", FULL, "adapter"),

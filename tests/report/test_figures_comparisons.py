@@ -155,3 +155,14 @@ def test_labels_avoid_the_line_of_the_best_between_its_points(scale, height):
 
     assert any(on_the_line(avoid=False))
     assert not any(on_the_line(avoid=True))
+
+
+def test_what_is_left_after_deployment_stands_by_its_bytes_and_way_of_merging(tuned, make_record):
+    figure = figures.after_deployment(tuned)
+    assert "smaller and better than" in flat(figure) and "responses" in flat(figure)
+    shown = texts(figure)
+    assert "adapter merged into the 16-bit weights, then rounded and distilled" in shown and "rank 64" not in texts(
+        figures.size_accuracy(tuned)
+    )
+    assert "Perplexity" in figure.axes[0].get_ylabel() and "MB" in figure.axes[0].get_xlabel()
+    assert figures.after_deployment([make_record("full-precision")]).get_suptitle() == "No arm finished"

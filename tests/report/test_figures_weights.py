@@ -57,6 +57,22 @@ def test_formats_are_told_apart_by_colour_for_levels_and_marker_for_scales(make_
     assert drawn == [(named[levels].get_color(), named[scales].get_marker()) for levels, scales in looks]
 
 
+def test_methods_that_choose_stand_beside_the_formats_that_they_round_to(make_record):
+    affine, nf = {"format": Format("affine", 4)}, {"format": Format("nf", 4, double=True)}
+    made = [make_record("encoded", "4-16-16", changes=own) for own in (affine, nf)]
+    made += [make_record(method, "4-16-16", loss=2.9, changes=affine) for method in ("gptq", "autoround")]
+    far = make_record("gptq", "2-16-16", loss=9, changes={"format": Format("affine", 2)})
+    table = weight_figures.format_table([*made, far]).set_index("Format")
+    rounded, chosen = table.loc["affine Int4"], table.loc["AutoRound, affine Int4"]
+    assert rounded["Bits, stored"] == chosen["Bits, stored"] == "4.562"
+    assert chosen["Error, weights, %"] == chosen["Error, N(0,1)"] == "–" != rounded["Error, weights, %"]
+    figure = weight_figures.format_frontier([*made, far])
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"affine Int", "GPTQ, affine Int", "AutoRound, affine Int"} < set(named)
+    assert "GPTQ, affine Int2" in figure.axes[0].texts[0].get_text()
+    assert flat(figure).startswith("affine Int4 (4.56 bits) beside NF4 + DQ")  # both rounded to the nearest level
+
+
 def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_faster(make_record):
     record = make_record("4-bit kernel", "4-16-16", changes={"format": Format("affine", 4)})
     assert "Nothing was timed" in weight_figures.decoding_times([]).get_suptitle()
@@ -67,5 +83,5 @@ def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_fast
 
 
 def test_no_two_kinds_of_formats_look_alike():
-    assert len(set(weight_figures.COLOURS)) == len(weight_figures.COLOURS) >= len(FORMATS)
+    assert len(set(weight_figures.COLOURS)) == len(weight_figures.COLOURS) > len(FORMATS)
     assert set(FORMATS) == set(weight_figures.LEVELS)

@@ -136,7 +136,7 @@ def test_the_overview_shows_every_claim_and_nothing_overlaps(entries, tmp_path):
     figure = overview(entries)
     figure.savefig(tmp_path / "x.png", dpi=50)
     (ax,) = figure.axes
-    assert figure.get_suptitle().startswith("Of 34 claims of three papers and later work: ")
+    assert figure.get_suptitle().startswith("Of 36 claims of three papers and later work: ")
     assert figure.get_suptitle().endswith("not tested here") and ax.get_xlabel() and ax.get_ylabel() and figure.legends
     labels = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
     assert labels == [f"{entry.claim.id}  {entry.claim.statement}" for entry in entries]

@@ -14,7 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import Evaluation, profile
-from studylib.config.settings import DEQUANTIZED, MERGED_QUANTIZED, REQUANTIZED, Adapter, Format, Grid, Scheme
+from studylib.config.settings import (
+    DEQUANTIZED,
+    MERGED_DISTILLED,
+    MERGED_QUANTIZED,
+    REQUANTIZED,
+    Adapter,
+    Format,
+    Grid,
+    Scheme,
+)
 from studylib.data import models
 from studylib.evaluate.scores import score
 from studylib.methods import base
@@ -134,6 +143,7 @@ def test_activations_are_rounded_by_who_loads_it(fp32, store, tmp_path, bits, gr
         arm("encoded", format=Format("nf", 4, 32)),
         arm("encoded", format=Format("fp-bnb", 4, 32)),
         arm("qlora", format=NF4, merge=REQUANTIZED),
+        arm("qlora", format=NF4, merge=MERGED_DISTILLED),
     ],
     ids=title,
 )

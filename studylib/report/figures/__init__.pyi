@@ -1,10 +1,19 @@
-from .comparisons import bit_allocation, cache_cost, differences, learning_curve, recovery, size_accuracy
+from .comparisons import (
+    after_deployment,
+    bit_allocation,
+    cache_cost,
+    differences,
+    learning_curve,
+    recovery,
+    size_accuracy,
+)
 from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
 from .rates import searched_rates
 from .sizes import family_frontier
 from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
 
 __all__ = [
+    "after_deployment",
     "bit_allocation",
     "cache_cost",
     "decoding_times",

@@ -1,6 +1,6 @@
 """The figures: one function each, drawn from records alone; titles are computed from the numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -36,6 +36,7 @@ from studylib.evidence import (
     identity,
     megabytes,
     perplexities,
+    response_measures,
     usual_measures,
     won_back,
 )
@@ -154,9 +155,19 @@ def _recovery_title(cells: Cells, measure: Measure, bits: str) -> str:
 
 def size_accuracy(records: Sequence[Record]) -> Figure:
     """Memory of weights and a cache of CONTEXT tokens against each measure, with 95% intervals and Pareto fronts."""
-    cells, panels = _defaults(records), usual_measures(records)
+    return _by_size(_defaults(records), usual_measures(records), lambda own: own.title if own == FULL else own.bits)
+
+
+def after_deployment(records: Sequence[Record]) -> Figure:
+    """The same memory of fine-tuned models as they are deployed, against the perplexity of responses: labels say which
+    adapter, format and way of merging it is, where that is not the usual one."""
+    tuned = {own: cell for own, cell in gather(records).items() if cell.tuned}
+    return _by_size(tuned, response_measures(records), lambda own: own.variant or own.bits)
+
+
+def _by_size(cells: Cells, panels: list[Measure], label: Callable[[Setting], str]) -> Figure:
     shown = [cell for cell in cells.values() if cell.records]
-    if not panels:
+    if not panels or not shown:
         return empty_figure("No arm finished")
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6)
@@ -180,19 +191,26 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
         title = f"By {panels[0].title}, none of these is both smaller and better than {best}"
         finish(figure, title, cells, lines[0])
         for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
-            _label_points(ax, measure, shown, sizes, limit, line)
+            _label_points(ax, measure, shown, sizes, limit, line, label)
     return figure
 
 
-def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: Array, limit: float, line: Line2D) -> None:
+def _label_points(
+    ax: Axes,
+    measure: Measure,
+    shown: list[Cell],
+    sizes: Array,
+    limit: float,
+    line: Line2D,
+    label: Callable[[Setting], str],
+) -> None:
     texts, heights = [], []
     for cell, size in zip(shown, sizes, strict=True):
         value = measure.value(identity, cell)
-        label = cell.title if cell.setting == FULL else cell.bits
-        label += f": {measure.text(value)}" if value > limit else ""
+        text = label(cell.setting) + (f": {measure.text(value)}" if value > limit else "")
         heights.append(min(value, limit))
         texts.append(
-            ax.text(size, heights[-1], label, fontsize=7.5, color=look_of(cell.method).colour, path_effects=[HALO])
+            ax.text(size, heights[-1], text, fontsize=7.5, color=look_of(cell.method).colour, path_effects=[HALO])
         )
     move_apart(ax, texts, sizes, heights, line)
 

@@ -45,6 +45,7 @@ from studylib.evidence import (
     speedup,
     usual_measures,
 )
+from studylib.methods import method_title
 from studylib.report.style import (
     LINES,
     STYLE,
@@ -80,7 +81,7 @@ LEVELS = {
     "affine": "affine Int",
 }  # what a format's levels are called at any width
 NF4_DQ = Format("nf", 4, double=True)
-COLOURS = (*LINES, "#882255", "#999933", "#888888")  # of kinds of formats, of which there are more than lines
+COLOURS = (*LINES, "#882255", "#999933", "#888888", "#332288", "#117733", "#AA4499")  # of methods and kinds of formats
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
@@ -136,10 +137,30 @@ def _encoded(records: Sequence[Record]) -> list[Cell]:
     return [cell for cell in gather(records).values() if cell.method == "encoded" and cell.records]
 
 
+def _in_formats(records: Sequence[Record]) -> list[Cell]:
+    """Rounded to the nearest level, and by methods that choose."""
+    return [cell for cell in gather(records).values() if cell.arm.format and not cell.tuned and cell.records]
+
+
 def _errors(cell: Cell) -> dict[str, Array]:
     """Relative errors of the decoder's layers, by the kind of layer."""
     scores = cell.records[0].scores
     return {name.partition("/")[2]: np.array(scores[name]) for name in scores if name.startswith("error/")}
+
+
+def _mean_error(cell: Cell) -> float:
+    """In percent, over all layers."""
+    return float(100 * np.mean(np.concatenate(list(_errors(cell).values()))))
+
+
+def _chosen(cell: Cell) -> bool:
+    """Whether its method chooses where each weight goes; else to the nearest level."""
+    return cell.method != "encoded"
+
+
+def _by_method(cell: Cell, format: str) -> str:
+    """What a format is called, with the method that chooses: "GPTQ, affine Int4"."""
+    return f"{method_title(cell.method)}, {format}" if _chosen(cell) else format
 
 
 def format_table(records: Sequence[Record]) -> "pd.DataFrame":
@@ -149,18 +170,18 @@ def format_table(records: Sequence[Record]) -> "pd.DataFrame":
     from studylib.evaluate import normal_error
     from studylib.quant import bits_per_parameter
 
-    full, cells, shown = gather(records).get(FULL), sorted(_encoded(records), key=_bits, reverse=True), []
+    full, cells, shown = gather(records).get(FULL), sorted(_in_formats(records), key=_bits, reverse=True), []
     compared = [*cells, *([full] if full and full.records else [])]
     measures = usual_measures(records)
     measures += [own for own in right_answers(records)[:1] if all(own.covers(cell) for cell in compared)]
     for cell in cells:
         format = _format(cell)
         row = {
-            "Format": format.title,
+            "Format": _by_method(cell, format.title),
             "Bits, formula": EMPTY if format.group is None else f"{bits_per_parameter(format):.3f}",
             "Bits, stored": f"{_bits(cell):.3f}",
-            "Error, N(0,1)": EMPTY if format.group is None else f"{normal_error(format):.4f}",
-            "Error, weights, %": points(100 * np.mean(np.concatenate(list(_errors(cell).values())))),
+            "Error, N(0,1)": EMPTY if format.group is None or _chosen(cell) else f"{normal_error(format):.4f}",
+            "Error, weights, %": EMPTY if _chosen(cell) else points(_mean_error(cell)),
         }
         for measure in measures:
             name = capital(measure.title)
@@ -183,10 +204,10 @@ def format_frontier(records: Sequence[Record]) -> Figure:
     Colours tell the levels, markers what scales them. Formats off the scale are named in the corner.
     """
     cells, panels = gather(records), perplexities(records)
-    shown = _encoded(records)
+    shown = _in_formats(records)
     if not panels or not shown:
         return empty_figure("No weights were rounded")
-    colours = _styles((_format(cell).kind for cell in shown), COLOURS)
+    colours = _styles(map(_levels, shown), COLOURS)
     markers = _styles((_scales(_format(cell)) for cell in shown), MARKERS)
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=6.5)
@@ -196,10 +217,13 @@ def format_frontier(records: Sequence[Record]) -> Figure:
             line = _draw_frontier(ax, measure, near, cells.get(FULL), colours, markers)
             far = [c for c in shown if measure.value(identity, c) > limit]
             if far:
-                texts = [f"{_format(cell).title} {measure.text(measure.value(identity, cell))}" for cell in far]
+                texts = [
+                    f"{_by_method(cell, _format(cell).title)} {measure.text(measure.value(identity, cell))}"
+                    for cell in far
+                ]
                 ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
                         fontsize=7.5, color="#444444")  # fmt: skip
-        keys = [Line2D([], [], ls="", marker="o", color=colour, label=LEVELS[kind]) for kind, colour in colours.items()]
+        keys = [Line2D([], [], ls="", marker="o", color=colour, label=levels) for levels, colour in colours.items()]
         keys += [
             Line2D([], [], ls="", marker=marker, color="#666666", label=_scale_words(scales))
             for scales, marker in markers.items()
@@ -215,12 +239,21 @@ def _styles(names: Iterable[Name], styles: Sequence[str]) -> dict[Name, str]:
 
 def _format(cell: Cell) -> Format:
     format = cell.arm.format
-    assert format is not None  # as of every arm whose weights are encoded
+    assert format is not None  # see _in_formats
     return format
 
 
 def _bits(cell: Cell) -> float:
-    return cell.records[0].scores["bits"][0]
+    """Stored for a weight; by the formula where it was not counted."""
+    from studylib.quant import bits_per_parameter
+
+    counted = cell.records[0].scores.get("bits")
+    return counted[0] if counted else bits_per_parameter(_format(cell))
+
+
+def _levels(cell: Cell) -> str:
+    """What its levels are called, and who chooses among them."""
+    return _by_method(cell, LEVELS[_format(cell).kind])
 
 
 def _scales(format: Format) -> tuple[int | None, bool, int]:
@@ -249,7 +282,7 @@ def _draw_frontier(
     found = [measure.interval(np.divide, cell, reference) for cell in shown]
     x, y = np.array([_bits(cell) for cell in shown]), np.array([interval.estimate for interval in found])
     for cell, at, interval in zip(shown, x, found, strict=True):
-        colour, marker = colours[_format(cell).kind], markers[_scales(_format(cell))]
+        colour, marker = colours[_levels(cell)], markers[_scales(_format(cell))]
         ax.plot([at, at], [interval.low, interval.high], color=colour, lw=1.5, alpha=0.2, zorder=2)
         ax.plot(at, interval.estimate, marker=marker, ms=6, color=colour, zorder=3)
     best = frontier(measure, shown, x)
@@ -264,7 +297,7 @@ def _draw_frontier(
 def _frontier_title(measure: Measure, shown: list[Cell]) -> str:
     """The best affine integer of about NF4's bits beside it: the question that users ask."""
     normal = next((cell for cell in shown if _format(cell) == NF4_DQ), None)
-    affine = [cell for cell in shown if _format(cell).kind == "affine"]
+    affine = [cell for cell in shown if _format(cell).kind == "affine" and not _chosen(cell)]
     if normal is None or not affine:
         return f"{capital(measure.title)} by number format"
     near = [cell for cell in affine if _bits(cell) <= _bits(normal) + NEAR_BITS]
@@ -334,7 +367,7 @@ def error_by_layer(records: Sequence[Record]) -> Figure:
             ax.set_ylabel("Relative error of the weights, %")
             ax.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=len(shown))
-        means = {cell.setting: 100 * np.mean(np.concatenate(list(_errors(cell).values()))) for cell in shown}
+        means = {cell.setting: _mean_error(cell) for cell in shown}
         ranked = sorted(means, key=lambda own: means[own])
         ends = listed([f"{own.title} {points(means[own])}%" for own in dict.fromkeys((ranked[0], ranked[-1]))])
         set_title(figure, f"Mean relative error of the weights at four bits: {ends}")
