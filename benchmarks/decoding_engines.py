@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from studylib.config.budgets import Decoding
+from studylib.config.engines import INSTALL_LLAMA_CPP, llama_cpp_installed
 from studylib.config.settings import Format
 from studylib.data import models
 from studylib.evaluate.decoding import token_seconds
-from studylib.evaluate.llamacpp import INSTALL, LlamaCpp, installed
+from studylib.evaluate.llamacpp import LlamaCpp
 from studylib.quant.formats import encode_model
 from studylib.quant.kernel import int4_model
 from studylib.study import gguf
@@ -27,8 +28,8 @@ KINDS = {"Q4_0": Format("int", 4, GROUP), "Q4_1": Format("affine", 4, GROUP)}
 
 
 def main() -> None:
-    if not installed():
-        print(f"llama.cpp is not installed, so that nothing is compared; use {INSTALL}")
+    if not llama_cpp_installed():
+        print(f"llama.cpp is not installed, so that nothing is compared; use {INSTALL_LLAMA_CPP}")
         return
     tokenizer, found = models.load_tokenizer(MODEL), {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -40,7 +41,7 @@ def main() -> None:
             written, _ = gguf.write(path, model, tokenizer, MODEL)
             assert written == name
             engine = LlamaCpp(path, SETTINGS.context + SETTINGS.tokens)
-            found[f"llama.cpp {name}"] = engine.token_seconds
+            found[f"llama.cpp {name}"] = lambda settings, engine=engine: engine.pass_seconds(settings)[1]
         own = int4_model(encode_model(models.load_model(MODEL), KINDS["Q4_1"]), models.compute_dtype())
         found["this study's 4-bit kernel"] = lambda settings: token_seconds(own, settings)
         plain = models.load_model(MODEL, models.compute_dtype())

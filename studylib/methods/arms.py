@@ -17,6 +17,7 @@ from studylib.config import (
     KL,
     MERGED_16,
     MERGED_QUANTIZED,
+    NOTHING,
     PARTS,
     PLAIN,
     PROFILES,
@@ -114,6 +115,8 @@ def build_arm(
         parts["tuning"] = _changed("tuning", usual_tuning(budget, case), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
+    if "engines" in own.needs:
+        parts["engines"] = budget.engines
     terms = budget.terms_of(method, _base(method, format))
     usual = terms.adapter if terms else own.usual_adapter()
     parts["format"], parts["adapter"] = format, usual if adapter is None else adapter
@@ -146,6 +149,8 @@ def _base(method: str, format: Format | None) -> Format | None:
 def usual_evaluation(budget: Profile, method: str) -> Evaluation:
     """What a budget scores the arms of a method on."""
     own = find(method)
+    if "engines" in own.needs:
+        return NOTHING  # what it deploys is what "encoded" does
     if not budget.apart or not (own.rounds or own.needs):  # full precision is what all are compared with
         return budget.evaluation
     return budget.evaluation.of_pairs if "tuning" in own.needs else budget.evaluation.of_text

@@ -44,6 +44,7 @@ from studylib.quant import (
     stored_bytes,
 )
 from studylib.study.check import check
+from studylib.study.executions import engine_seconds
 from studylib.study.machine import environment, memory_bytes, peak_memory
 from studylib.study.needs import rows_at_once
 from studylib.study.pace import Clock, Pace
@@ -88,6 +89,9 @@ def carry_out(
         if arm.decoding and arm.format:
             with phase("decode"):
                 scores |= decoding_seconds(arm.model, arm.format, arm.decoding)
+        if arm.engines and arm.format:
+            with phase("decode"):
+                scores |= engine_seconds(arm.model, arm.format, arm.engines)
         if work.data:
             tokens["data"] = work.data.windows.numel()
         if arm.training and arm.data:

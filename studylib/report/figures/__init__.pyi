@@ -2,13 +2,14 @@ from .comparisons import bit_allocation, cache_cost, differences, learning_curve
 from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
 from .rates import searched_rates
 from .sizes import family_frontier
-from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
+from .weights import decoding_times, engine_speeds, error_by_layer, format_frontier, format_table, rows, tuning_panels
 
 __all__ = [
     "bit_allocation",
     "cache_cost",
     "decoding_times",
     "differences",
+    "engine_speeds",
     "error_by_layer",
     "family_frontier",
     "format_frontier",
