@@ -1,5 +1,5 @@
 from . import llamacpp, memory
-from .decoding import decoding_seconds, in_fresh_processes, pass_seconds, token_seconds, with_adapter
+from .decoding import decoding_seconds, in_fresh_processes, pass_seconds, with_adapter
 from .divergence import FullPrecision
 from .memory import GB, PURPOSES, TITLES, measure, plan, plan_text
 from .scores import TASKS, check_requests, evaluation_windows, normal_error, pair_requests, score, weight_scores
@@ -23,7 +23,6 @@ __all__ = [
     "plan",
     "plan_text",
     "score",
-    "token_seconds",
     "weight_scores",
     "with_adapter",
 ]

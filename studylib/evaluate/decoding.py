@@ -78,8 +78,8 @@ def seconds_in_this_process(model: str, format: Format, settings: Decoding) -> d
         integers = int4_model(encode_model(original, format), models.compute_dtype())
         executions = (usual, integers, with_adapter(integers))
         for own in executions:
-            token_seconds(own, replace(settings, tokens=1))
-        rounds = [[token_seconds(own, settings) for own in executions] for _ in range(settings.rounds)]
+            pass_seconds(own, replace(settings, tokens=1))
+        rounds = [[pass_seconds(own, settings)[1] for own in executions] for _ in range(settings.rounds)]
         for kind, times in zip(EXECUTIONS, np.array(rounds).T, strict=True):
             found[f"seconds/{name}/{kind}"] = times.tolist()
     return found
@@ -100,11 +100,6 @@ def _layers_of(shape: str) -> PreTrainedModel:
     config = copy.deepcopy(CONFIGURATIONS[shape])
     config.num_hidden_layers, config.vocab_size = TIMED_LAYERS, VOCABULARY
     return models.skeleton(config)
-
-
-def token_seconds(model: PreTrainedModel, settings: Decoding) -> float:
-    """Seconds of one token, the mean over those that are decoded greedily after the context, one at a time."""
-    return pass_seconds(model, settings)[1]
 
 
 @torch.no_grad()
