@@ -856,7 +856,7 @@ def _compute(
     keep_checkpoints = any(own.get("keep_checkpoints", False) for own in study.assigned.values())
     if planned:
         # Beside others, what is timed would be slower than it is.
-        jobs = 1 if any(arm.decoding for arm in planned) else options.jobs
+        jobs = 1 if any(arm.timed for arm in planned) else options.jobs
         missing = schedule.missing_arms(told.waiting, store, study.elsewhere)
         scheduler = _placed(options.scheduler)
         schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace, scheduler)

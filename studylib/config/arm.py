@@ -9,11 +9,20 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from studylib.config.budgets import Decoding, Evaluation, Instructions, RealText, Sampling, Training, Tuning
+from studylib.config.budgets import Decoding, Engines, Evaluation, Instructions, RealText, Sampling, Training, Tuning
 from studylib.config.settings import BESIDE, MERGED_DISTILLED, MERGES, Adapter, BitWidths, Format, Scheme
 from studylib.config.values import check_known, check_parts, check_text
 
-PARTS = ("data", "training", "format", "adapter", "instructions", "tuning", "decoding")  # that an arm may have or not
+PARTS = (  # that an arm may have or not
+    "data",
+    "training",
+    "format",
+    "adapter",
+    "instructions",
+    "tuning",
+    "decoding",
+    "engines",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Arm:
     training: the distillation. format: the number format of rounded weights, or of the base that is fine-tuned on
     `instructions` with `tuning`, through `adapter`; merge: how the result is deployed (see methods.merge), and merging:
     the distillation that "merged-distilled" takes, on the same instructions.
-    decoding: how tokens a second are timed.
+    decoding: how tokens a second are timed; engines: how those of several engines are.
     seed draws the data; it is 0 for methods that draw nothing, so that all seeds share one record.
     """
 
@@ -43,6 +52,7 @@ class Arm:
     merge: str = BESIDE
     merging: Tuning | None = None
     decoding: Decoding | None = None
+    engines: Engines | None = None
 
     def __post_init__(self) -> None:
         check_text("model", self.model)
@@ -71,6 +81,11 @@ class Arm:
     def budget(self) -> Training | Tuning | None:
         """Of its training, if it has one."""
         return self.training or self.tuning
+
+    @property
+    def timed(self) -> bool:
+        """Whether its result is seconds, which other work on the machine would change."""
+        return self.decoding is not None or self.engines is not None
 
     def canonical(self) -> str:
         """JSON with sorted keys: the same for equal arms.

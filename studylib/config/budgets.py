@@ -42,6 +42,15 @@ COSINE, CONSTANT = SCHEDULES = ("cosine", "constant")
 CURVE_PARTS = 4  # the held-out loss is measured before training and after each quarter of it
 ARCHIVE, HUB = TASK_SOURCES = ("archive", "hub")
 IN_16_BITS, IN_4_BITS, ADAPTED_4_BITS = EXECUTIONS = ("16 bits", "4 bits", "4 bits and an adapter")  # timed
+TORCH_16, KERNEL_4, KERNEL_ADAPTED, LLAMA_16, LLAMA_4, LLAMA_ADAPTED = ENGINES = (
+    "PyTorch, 16 bits",
+    "4-bit kernel",
+    "4-bit kernel, an adapter",
+    "llama.cpp, 16 bits",
+    "llama.cpp, 4 bits",
+    "llama.cpp, 4 bits, an adapter",
+)  # timed side by side
+PREFILL, DECODE = PASSES = ("prefill", "decoding")
 OWN = "own"  # the study's model, among what is timed
 TIMED_LAYERS = 2  # of a shape that is timed, which stands for all of its equal layers
 SHAPES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-2-7b", "open-llama-3b")  # see evaluate.memory
@@ -362,6 +371,26 @@ class Decoding:
         check_several("shapes", self.shapes, lambda shape: check_known("shape", shape, SHAPES))
 
 
+@dataclass(frozen=True)
+class Engines:
+    """How engines are timed side by side: a pass over `context` tokens (prefill) and `tokens` passes of one token each
+    after it (decoding), of each of `batches` sequences at a time, in `rounds` rounds."""
+
+    context: int = 64
+    tokens: int = 16
+    rounds: int = 10
+    batches: tuple[int, ...] = (1, 8)
+
+    def __post_init__(self) -> None:
+        for name in ("context", "tokens", "rounds"):
+            check_whole(name, getattr(self, name), 1, MAX_LENGTH)
+        check_several("batches", self.batches, lambda batch: check_whole("batch", batch, 1, MAX_BATCH))
+
+    def tokens_of(self, stage: str, batch: int) -> int:
+        """Of a pass of PREFILL or DECODE."""
+        return batch * (self.context if stage == PREFILL else 1)
+
+
 NOTHING = Evaluation((), windows=1, length=2)  # to score an arm on
 
 
@@ -441,6 +470,7 @@ class Profile:
     few_shot: tuple[str, ...] = ()
     group: int = DEFAULT_GROUP
     decoding: Decoding = DECODING
+    engines: Engines = Engines()
     rates: tuple[tuple[str, Rate], ...] = ()
     terms: tuple[Terms, ...] = ()
     apart: bool = False
@@ -511,6 +541,7 @@ PROFILES = {
         seeds=(0,),
         group=32,
         decoding=Decoding(context=4, tokens=2, rounds=4),
+        engines=Engines(context=4, tokens=2, rounds=2, batches=(1, 2)),
     ),
     "quick": Profile(
         Sampling(count=32, length=256, batch=64),

@@ -307,6 +307,15 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.to(device()).eval()
 
 
+def mapped_model(name: str) -> PreTrainedModel:
+    """The model as its files have it, bf16 or fp32, each tensor a view of a mapped file: what nobody reads takes no
+    memory. That numbers are finite is not looked at, which would read them all. Raises what load_model does else."""
+    if name == TINY:
+        return load_model(name)
+    held = load_config(name).dtype
+    return _from_files(name, held if held == torch.bfloat16 else torch.float32).to(device()).eval()
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer. ValueError for a name that leads to none."""
     return _load_tokenizer(name, contents(name))

@@ -1,5 +1,5 @@
 from . import llamacpp, memory
-from .decoding import decoding_seconds, token_seconds
+from .decoding import decoding_seconds, in_fresh_processes, pass_seconds, with_adapter
 from .divergence import FullPrecision
 from .memory import GB, PURPOSES, TITLES, measure, plan, plan_text
 from .scores import TASKS, check_requests, evaluation_windows, normal_error, pair_requests, score, weight_scores
@@ -13,14 +13,16 @@ __all__ = [
     "check_requests",
     "decoding_seconds",
     "evaluation_windows",
+    "in_fresh_processes",
     "llamacpp",
     "measure",
     "memory",
     "normal_error",
     "pair_requests",
+    "pass_seconds",
     "plan",
     "plan_text",
     "score",
-    "token_seconds",
     "weight_scores",
+    "with_adapter",
 ]

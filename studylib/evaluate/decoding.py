@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from studylib.config import EXECUTIONS, OWN, TIMED_LAYERS, Adapter, Decoding, Format
+from studylib.config import EXECUTIONS, OWN, TIMED_LAYERS, Adapter, Decoding, Engines, Format
 from studylib.data import models
 from studylib.evaluate.memory import CONFIGURATIONS
 from studylib.quant import Int4Linear, encode_model, int4_model
@@ -35,16 +35,17 @@ def decoding_seconds(model: str, format: Format, settings: Decoding) -> dict[str
     shared between up to PROCESSES processes, one after the other: where memory lies, and what else was decided when a
     process began, is the same for all of its rounds. Raises ValueError, with its last line, where one fails.
     """
+    return in_fresh_processes(__name__, {"model": model, "format": asdict(format)}, settings)
+
+
+def in_fresh_processes(module: str, asked: dict[str, Any], settings: Decoding | Engines) -> dict[str, np.ndarray]:
+    """What processes of `python -m module` write, one after the other, as decoding_seconds has it: numbers of each
+    round, by name. Each reads `asked` with its share of the rounds in "settings", and "threads"."""
     found: dict[str, list[float]] = defaultdict(list)
     for process, rounds in enumerate(_shared(settings.rounds)):
-        asked = {
-            "model": model,
-            "format": asdict(format),
-            "settings": asdict(settings) | {"rounds": rounds},
-            "threads": torch.get_num_threads(),
-        }
+        given = asked | {"settings": asdict(settings) | {"rounds": rounds}, "threads": torch.get_num_threads()}
         done = subprocess.run(
-            [sys.executable, "-m", __name__], input=json.dumps(asked), capture_output=True, text=True, check=False
+            [sys.executable, "-m", module], input=json.dumps(given), capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise ValueError(
@@ -77,8 +78,8 @@ def seconds_in_this_process(model: str, format: Format, settings: Decoding) -> d
         integers = int4_model(encode_model(original, format), models.compute_dtype())
         executions = (usual, integers, with_adapter(integers))
         for own in executions:
-            token_seconds(own, replace(settings, tokens=1))
-        rounds = [[token_seconds(own, settings) for own in executions] for _ in range(settings.rounds)]
+            pass_seconds(own, replace(settings, tokens=1))
+        rounds = [[pass_seconds(own, settings)[1] for own in executions] for _ in range(settings.rounds)]
         for kind, times in zip(EXECUTIONS, np.array(rounds).T, strict=True):
             found[f"seconds/{name}/{kind}"] = times.tolist()
     return found
@@ -102,15 +103,17 @@ def _layers_of(shape: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def token_seconds(model: PreTrainedModel, settings: Decoding) -> float:
-    """Seconds of one token, the mean over those that are decoded greedily after the context, one at a time."""
+def pass_seconds(model: PreTrainedModel, settings: Decoding | Engines, batch: int = 1) -> tuple[float, float]:
+    """Seconds of the pass over the context of `batch` sequences at a time, and of one that gives each of them a token
+    after it: the mean over those that are decoded greedily."""
     cache = DynamicCache(config=model.config)
-    context = torch.arange(settings.context)[None] % model.config.vocab_size
-    logits = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    context = (torch.arange(settings.context) % model.config.vocab_size).repeat(batch, 1)
     begun = time.perf_counter()
+    logits = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    read = time.perf_counter()
     for _ in range(settings.tokens):
         logits = model(input_ids=logits[:, -1].argmax(1, keepdim=True), past_key_values=cache, use_cache=True).logits
-    return (time.perf_counter() - begun) / settings.tokens
+    return read - begun, (time.perf_counter() - read) / settings.tokens
 
 
 def main() -> None:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from studylib.config import (
+    ENGINES,
     EXECUTIONS,
     OWN,
+    PASSES,
     TIMED_LAYERS,
     ZERO_SHOT,
     Arm,
@@ -329,6 +331,7 @@ def _made_by(budget: Profile, model: str, arm: Arm) -> bool:
         "tuning": tuning,
         "merging": budget.merging,
         "decoding": budget.decoding,
+        "engines": budget.engines,
     }
     return all(_is_as_usual(name, getattr(arm, name), part) for name, part in usual.items())
 
@@ -349,7 +352,8 @@ class Measure:
     kind and of: "perplexity" of a corpus, of "text" (geometric mean over the corpora) or of "responses"; "kl" to full
     precision, in nats, likewise; "accuracy", in %, of a task or as "mean" (zero-shot tasks, each weighing the same),
     and "bits_per_byte" and "probability", in %, of right answers likewise; "share", in %, of something; stored "bits" a
-    weight; "seconds" of a model's decoded token, whose parts are EXECUTIONS; planned "bytes".
+    weight; "seconds" of a model's decoded token, whose parts are EXECUTIONS, or of a pass, whose parts are ENGINES;
+    planned "bytes".
     parts: the scores behind it. sizes: items of each part. weights: the scores that items weigh by, where they do not
     count alike: the tokens of each text. clusters: for each part, the scores that say which of its items belong
     together: windows of one document. short: the title where there is little room, if another. spreads: how far runs
@@ -753,10 +757,41 @@ def decoding_measures(records: Sequence[Record]) -> list[Measure]:
     return found
 
 
+def engine_measures(records: Sequence[Record]) -> list[Measure]:
+    """The time of a pass in each engine, of prefill and decoding and each batch that was timed; empty where none was.
+    "of" is the pass and the batch: "prefill/8"."""
+    record = _finished([record for record in records if record.arm.engines])
+    if record is None or record.arm.engines is None:
+        return []
+    settings = record.arm.engines
+    return [
+        Measure(
+            "seconds",
+            f"{stage}/{batch}",
+            f"{stage}, batch {batch}",
+            tuple(f"seconds/{stage}/{batch}/{engine}" for engine in ENGINES),
+            (settings.rounds,) * len(ENGINES),
+        )
+        for stage in PASSES
+        for batch in settings.batches
+    ]
+
+
+def tokens_a_second(measure: Measure, cell: Cell, engine: str) -> Interval:
+    """Of all sequences of a batch together, by the median time in each process: their median and its 95% interval."""
+    stage, _, batch = measure.of.partition("/")
+    settings = cell.arm.engines
+    assert settings is not None
+    count = settings.tokens_of(stage, int(batch))
+    seconds = by_process(cell, dict(zip(ENGINES, measure.parts, strict=True))[engine])
+    return paired_bootstrap(lambda speeds: np.median(speeds, axis=-1), count / seconds)
+
+
 def speedup(measure: Measure, cell: Cell, fast: str, slow: str) -> Interval:
-    """How many times as fast a decoded token is in one of EXECUTIONS as in another: the ratio of the medians of their
-    rounds, which took turns. Of several processes, the geometric mean, and the interval is over these."""
-    parts = dict(zip(EXECUTIONS, measure.parts, strict=True))
+    """How many times as fast a decoded token is in one of EXECUTIONS, or a pass in one of ENGINES, as in another: the
+    ratio of the medians of their rounds, which took turns. Of several processes, the geometric mean, and the interval
+    is over these."""
+    parts = {part.rpartition("/")[2]: part for part in measure.parts}
     own, other = by_process(cell, parts[fast]), by_process(cell, parts[slow])
     if PROCESS not in cell.records[0].scores:
         return paired_bootstrap(lambda a, b: np.median(b, axis=-1) / np.median(a, axis=-1), own, other, scale=RATIO)

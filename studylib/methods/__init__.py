@@ -24,6 +24,7 @@ from studylib.methods.ptq import (
     FullPrecision,
     RoundedWeights,
     RoundToNearest,
+    SideBySide,
     SmoothQuant,
 )
 
@@ -38,6 +39,7 @@ register(  # in the order of tables and legends
     SmoothQuantLLMQAT(),
     RoundedWeights(),
     FourBitKernel(),
+    SideBySide(),
     LoRA(),
     QLoRA(),
     GPTQLoRA(),

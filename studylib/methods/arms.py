@@ -18,6 +18,7 @@ from studylib.config import (
     MERGED_16,
     MERGED_DISTILLED,
     MERGED_QUANTIZED,
+    NOTHING,
     PARTS,
     PLAIN,
     PROFILES,
@@ -118,6 +119,8 @@ def build_arm(
         parts["tuning"] = _changed("tuning", usual_tuning(budget, case), tuning)
     if "decoding" in own.needs:
         parts["decoding"] = budget.decoding
+    if "engines" in own.needs:
+        parts["engines"] = budget.engines
     parts["merging"] = budget.merging if merge == MERGED_DISTILLED else None
     terms = budget.terms_of(method, _base(method, format))
     usual = terms.adapter if terms else own.usual_adapter()
@@ -151,6 +154,8 @@ def _base(method: str, format: Format | None) -> Format | None:
 def usual_evaluation(budget: Profile, method: str) -> Evaluation:
     """What a budget scores the arms of a method on."""
     own = find(method)
+    if "engines" in own.needs:
+        return NOTHING  # what it deploys is what "encoded" does
     if not budget.apart or not (own.rounds or own.needs):  # full precision is what all are compared with
         return budget.evaluation
     return budget.evaluation.of_pairs if "tuning" in own.needs else budget.evaluation.of_text

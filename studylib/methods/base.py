@@ -221,11 +221,15 @@ class Method(ABC):
             raise ValueError("its weights are not quantized")
         return ON_GRID
 
+    def usual_container(self, arm: Arm) -> str | None:
+        """Which of CONTAINERS holds best what the arm deploys; None where only its numbers can be written."""
+        return USUAL.get(self.deploys(arm))
+
     def container(self, arm: Arm, wanted: str | None = None) -> str:
         """Which of CONTAINERS holds what the arm deploys: `wanted`, or the usual one. ValueError, with the reason and
         what to use instead, where it does not."""
         deployed = self.deploys(arm)
-        usual = USUAL.get(deployed)
+        usual = self.usual_container(arm)
         found = wanted or usual
         if found is None:
             title = arm.format.title if arm.format else deployed

@@ -143,19 +143,23 @@ class FineTuned(Method):
             return DENSE
         return ADAPTED if self.keeps_adapter else SHIFTED
 
-    def container(self, arm: Arm, wanted: str | None = None) -> str:
-        found, own = super().container(arm, wanted), arm.format
-        if self.deploys(arm) != ADAPTED or found == SIXTEEN_BITS:
-            return found
+    def usual_container(self, arm: Arm) -> str | None:
+        beside_integers = self.deploys(arm) == ADAPTED and "format" in self.needs and self._is_held(GGUF, arm)
+        return GGUF if beside_integers else super().usual_container(arm)
+
+    def _is_held(self, container: str, arm: Arm) -> bool:
+        """Whether GGUF or peft holds an adapter that is beside its base."""
         assert arm.adapter is not None
-        in_low_bits = own if "format" in self.needs else None
-        if found == PEFT:
+        in_low_bits = arm.format if "format" in self.needs else None
+        if container == PEFT:
             stock = in_low_bits is None or (in_bitsandbytes(in_low_bits) and in_low_bits.group == DEFAULT_GROUP)
-            fits = stock and arm.adapter.kind in (PLAIN, DORA) and arm.model != TINY
-        else:
-            integers = in_low_bits is not None and in_low_bits.kind in INTEGER_FORMATS
-            fits = in_low_bits is None or (integers and arm.adapter.kind != DORA)  # a 16-bit base takes the adapter in
-        if not fits:
+            return stock and arm.adapter.kind in (PLAIN, DORA) and arm.model != TINY
+        integers = in_low_bits is not None and in_low_bits.kind in INTEGER_FORMATS
+        return in_low_bits is None or (integers and arm.adapter.kind != DORA)  # a 16-bit base takes the adapter in
+
+    def container(self, arm: Arm, wanted: str | None = None) -> str:
+        found = super().container(arm, wanted)
+        if self.deploys(arm) == ADAPTED and found != SIXTEEN_BITS and not self._is_held(found, arm):
             raise ValueError(
                 f"its adapter goes with a base that {READERS[found]} does not make; take an arm that is merged"
             )

@@ -151,6 +151,26 @@ class FourBitKernel(Method):
             work.model = quant.int4_model(encoded, data.models.compute_dtype())
 
 
+class SideBySide(Method):
+    """The same 4-bit integers in llama.cpp, whose prefill and decoding are timed beside this study's kernel and 16
+    bits. Its weights are those of "encoded", and scored there."""
+
+    name, title, look = "llama.cpp", "llama.cpp", Look("#0072B2", "P")
+    needs, numerics = frozenset({"format", "engines"}), ("formats", "execution")
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        quant.check_format(arm.format)
+
+    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
+        quant.check_executable(skeleton, arm.format)
+
+    def apply(self, work: Work) -> None:
+        assert work.arm.format is not None
+        with work.phase("quantize"):
+            quant.decode_model(quant.encode_model(work.model, work.arm.format))
+
+
 GROUP_FORMATS = {"int-full": True, "affine": False}  # whose weights llm-compressor rounds: whether they are symmetric
 
 

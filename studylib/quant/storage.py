@@ -304,10 +304,12 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, path: Path) -> nn.Module:
+def restore_model(model: nn.Module, path: Path, dense: bool = True) -> nn.Module:
     """Put what `keep_model` wrote into a model as it is loaded, in place: DeployedLinear where there are codes, in the
     type of the weights that they replace.
 
+    dense: whether weights get the numbers that their codes stand for; without, a layer of codes alone has none (meta),
+    takes no memory and cannot compute.
     A layer that rounds its inputs already (see layers.quantize_model, with 16 bits for the weights) goes on to do so.
     Raises ValueError, and changes nothing, for a file that does not belong to this model.
     """
@@ -334,13 +336,15 @@ def restore_model(model: nn.Module, path: Path) -> nn.Module:
         pair = {key.removeprefix("beside."): found.pop(key) for key in list(found) if key.startswith("beside.")}
         beside = Beside(**pair, scaling=layout["scaling"]) if pair else None
         stored = Codes(layout["bits"], tuple(layout["shape"]), low=layout["low"], **found) if found else None
-        if stored is not None:
+        if stored is not None and beside is None and not dense:
+            base = linear.weight.to("meta")
+        elif stored is not None:
             base = stored.decode()
         else:
             base = (linear.weight if beside is None or beside.base is None else beside.base).float()
         weight = (base if beside is None else beside.added_to(base)).to(linear.weight.dtype)
         if hasattr(linear, "stored"):
-            linear.weight.copy_(weight)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
             linear.stored = stored
         else:
             deployed = DeployedLinear(weight, linear.bias, stored, beside)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config import EMPTY, ZERO_SHOT, capital, markdown, number, points
+from studylib.config import EMPTY, ENGINES, ZERO_SHOT, capital, markdown, number, points
 from studylib.evidence import (
     TASK_TITLES,
     Cell,
     Measure,
     accuracy_title,
+    engine_measures,
     gather,
     gather_family,
     identity,
@@ -20,6 +21,7 @@ from studylib.evidence import (
     response_measures,
     right_answers,
     task_measures,
+    tokens_a_second,
     usual_measures,
 )
 from studylib.methods import Setting, corpus_title, data_title, method_title
@@ -28,7 +30,15 @@ from studylib.study import Record
 if TYPE_CHECKING:
     import pandas as pd
 
-WORDS = ("Model", "Method", "W-A-KV", "Variant", "Data", "Recipe")  # columns of words; all others hold numbers
+WORDS = (
+    "Model",
+    "Method",
+    "W-A-KV",
+    "Variant",
+    "Data",
+    "Recipe",
+    "Engine",
+)  # columns of words; all others hold numbers
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":
@@ -192,6 +202,23 @@ def data_statistics(records: Sequence[Record]) -> "pd.DataFrame":
             }
         )
     return pd.DataFrame(shown)
+
+
+def engines(records: Sequence[Record]) -> "pd.DataFrame":
+    """One row for each engine that was timed, as text: tokens a second of each pass and batch, with 95% intervals."""
+    import pandas as pd
+
+    measures = engine_measures(records)
+    cells = [cell for cell in gather(records).values() if measures and measures[0].covers(cell)]
+    return pd.DataFrame(
+        [
+            {"Engine": engine}
+            | {f"{capital(own.title)}, tokens/s": tokens_a_second(own, cell, engine).text(number) for own in measures}
+            for cell in cells
+            for engine in ENGINES
+        ],
+        columns=["Engine", *(f"{capital(own.title)}, tokens/s" for own in measures)],
+    )
 
 
 def samples(records: Sequence[Record]) -> str:

@@ -25,6 +25,7 @@ from studylib.config import (
     Arm,
     Evaluation,
     RealText,
+    listed,
     markdown,
     number,
 )
@@ -38,6 +39,7 @@ from studylib.methods import (
     pairs_title,
     title,
 )
+from studylib.study.compressed import MOST_BITS
 from studylib.study.records import Record
 
 NOTE = "study.json"  # in an exported folder: what `study run-check` has to know
@@ -47,6 +49,7 @@ UNKNOWN = "unknown"  # as the Hub calls a licence that nobody named
 DATASETS = dict(zip(CORPORA, ("wikimedia/wikipedia", "allenai/c4"), strict=True)) | {ALPACA: "tatsu-lab/alpaca"}
 LIBRARIES = {GGUF: "gguf", PEFT: "peft"}  # else transformers
 PERPLEXITY = "perplexity/"
+HUMMING = (4, 8)  # bits of activations that vLLM has a kernel for, beside packed weights of fewer than 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +278,7 @@ def _llama_cpp(arm: Arm, file: str) -> list[str]:
     ]
     shell = [f"llama-cli -m FOLDER/{file}{flags}", f"llama-perplexity -m FOLDER/{file}{flags} -f TEXT"]
     return [
-        "In llama.cpp:",
+        "In llama.cpp (its programs were not run here, its library was, by `study run-check`'s engine):",
         _code("sh", shell),
         *found,
         "In transformers, which turns it into dense weights:",
@@ -287,27 +290,36 @@ def _llama_cpp(arm: Arm, file: str) -> list[str]:
 
 
 def _vllm(arm: Arm) -> str:
-    """What vLLM does with each field, by its loader's Python code, in plain words."""
-    bits, symmetric = arm.widths, arm.scheme.on_the_fly == SYMMETRIC
-    lines = ["vLLM was not run. Its loader's code (compressed_tensors.py, read in November 2026) says:", ""]
+    """What vLLM makes of each field, as the checks of its loader's Python code have it, in plain words."""
+    bits, scheme = arm.widths, arm.scheme
+    symmetric = scheme.on_the_fly == SYMMETRIC
+    lines = [
+        "vLLM was not run. The checks of vLLM 0.33.0's loader (compressed_tensors.py) were, on such a config.json and "
+        "without a GPU:",
+        "",
+    ]
     if bits.activations == OFF:
         lines.append(
-            "- Weights: taken as pack-quantized by CompressedTensorsWNA16, without zero points in 2 to 8 bits (older "
-            "releases: 4 and 8), with zero points in 4 and 8 bits only."
+            "- Weights: taken by CompressedTensorsWNA16, in 2 to 8 bits, with and without zero points (older releases: "
+            "4 and 8 bits)."
         )
-    elif bits.weights == bits.activations == 8:
-        lines.append("- Weights and activations: taken by CompressedTensorsW8A8Int8, if the weights have no groups.")
-    elif symmetric:
+    elif bits.weights == MOST_BITS:
         lines.append(
-            "- Weights and activations: packed weights beside rounded activations are taken by newer releases "
-            "(CompressedTensorsWNA8Int, WNA4Int); older ones find no scheme, and take 4 bits as int-quantized only."
+            "- Weights and activations: taken by CompressedTensorsW8A8Int8, if activations have 8 bits and the weights "
+            "neither groups nor zero points; else no scheme is found."
         )
+    elif symmetric and bits.activations in HUMMING:
+        name = f"CompressedTensorsWNA{bits.activations}Int"
+        lines.append(f"- Weights and activations: taken by {name}; older releases find no scheme.")
     else:
-        lines.append("- Weights and activations: packed weights beside asymmetric activations have no scheme.")
+        lines.append(
+            "- Weights and activations: no scheme is found. Symmetric activations of "
+            f"{listed(list(map(str, HUMMING)))} bits have one."
+        )
     if bits.cache != OFF:
         lines.append(
-            "- Cache: its loader refuses a kv_cache_scheme without one fixed scale a tensor. Remove kv_cache_scheme "
-            "from config.json for vLLM; the cache has 16 bits there then."
+            "- Cache: a kv_cache_scheme of integers is refused. Remove kv_cache_scheme from config.json for vLLM; the "
+            "cache has 16 bits there then."
         )
     return "\n".join(lines)
 

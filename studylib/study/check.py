@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from studylib.config import ALPACA, ARCHIVE, CHAT, Arm, Evaluation, Instructions, Profile, RealText, Sampling, Scheme
+from studylib.config import (
+    ALPACA,
+    ARCHIVE,
+    CHAT,
+    Arm,
+    Evaluation,
+    Instructions,
+    Profile,
+    RealText,
+    Sampling,
+    Scheme,
+    check_llama_cpp,
+)
 from studylib.data import (
     beginning,
     chat_opening,
@@ -55,6 +67,8 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     if arm.tuning and arm.tuning.paged and not elsewhere:
         check_paging()
     method.check_model(arm, skeleton)
+    if arm.engines:
+        _check_engines(arm, elsewhere)
     if arm.scheme.rotated:
         check_rotatable(skeleton)
     for length in (arm.evaluation.length, *([arm.data.length] if arm.data else [])):
@@ -69,6 +83,16 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     _check_layers(arm.model, arm.bits, arm.scheme, named)
     if arm.budget:
         _check_trained(arm.model, named)
+
+
+def _check_engines(arm: Arm, elsewhere: bool) -> None:
+    from studylib.study import gguf
+
+    if not elsewhere:
+        check_llama_cpp()
+    gguf.check_arm(arm, models.load_config(arm.model), models.load_tokenizer(arm.model))
+    assert arm.engines is not None
+    check_length(_skeleton(arm.model, _named(arm)), arm.engines.context + arm.engines.tokens)
 
 
 def check_own_data(budget: Profile, model: str) -> None:

@@ -26,11 +26,12 @@ def without_bars() -> contextlib.AbstractContextManager[object]:
 def compress(model: PreTrainedModel, arm: Arm, stored: dict[str, Codes]) -> "ModelCompressor":
     """Put packed integers in the place of the weights. Returns what writes their configuration.
 
-    model: as it was loaded, fp32; changed in place. stored: the codes of each linear layer of the decoder, by name.
+    model: changed in place; its decoder's weights may be without numbers (meta). stored: the codes of each linear layer
+    of the decoder, by name.
     Learned offsets become zero points: of the codes' own bits where these are near enough (see OFFSET_BOUND), else of
     8 bits, with scales that are as much finer. Raises ValueError where there are no codes, or no such zero points.
     """
-    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.compressors import ModelCompressor, compress_module
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -41,9 +42,8 @@ def compress(model: PreTrainedModel, arm: Arm, stored: dict[str, Codes]) -> "Mod
     linears, bits = decoder_linears(model), arm.widths
     if stored.keys() != linears.keys():
         raise ValueError(f"record: {title(arm)} cannot be exported; its weights have no codes")
-    width, integers = _integers(stored)
+    width, symmetric = _grid(stored)
     first = next(iter(stored.values()))
-    symmetric = all(zero is None for _, _, zero in integers.values())
     whole = all(codes.groups == 1 for codes in stored.values())
     blocks = {"strategy": "channel"} if whole else {"strategy": "group", "group_size": first.shape[1] // first.groups}
     on_the_fly = arm.scheme.on_the_fly == SYMMETRIC
@@ -69,23 +69,26 @@ def compress(model: PreTrainedModel, arm: Arm, stored: dict[str, Codes]) -> "Mod
     with without_bars():
         apply_quantization_config(model, config)
         for name, linear in linears.items():
-            values, scale, zero = integers[name]
-            linear.weight.data = _decoded(values, scale, zero)
-            linear.weight_scale.data = scale
+            values, scale, zero = integer_grid(stored[name], width)
+            found = {"weight": _decoded(values, scale, zero), "weight_scale": scale}
             if zero is not None:
-                linear.weight_zero_point.data = zero.to(linear.weight_zero_point.dtype)
+                found["weight_zero_point"] = zero.to(linear.weight_zero_point.dtype)
+            for part, tensor in found.items():
+                setattr(linear, part, nn.Parameter(tensor, requires_grad=False))
+            compress_module(linear)  # one at a time: all weights in fp32 are twice the model in 16 bits
         compressor = ModelCompressor.from_pretrained_model(model)
-        compressor.compress_model(model)
+        compressor.compress_model(model, skip_compressed=True)
     return compressor
 
 
-def _integers(stored: dict[str, Codes]) -> tuple[int, dict[str, tuple[Tensor, Tensor, Tensor | None]]]:
-    """Bits, and by name what `integer_grid` has: at their own bits, or at 8 where offsets are near no zero points."""
+def _grid(stored: dict[str, Codes]) -> tuple[int, bool]:
+    """Bits of the integers, the codes' own or 8 where offsets are near no zero points, and whether none has a zero
+    point. Raises what `integer_grid` raises."""
     own = next(iter(stored.values())).bits
     try:
-        return own, {name: integer_grid(codes, own) for name, codes in stored.items()}
+        return own, all([integer_grid(codes, own)[2] is None for codes in stored.values()])
     except OffsetError:
-        return MOST_BITS, {name: integer_grid(codes, MOST_BITS) for name, codes in stored.items()}
+        return MOST_BITS, all([integer_grid(codes, MOST_BITS)[2] is None for codes in stored.values()])
 
 
 class OffsetError(ValueError):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from studylib.config import Decoding, Evaluation, Format, number
 from studylib.data import models
-from studylib.evaluate import llamacpp, score, token_seconds
+from studylib.evaluate import llamacpp, pass_seconds, score
 from studylib.methods import GGUF, PEFT, corpus_title
 from studylib.study import compressed, export, gguf
 from studylib.study.cards import PERPLEXITY, read_note
@@ -73,12 +73,8 @@ def _ran(engine: str, load: Callable[[], nn.Module], tokenizer: PreTrainedTokeni
     except (ValueError, OSError) as error:
         return Ran(engine, why=" ".join(str(error).split()))
     metrics, _ = score(model, tokenizer, wanted)
-    seconds = (model.token_seconds if isinstance(model, llamacpp.LlamaCpp) else _seconds_of(model))(TIMED)
+    _, seconds = model.pass_seconds(TIMED) if isinstance(model, llamacpp.LlamaCpp) else pass_seconds(model, TIMED)
     return Ran(engine, {name.removeprefix(PERPLEXITY): value for name, value in metrics.items()}, seconds)
-
-
-def _seconds_of(model: nn.Module) -> Callable[[Decoding], float]:
-    return lambda settings: token_seconds(model, settings)
 
 
 def _transformers(folder: Path, told: dict[str, Any], base: str | None) -> nn.Module:

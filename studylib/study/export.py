@@ -1,5 +1,6 @@
 """The model of a record, for other software: GGUF, compressed-tensors, bitsandbytes, a peft adapter, 16-bit weights."""
 
+import copy
 import dataclasses
 import gc
 import sys
@@ -15,6 +16,7 @@ from studylib.data import models
 from studylib.evaluate import score
 from studylib.methods import (
     ADAPTED,
+    DENSE,
     FOUR_BIT,
     GGUF,
     INTEGERS,
@@ -24,7 +26,7 @@ from studylib.methods import (
     four_bit,
     unrepacked,
 )
-from studylib.quant import Codes, DeployedLinear, coded_layers, decoder_linears, sixteen_bits
+from studylib.quant import Codes, DeployedLinear, coded_layers, sixteen_bits
 from studylib.study import cards, compressed, gguf
 from studylib.study.cards import Exported
 from studylib.study.records import FINISHED, Record, Store
@@ -62,17 +64,17 @@ def export_model(
         gguf.check_arm(arm, models.load_config(arm.model), models.load_tokenizer(arm.model))
     with written_whole(folder) as partial:
         partial.mkdir()
-        model, tokenizer = deployed(arm, store)
+        model, tokenizer = deployed(arm, store, dense=find(arm.method).deploys(arm) in (ADAPTED, DENSE))
         base, config, file, moved = model.name_or_path, model.config, None, None
         if kind == PEFT:
             _write_adapter(arm, model, str(public), partial)
         elif kind == GGUF:
             file, moved = _write_gguf(arm, model, tokenizer, cards.base_title(arm.model, base_id), partial)
         else:
-            stored, others = _taken(model)
+            plain, stored = taken_over(model)
             del model
-            _write_weights(kind, arm, stored, others, partial)
-            del stored, others
+            _write_weights(kind, arm, plain, stored, partial)
+            del plain, stored
         model = None
         gc.collect()
         tokenizer.save_pretrained(partial)
@@ -100,43 +102,50 @@ def _write_gguf(
     return file, moved
 
 
-def _taken(model: PreTrainedModel) -> tuple[dict[str, Codes], dict[str, Tensor]]:
-    """What is kept of a deployed model: codes by layer, and by name in 16 bits all that is not said by them."""
+@torch.no_grad()
+def taken_over(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Codes]]:
+    """A plain model with all that codes do not say, in 16 bits, and the codes by layer. Where there are codes its
+    weights have no numbers yet. The deployed model is used up: its numbers are rounded in their place, one by one, so
+    that no two copies of them are in memory."""
     dtype = sixteen_bits(model)
     beside = {name for name, layer in model.named_modules() if getattr(layer, "beside", None) is not None}
     stored = {name: codes for name, _, codes in coded_layers(model) if name not in beside}
-    others = {
-        name: parameter.detach().to(dtype)
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in stored or name.endswith(".bias")
-    }
-    return stored, others
+    with torch.device("meta"):
+        plain = models.skeleton(copy.deepcopy(model.config))
+    plain.generation_config = model.generation_config
+    for name, _ in list(plain.named_parameters()):
+        owner, _, part = name.rpartition(".")
+        if owner in stored and part == "weight":
+            continue
+        own = model.get_parameter(name)
+        own.data = own.data.to(dtype)
+        setattr(plain.get_submodule(owner), part, nn.Parameter(own.data, requires_grad=False))
+    for name, _ in list(plain.named_buffers()):
+        owner, _, part = name.rpartition(".")
+        setattr(plain.get_submodule(owner), part, model.get_buffer(name))
+    plain.tie_weights()
+    return plain.eval(), stored
 
 
-def _write_weights(kind: str, arm: Arm, stored: dict[str, Codes], others: dict[str, Tensor], folder: Path) -> None:
-    plain = models.load_model(arm.model)
-    dtype = sixteen_bits(plain)
-    for name, parameter in plain.named_parameters():
-        owner, _, kind_of = name.rpartition(".")
-        coded = kind_of == "weight" and owner in stored
-        parameter.data.copy_(stored[owner].decode() if coded else others[name])
+@torch.no_grad()
+def _write_weights(kind: str, arm: Arm, plain: PreTrainedModel, stored: dict[str, Codes], folder: Path) -> None:
+    """What `taken_over` left, with the codes' numbers put into their places one layer at a time."""
     compressor = compressed.compress(plain, arm, stored) if kind == INTEGERS else None
+    dtype = sixteen_bits(plain)
+    if kind != INTEGERS:
+        for name, codes in stored.items():
+            linear = plain.get_submodule(name)
+            linear.weight = nn.Parameter(codes.decode(torch.float32), requires_grad=False)
+            if kind == FOUR_BIT and arm.format:
+                plain.set_submodule(name, four_bit(linear, arm.format))
+            else:
+                linear.weight.data = linear.weight.data.to(dtype)
     if kind == FOUR_BIT and arm.format:
-        _store_four_bits(plain, arm.format, dtype)
-    for name, parameter in plain.named_parameters():
-        if parameter.is_floating_point() and not name.endswith(".weight_scale"):
-            parameter.data = parameter.data.to(dtype)
+        others = [name for name, module in plain.named_modules() if type(module) is nn.Linear]
+        plain.config.quantization_config = _bitsandbytes(arm.format, dtype, others)
     plain.save_pretrained(folder)
     if compressor:
         compressor.update_config(folder)
-
-
-def _store_four_bits(model: PreTrainedModel, format: Format, dtype: torch.dtype) -> None:
-    """Put bitsandbytes' layers in the place of the linear ones, which rounds the scales of double quantization anew."""
-    for name, linear in decoder_linears(model).items():
-        model.set_submodule(name, four_bit(linear, format))
-    others = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    model.config.quantization_config = _bitsandbytes(format, dtype, others)
 
 
 def _bitsandbytes(format: Format, dtype: torch.dtype, others: list[str] | None = None) -> BitsAndBytesConfig:

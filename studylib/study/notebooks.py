@@ -11,10 +11,31 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from studylib.config import Arm, listed, write_whole, written_whole
+from studylib.config import (
+    ALWAYS,
+    INSTALL_LLAMA_CPP,
+    NEVER,
+    Arm,
+    listed,
+    llama_cpp_installed,
+    write_whole,
+    written_whole,
+)
 from studylib.methods import Setting
 from studylib.study.parameters import check_parameter
-from studylib.study.records import REFERENCE, RUNS, SHIPPED, Record, RecordError, find_records, read_files
+from studylib.study.records import (
+    ALL,
+    MISSING,
+    REFERENCE,
+    RUNS,
+    SHIPPED,
+    Record,
+    RecordError,
+    Store,
+    arm_key,
+    find_records,
+    read_files,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -253,6 +274,18 @@ def folders(results: str, output: str) -> tuple[str, str]:
     """
     results = results or str(RUNS)
     return results, output or str(Path(results) / "interactive")
+
+
+def where_installed(arms: list[Arm], wanted: str, results: str, compute: str = MISSING) -> list[Arm]:
+    """Arms that are computed by llama.cpp: all of them where `wanted` is ALWAYS, none where it is NEVER; for AUTO those
+    that can be, or are on record; a line says so where others are left out."""
+    if wanted == NEVER:
+        return []
+    store = Store(results or RUNS, None if compute == ALL else REFERENCE)
+    there = [arm for arm in arms if wanted == ALWAYS or llama_cpp_installed() or store.load(arm_key(arm)) is not None]
+    if len(there) < len(arms):
+        print(f"llama.cpp is not installed, so that it is left out; {INSTALL_LLAMA_CPP} adds it.")
+    return there
 
 
 def publish(

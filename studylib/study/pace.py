@@ -44,6 +44,8 @@ def tokens(arm: Arm) -> dict[str, float]:
         found["quantize"] = windows if windows else ROUNDING * scored
     if arm.decoding and arm.format:
         found["decode"] = arm.decoding.tokens * arm.decoding.rounds
+    if arm.engines and arm.format:
+        found["decode"] = len(arm.engines.batches) * (1 + arm.engines.tokens) * arm.engines.rounds
     return found
 
 

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from studylib.config import (
     ADAPTER_KINDS,
     AFFINE,
+    ALWAYS,
+    AUTO,
     CORPORA,
     FULL,
     GRIDS,
@@ -32,10 +34,12 @@ from studylib.config import (
     PROFILES,
     STRATEGIES,
     TEMPERATURES,
+    WHEN,
     BitWidths,
     Scheme,
     check_corpus,
     check_layers,
+    check_llama_cpp,
     check_loss,
     check_own,
     is_line,
@@ -142,6 +146,11 @@ def _as_list(value: Any) -> Any:
     return value
 
 
+def _check_when(value: str) -> None:
+    if value == ALWAYS:
+        check_llama_cpp()
+
+
 _NAME = Annotated[str, _that(is_line)]
 NAME = Parameter(_NAME, "a known name, a local folder or a hub id", "smollm2-135m")
 FAMILY = Parameter(
@@ -194,6 +203,11 @@ PLANNED = [name for name, method in METHODS.items() if "tuning" in method.needs 
 CALIBRATED = _some_of(IN_GROUPS)
 COMPUTED = Parameter(
     Annotated[str, _that(lambda value: value in COMPUTE)], "new, missing or all (see studylib.run)", COMPUTE[0]
+)
+LLAMA_CPP = Parameter(
+    Annotated[str, _that(lambda value: value in WHEN), _that(_check_when)],
+    "auto (where it is installed or on record), always or never",
+    AUTO,
 )
 OWN = Parameter(
     Annotated[dict[str, Any], BeforeValidator(_as_parts), _that(check_own)],
@@ -275,7 +289,7 @@ PARAMETERS = {
         "batch": _whole(1, MAX_BATCH, 4),
         "length": _whole(2, MAX_LENGTH, 256),
     },
-    "08_low_bit_execution": RUN | {"group": GROUP},
+    "08_low_bit_execution": RUN | {"group": GROUP, "llama_cpp": LLAMA_CPP},
     "09_four_bit_activations": TRAINED
     | {
         "settings": SETTINGS,

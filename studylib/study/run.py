@@ -45,6 +45,7 @@ from studylib.quant import (
 )
 from studylib.study import launch
 from studylib.study.check import check
+from studylib.study.executions import engine_seconds
 from studylib.study.machine import environment, memory_bytes, peak_memory
 from studylib.study.needs import rows_at_once
 from studylib.study.pace import Clock, Pace
@@ -93,6 +94,9 @@ def carry_out(
         if arm.decoding and arm.format:
             with phase("decode"):
                 scores |= decoding_seconds(arm.model, arm.format, arm.decoding)
+        if arm.engines and arm.format:
+            with phase("decode"):
+                scores |= engine_seconds(arm.model, arm.format, arm.engines)
         if work.data:
             tokens["data"] = work.data.windows.numel()
         if arm.training and arm.data:
@@ -231,18 +235,19 @@ def _alone(arm: Arm, store: Store) -> contextlib.AbstractContextManager[Any]:
     return store.lock(f"adapter-{trained_adapter(arm, store).stem}") if arm.tuning else contextlib.nullcontext()
 
 
-def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def deployed(arm: Arm, store: Store, dense: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that the arm is scored on, and its tokenizer: as it is kept, or made again.
 
     Text, trained adapters and checkpoints that are still in the store are used; what it has not yet is computed, and of
-    that all but checkpoints stays. Raises what `schedule.run` raises.
+    that all but checkpoints stays. dense: as of restore_model, where it is kept; False for codes that are only written.
+    Raises what `schedule.run` raises.
     """
     check(arm)
     key = arm_key(arm)
     kept_model, checkpoints = store.model_file(key), store.checkpoint_folder(key)
     with store.lock(key):
         if usable(kept_model):
-            return _restored(arm, kept_model), models.load_tokenizer(arm.model)
+            return _restored(arm, kept_model, dense), models.load_tokenizer(arm.model)
         kept = arm.budget is not None and (checkpoints / f"checkpoint-{arm.budget.last}").exists()
         set_seed(arm.seed)
         with Clock(Pace(), hidden=not (arm.budget or arm.data)) as clock:
@@ -258,12 +263,13 @@ def deployed(arm: Arm, store: Store) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return work.model, work.tokenizer
 
 
-def _restored(arm: Arm, path: Path) -> PreTrainedModel:
-    """The deployed model from its file: weights, and the rounding of activations and cache on the fly."""
-    model = _loaded(arm)
+def _restored(arm: Arm, path: Path, dense: bool) -> PreTrainedModel:
+    """The deployed model from its file: weights, and the rounding of activations and cache on the fly. dense: False
+    leaves out what codes say, and takes the rest as the model's files have it."""
+    model = _loaded(arm) if dense else models.mapped_model(arm.model)
     if (arm.widths.activations, arm.widths.cache) != (OFF, OFF):
         quantize_model(model, f"{OFF}-{arm.widths.activations}-{arm.widths.cache}", arm.scheme)
-    return restore_model(model, path)
+    return restore_model(model, path, dense)
 
 
 def _converged(log: Log) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import Timeout
 
-from studylib.config import Arm, check_jobs, check_scheduler, listed
+from studylib.config import NOTHING, Arm, check_jobs, check_scheduler, listed
 from studylib.methods import find, title
 from studylib.study import launch
 from studylib.study.machine import keep_freed_memory
@@ -94,7 +94,12 @@ def _without_gaps(arms: Sequence[Arm], store: Store) -> list[Arm]:
     lacking = {arm for arm in arms if store.load(arm_key(arm)) is None}
     covered = {(own.arm.model, own.arm.evaluation) for own in read_records(REFERENCE / "records")} if lacking else set()
     asked = [arm for arm in dict.fromkeys(arms) if arm in lacking and not getattr(arm.data, "usual", False)]
-    gaps = [arm for arm in asked if (arm.model, arm.evaluation) in covered]
+    known = {model for model, _ in covered}
+    gaps = [
+        arm
+        for arm in asked
+        if (arm.model, arm.evaluation) in covered or (arm.evaluation == NOTHING and arm.model in known)
+    ]
     if gaps:
         named = listed([title(arm) for arm in gaps[:GAPS]] + [f"{len(gaps) - GAPS} more"] * (len(gaps) > GAPS))
         print(f'{len(gaps)} arms are not in the reference results and are left out: {named}. compute = "{MISSING}" '

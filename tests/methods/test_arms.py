@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studylib.config.arm import Arm
-from studylib.config.budgets import Decoding, RealText, Sampling, profile
+from studylib.config.budgets import NOTHING, Decoding, RealText, Sampling, profile
 from studylib.config.settings import MERGED_16, REQUANTIZED, Adapter, BitWidths, Format, Scheme
 from studylib.methods.arms import (
     CHANGES,
@@ -195,9 +195,13 @@ def test_an_arm_has_the_parts_that_its_method_needs_and_no_others(method):
     bits = "16-16-16" if not own.rounds else "4-16-16" if format else "4-8-4"
     arm = build_arm(SMOKE, "m", method, bits, 5, format=format)
     own.check(arm)
-    given = {name for name in ("data", "training", "format", "adapter", "instructions", "tuning", "decoding")}
+    given = {
+        name for name in ("data", "training", "format", "adapter", "instructions", "tuning", "decoding", "engines")
+    }
     assert {name for name in given if getattr(arm, name) is not None} == own.needs
-    assert arm.evaluation == SMOKE.evaluation and arm.model == "m" and arm.method == method
+    assert (
+        arm.evaluation == (NOTHING if arm.engines else SMOKE.evaluation) and arm.model == "m" and arm.method == method
+    )
     if arm.data or arm.instructions:
         assert arm.seed == 5
     if arm.tuning:
@@ -207,6 +211,7 @@ def test_an_arm_has_the_parts_that_its_method_needs_and_no_others(method):
             grid_rate=SMOKE.tuning.grid_rate if own.trains_grid(arm.scheme) else None,
         )
     assert arm.decoding in (None, SMOKE.decoding) and isinstance(SMOKE.decoding, Decoding)
+    assert arm.engines in (None, SMOKE.engines) and arm.timed == bool(own.needs & {"decoding", "engines"})
     assert arm.adapter == own.usual_adapter() and Setting.of(arm).changes == (("format", format),) * (
         method == "encoded"
     )

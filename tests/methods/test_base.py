@@ -30,6 +30,7 @@ GIVEN = {  # something for each part
     "instructions": SMOKE.instructions,
     "tuning": SMOKE.tuning,
     "decoding": SMOKE.decoding,
+    "engines": SMOKE.engines,
 }
 
 
@@ -70,6 +71,7 @@ def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
     assert list(METHODS)[8:] == [
         "encoded",
         "4-bit kernel",
+        "llama.cpp",
         "lora",
         "qlora",
         "gptq+lora",

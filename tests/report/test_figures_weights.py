@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.config.budgets import EXECUTIONS
+from studylib.config.budgets import ENGINES, EXECUTIONS, PASSES
 from studylib.config.settings import FORMATS, Format
+from studylib.report import tables
 from studylib.report.figures import weights as weight_figures
 
 
@@ -80,6 +81,30 @@ def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_fast
     figure = weight_figures.decoding_times([dataclasses.replace(record, scores=record.scores | scores)])
     assert flat(figure) == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(EXECUTIONS)
+
+
+def test_engines_stand_side_by_side_in_tokens_a_second(make_record):
+    record = make_record("llama.cpp", "4-16-16", changes={"format": Format("affine", 4, 32)})
+    assert "llama.cpp was not timed here" in weight_figures.engine_speeds([]).get_suptitle()
+    settings = record.arm.engines
+    scores = {
+        f"seconds/{stage}/{batch}/{engine}": [0.01 * (at + 1)] * 4
+        for stage in PASSES
+        for batch in settings.batches
+        for at, engine in enumerate(ENGINES)
+    } | {"process": [0.0, 0.0, 1.0, 1.0]}
+    record = dataclasses.replace(record, scores=scores)
+    figure = weight_figures.engine_speeds([make_record("rtn", "4-8-4"), record])
+    assert "llama.cpp decodes 0.400 [0.400, 0.400] times as fast as this study's kernel" in flat(figure)
+    assert flat(figure).endswith("and 0.800 [0.800, 0.800] times as fast as its own 16 bits")
+    assert [ax.get_xlabel().partition(":")[0] for ax in figure.axes] == [
+        f"{stage.capitalize()}, batch {batch}" for stage in PASSES for batch in settings.batches
+    ]
+    table = tables.engines([record])
+    assert list(table["Engine"]) == list(ENGINES)
+    assert table["Decoding, batch 2, tokens/s"][1] == "100 [100, 100]"  # two tokens in 0.02 s
+    assert table["Prefill, batch 2, tokens/s"][0] == "800 [800, 800]"  # eight in 0.01 s
+    assert tables.engines([]).empty
 
 
 def test_no_two_kinds_of_formats_look_alike():

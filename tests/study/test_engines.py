@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from studylib.config.budgets import Decoding, Evaluation
+from studylib.config.engines import INSTALL_LLAMA_CPP, llama_cpp_installed
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
 from studylib.evaluate import llamacpp
@@ -45,7 +46,7 @@ def test_each_engine_s_perplexity_stands_beside_the_record_s(folders):
     told, wanted = engines.read_note(folders / "gguf")
     for ran in engines.results(folders / "gguf", told, wanted, None):
         if ran.why:
-            assert ran.engine == "llama.cpp" and not llamacpp.installed() and llamacpp.INSTALL in ran.why
+            assert ran.engine == "llama.cpp" and not llama_cpp_installed() and INSTALL_LLAMA_CPP in ran.why
             assert f"llama.cpp: {ran.why}" in table
         else:
             assert ran.perplexity["wikipedia"] == pytest.approx(told["perplexity"]["wikipedia"], rel=5e-3)
@@ -59,7 +60,7 @@ def test_what_an_engine_cannot_read_is_said(folders, tmp_path):
         engines.run_check(tmp_path)
 
 
-@pytest.mark.skipif(llamacpp.installed(), reason="llama.cpp is there")
+@pytest.mark.skipif(llama_cpp_installed(), reason="llama.cpp is there")
 def test_a_missing_engine_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^llama\.cpp is not installed; use pip install '\.\[llama-cpp\]'$"):
         llamacpp.LlamaCpp(tmp_path / "model.gguf", 64)
@@ -121,4 +122,5 @@ def test_llama_cpp_refuses_in_a_line_and_times_a_token(tiny_model, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"^llama\.cpp does not take .*model\.gguf"):
         llamacpp.LlamaCpp(tmp_path / "model.gguf", 64)
-    assert llamacpp.LlamaCpp(written(tiny_model, tmp_path), 64).token_seconds(Decoding(context=8, tokens=4)) > 0
+    engine = llamacpp.LlamaCpp(written(tiny_model, tmp_path), 64, sequences=2)
+    assert min(engine.pass_seconds(Decoding(context=8, tokens=4), batch=2)) > 0

@@ -1,5 +1,6 @@
 """Exported models: transformers loads what the record scored, in as few bits, or it is refused beforehand."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from studylib.config.arm import Arm
 from studylib.config.budgets import Evaluation, profile
+from studylib.config.engines import llama_cpp_installed
 from studylib.config.settings import (
+    BESIDE,
     DEQUANTIZED,
     MERGED_DISTILLED,
     MERGED_QUANTIZED,
@@ -34,7 +37,7 @@ from studylib.quant.formats import encode
 from studylib.quant.grids import quantize
 from studylib.quant.layers import decoder_linears
 from studylib.quant.storage import Codes
-from studylib.study import cards, compressed, export, gguf, run, schedule
+from studylib.study import cards, compressed, engines, export, gguf, run, schedule
 from studylib.study.records import DIVERGED, Store, arm_key
 from studylib.train import distillation, finetuning
 
@@ -229,7 +232,6 @@ def test_merged_into_16_bits(fp32, store, tmp_path):
     ("wanted", "message"),
     [
         (arm("full-precision", "16-16-16"), "it is the model as it was loaded"),
-        (arm("gptq+lora", format=Format("affine", 4, 32)), "take an arm that is merged"),
         (arm("qlora", "3-16-16", format=Format("nf", 3, 32)), "take an arm that is merged"),
         (arm("qlora", format=NF4, adapter=Adapter(4, 4, kind="pissa")), "take an arm that is merged"),
         (arm("qlora", format=Format("nf")), "take an arm that is merged"),  # tiny-random is in no file
@@ -367,8 +369,7 @@ def test_learned_offsets_go_to_both(tiny_model, tiny_tokenizer, tmp_path, name):
                 parameter.data += 0.02 * parameter.detach().abs().mean().clamp_min(1e-3) * torch.randn_like(parameter)
     merge(tiny_model, wanted.merge)
     assert container(wanted) == base.GGUF and container(wanted, base.INTEGERS) == base.INTEGERS
-    stored, others = export._taken(tiny_model)
-    export._write_weights(base.INTEGERS, wanted, stored, others, tmp_path)
+    export._write_weights(base.INTEGERS, wanted, *export.taken_over(copy.deepcopy(tiny_model)), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     loaded(torch.arange(32)[None])  # the first pass unpacks
     gguf.check_arm(wanted, tiny_model.config, tiny_tokenizer)
@@ -382,6 +383,36 @@ def test_learned_offsets_go_to_both(tiny_model, tiny_tokenizer, tmp_path, name):
             assert (away <= 1.001 * bound + 1e-7).all(), own
 
 
+INT4, AFFINE4 = Format("int-full", 4, 32), Format("affine", 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("method", "format", "merge", "wanted"),
+    [
+        ("l4q", INT4, BESIDE, base.GGUF),
+        ("l4q", AFFINE4, BESIDE, base.INTEGERS),
+        ("qa-lora", AFFINE4, BESIDE, base.GGUF),
+        ("qa-lora", INT4, BESIDE, base.INTEGERS),
+        ("qat-lora", AFFINE4, BESIDE, base.GGUF),
+        ("qat-lora", INT4, REQUANTIZED, base.GGUF),
+        ("qat-lora", AFFINE4, REQUANTIZED, base.INTEGERS),
+    ],
+)
+def test_what_was_trained_is_scored_as_its_record_in_every_engine(fp32, store, tmp_path, method, format, merge, wanted):
+    (record,) = schedule.run([arm(method, format=format, merge=merge)], store.folder)
+    assert container(record.arm) == (base.INTEGERS if merge == REQUANTIZED else base.GGUF)
+    found = export.export_model(record, store, tmp_path / "model", wanted)
+    told, evaluation = cards.read_note(tmp_path / "model")
+    assert (tmp_path / "model" / gguf.ADAPTER).exists() == (method == "qat-lora" and merge == BESIDE)
+    for own, value in found.metrics.items():
+        assert value == pytest.approx(record.metrics[own], rel=2e-3)
+    for ran in engines.results(tmp_path / "model", told, evaluation, None):
+        if ran.why:
+            assert ran.engine == "transformers" or wanted != base.GGUF or not llama_cpp_installed(), ran.why
+        for corpus, value in ran.perplexity.items():
+            assert value == pytest.approx(record.metrics[f"perplexity/{corpus}"], rel=2e-3), ran.engine
+
+
 def test_dense_weights_hold_an_adapter_beside_its_base(tiny_model, tmp_path):
     attach(tiny_model, "qlora", format=Format("nf", 4, 32), adapter=Adapter(4, 4))
     for name, parameter in tiny_model.named_parameters():
@@ -390,7 +421,7 @@ def test_dense_weights_hold_an_adapter_beside_its_base(tiny_model, tmp_path):
     merge(tiny_model)
     wanted = arm("qlora", format=Format("nf", 4, 32))
     assert container(wanted, base.SIXTEEN_BITS) == base.SIXTEEN_BITS
-    export._write_weights(base.SIXTEEN_BITS, wanted, *export._taken(tiny_model), tmp_path)
+    export._write_weights(base.SIXTEEN_BITS, wanted, *export.taken_over(copy.deepcopy(tiny_model)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for own, linear in decoder_linears(tiny_model).items():
         assert torch.equal(tensors[f"{own}.weight"], linear.weight.bfloat16()), own
@@ -403,6 +434,16 @@ def test_dense_weights_hold_an_adapter_beside_its_base(tiny_model, tmp_path):
         (arm("encoded", format=NF4), base.GGUF, "GGUF does not hold 4-bit floats .*; use --format bnb$"),
         (arm("encoded", format=Format("mxfp4", 4, 32)), base.GGUF, "; --format safetensors writes it in 16 bits$"),
         (arm("rtn"), base.PEFT, "peft adapter does not hold integers; use --format compressed-tensors$"),
+        (
+            arm("gptq+lora", format=Format("affine", 4, 32)),
+            base.PEFT,
+            "a base that transformers does not make; take an",
+        ),
+        (
+            arm("qat-lora", format=Format("affine", 4, 32)),
+            base.INTEGERS,
+            "an adapter beside its base; use --format gguf$",
+        ),
         (arm("qlora", format=NF4), base.GGUF, "a base that llama.cpp does not make; take an arm that is merged$"),
         (arm("l4q", format=Format("affine", 4, 32)), base.FOUR_BIT, "use --format gguf$"),
     ],

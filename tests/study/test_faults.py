@@ -90,6 +90,73 @@ def test_the_kept_model_gives_way_to_its_record(tmp_path, monkeypatch):
     assert tries == [True, False] and Store(tmp_path).load(record.key) == record
 
 
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from studylib.study.export import export_model
+from studylib.study.records import Store
+
+results, key, wanted, place = sys.argv[1:]
+output = Path(place, "model")
+
+
+def killed_at(number):
+    "Export in a child, which dies before so manieth change of a file there; how many it made, None where it died."
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writes)
+        with open(reads) as told:
+            count = told.read()
+        return None if os.waitpid(child, 0)[1] else int(count)
+    seen = 0
+
+    def hear(event, args):
+        nonlocal seen
+        changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+            event == "open" and args[2] and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
+        if changes and str(args[0]).startswith(place):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hear)
+    export_model(Store(results).load(key), Store(results), output, wanted, None, scored=False)
+    os.write(writes, str(seen).encode())
+    os._exit(0)
+
+
+def files():
+    return {path.name: path.stat().st_size for path in output.iterdir()} if output.exists() else None
+
+
+count, whole = killed_at(0), files()
+found = {"count": count, "whole": whole, "after": {}}
+for number in sorted({1, count // 2, *range(count - 2, count + 1)}):
+    for path in output.iterdir() if output.exists() else ():
+        path.unlink()
+    output.exists() and output.rmdir()
+    assert killed_at(number) is None
+    found["after"][number] = files()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("wanted", ["GGUF", "compressed-tensors"])
+def test_a_killed_export_leaves_nothing_that_looks_finished(tmp_path, wanted):
+    arm = build_arm(BUDGET, "tiny-random", "encoded", "4-16-16", format=Format("affine", 4, 32))
+    (record,) = schedule.run([arm], tmp_path / "results")
+    (tmp_path / "place").mkdir()
+    command = [sys.executable, "-c", KILLED, tmp_path / "results", record.key, wanted, tmp_path / "place"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"README.md", "study.json", "tokenizer.json"} < found["whole"].keys() and found["count"] > 5
+    after = list(found["after"].values())
+    assert after[0] is None and after[1] is None and all(files in (None, found["whole"]) for files in after)
+
+
 @pytest.fixture
 def read_only(tmp_path):
     """Makes a folder read-only, for root as well."""

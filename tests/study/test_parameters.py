@@ -115,6 +115,12 @@ def test_a_name_has_one_meaning_but_for_bits_and_methods():
         ("07", "batch", 10**12, "1000000000000 is not allowed; use a whole number from 1 to 65536"),
         ("07", "length", 1, "1 is not allowed; use a whole number from 2 to 1048576"),
         ("08", "group", -32, "-32 is not allowed; use a whole number from 2 to 65536, or 0"),
+        (
+            "08",
+            "llama_cpp",
+            "yes",
+            "'yes' is not allowed; use auto (where it is installed or on record), always or never",
+        ),
         ("06", "group", 1, "1 is not allowed; use a whole number from 2 to 65536, or 0 for the profile's"),
         ("01", "output", " ", "' ' is not allowed; use the path of a folder, or '' for the usual one"),
         ("04", "own", {"pair": "x.json"}, "own: 'pair' is not known; use one of pairs, text"),

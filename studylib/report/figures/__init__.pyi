@@ -10,7 +10,7 @@ from .comparisons import (
 from .memory import measured_beside_planned, memory_bars, papers_figure, papers_table, readable_memory
 from .rates import searched_rates
 from .sizes import family_frontier
-from .weights import decoding_times, error_by_layer, format_frontier, format_table, rows, tuning_panels
+from .weights import decoding_times, engine_speeds, error_by_layer, format_frontier, format_table, rows, tuning_panels
 
 __all__ = [
     "after_deployment",
@@ -18,6 +18,7 @@ __all__ = [
     "cache_cost",
     "decoding_times",
     "differences",
+    "engine_speeds",
     "error_by_layer",
     "family_frontier",
     "format_frontier",

@@ -12,11 +12,17 @@ from matplotlib.lines import Line2D
 
 from studylib.config import (
     ADAPTED_4_BITS,
+    DECODE,
     DEFAULT_GROUP,
     EMPTY,
+    ENGINES,
     EXECUTIONS,
     IN_4_BITS,
+    KERNEL_4,
+    LLAMA_4,
+    LLAMA_16,
     OWN,
+    PASSES,
     TIMED_LAYERS,
     Format,
     capital,
@@ -35,6 +41,7 @@ from studylib.evidence import (
     by_process,
     covering,
     decoding_measures,
+    engine_measures,
     frontier,
     gather,
     identity,
@@ -43,6 +50,7 @@ from studylib.evidence import (
     response_measures,
     right_answers,
     speedup,
+    tokens_a_second,
     usual_measures,
 )
 from studylib.methods import method_title
@@ -337,6 +345,38 @@ def decoding_times(records: Sequence[Record]) -> Figure:
         handle = Line2D([], [], color="#444444", marker="o", label="rounds (dots), their median and its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
         set_title(figure, f"Without an adapter beside them, 4-bit weights decode {', '.join(found)}")
+    return figure
+
+
+def engine_speeds(records: Sequence[Record]) -> Figure:
+    """A panel for each pass and batch that was timed: tokens a second of each engine, each process and their median
+    with its 95% interval."""
+    measures = engine_measures(records)
+    if not measures:
+        return empty_figure("llama.cpp was not timed here")
+    cell = next(cell for cell in gather(records).values() if cell.records and measures[0].covers(cell))
+    with mpl.rc_context(STYLE):
+        figure, axes = new_panels(len(measures), width=12, height=4.6, rows=len(PASSES))
+        for ax, measure in zip(axes, measures, strict=True):
+            for row, (engine, colour) in enumerate(zip(ENGINES, LINES, strict=False)):
+                found = tokens_a_second(measure, cell, engine)
+                ax.plot([found.low, found.high], [row, row], color=colour, lw=1.5)
+                ax.plot(found.estimate, row, "o", ms=5.5, color=colour)
+                ax.annotate(
+                    found.text(number), (found.high, row), xytext=(6, 0), textcoords="offset points", va="center"
+                )
+            ax.set_xlim(0, 1.4 * max(tokens_a_second(measure, cell, engine).high for engine in ENGINES))
+            ax.set_xlabel(f"{capital(measure.title)}: tokens a second (higher is better)")
+            name_rows(ax, ENGINES)
+        handle = Line2D([], [], color="#444444", marker="o", label="median of the processes and its 95% interval")
+        figure.legend(handles=[handle], loc="outside lower center")
+        decoding = next(measure for measure in measures if measure.of.startswith(DECODE))
+        kernel, own = (speedup(decoding, cell, LLAMA_4, slow).text(number) for slow in (KERNEL_4, LLAMA_16))
+        set_title(
+            figure,
+            f"One sequence with 4-bit weights: llama.cpp decodes {kernel} times as fast as this study's kernel, "
+            f"and {own} times as fast as its own 16 bits",
+        )
     return figure
 
 
