@@ -280,7 +280,14 @@ def autoround(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", forma
         from llmcompressor.modifiers.autoround import AutoRoundModifier
         from llmcompressor.pipelines.sequential import SequentialPipeline
 
-        modifier = AutoRoundModifier(
+        class InFP32(AutoRoundModifier):
+            """Where a processor computes in bf16, auto-round would round the weights to it first."""
+
+            def _update_device_map_for_dp(self, kwargs: dict[str, Any]) -> None:
+                super()._update_device_map_for_dp(kwargs)
+                kwargs["amp"] = False
+
+        modifier = InFP32(
             config_groups=_weight_grid(model, bits, group, symmetric),
             iters=AUTOROUND_STEPS,
             lr=AUTOROUND_RATE,
