@@ -357,6 +357,7 @@ def engine_speeds(records: Sequence[Record]) -> Figure:
     cell = next(cell for cell in gather(records).values() if cell.records and measures[0].covers(cell))
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(measures), width=12, height=4.6, rows=len(PASSES))
+        every = [tokens_a_second(measure, cell, engine) for measure in measures for engine in ENGINES]
         for ax, measure in zip(axes, measures, strict=True):
             for row, (engine, colour) in enumerate(zip(ENGINES, LINES, strict=False)):
                 found = tokens_a_second(measure, cell, engine)
@@ -365,8 +366,10 @@ def engine_speeds(records: Sequence[Record]) -> Figure:
                 ax.annotate(
                     found.text(number), (found.high, row), xytext=(6, 0), textcoords="offset points", va="center"
                 )
-            ax.set_xlim(0, 1.4 * max(tokens_a_second(measure, cell, engine).high for engine in ENGINES))
-            ax.set_xlabel(f"{capital(measure.title)}: tokens a second (higher is better)")
+            ax.set_xscale("log")
+            ax.set_xlim(0.8 * min(own.low for own in every), 3 * max(own.high for own in every))
+            plain_ticks(ax.xaxis)
+            ax.set_xlabel(f"{capital(measure.title)}: tokens a second (log scale, higher is better)")
             name_rows(ax, ENGINES)
         handle = Line2D([], [], color="#444444", marker="o", label="median of the processes and its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
