@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# bf16=True means another thing under FSDP: a fake quantizer gets weights that were rounded to bf16 first, and rounds one
-# in a hundred to another 4-bit level.
+# Under FSDP, bf16=True hands fake quantizers weights in bf16: one in a hundred goes to another 4-bit level.
 #
 # One would expect: bf16 mixed precision of accelerate (Trainer's bf16=True) computes matrix products in bf16 and leaves
 # parameters in fp32, as autocast does on one device and under data parallelism. Quantization-aware training depends on
 # it: the quantizer in a layer's forward pass rounds the fp32 master weight.
 # Seen with accelerate 1.15.0, torch 2.13.0: with the policy that accelerate's FSDP2 plugin makes of "bf16" the layer
-# sees its weight in bf16. Under autocast it is fp32. Of the integers of a 4-bit grid 1.1% are others, and
-# updates that are smaller than a step of bf16 reach the quantizer in jumps, though the optimizer's masters are fp32.
+# sees its weight in bf16. Under autocast it is fp32. Of the integers of a 4-bit grid 1.1% are others, and updates that
+# are smaller than a step of bf16 reach the quantizer in jumps, though the optimizer's masters are fp32.
 # Guess written down before the run: the same losses as with data parallelism but for the order of sums; they were off
 # in the third digit from the first step on.
 # Where it comes from: accelerate/utils/dataclasses.py, FullyShardedDataParallelPlugin.set_mixed_precision: param_dtype
