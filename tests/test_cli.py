@@ -312,12 +312,13 @@ def sorted_arms():
 
 
 def test_a_dry_run_tells_what_is_missing_and_computes_nothing(tmp_path, capsys):
-    command = ["run", *SMOKE, "--results", str(tmp_path), "--notebooks", "08", "--dry-run"]
+    asked = ["--results", str(tmp_path), "--notebooks", "08", "--set", "llama_cpp=never", "--dry-run"]
+    command = ["run", *SMOKE, *asked]
     assert main(command) == 0
     first, *arms, last = capsys.readouterr().out.splitlines()
     assert first == f"3 arms: 0 in {tmp_path}, 0 in the reference, 3 missing." and len(arms) == 3
     assert last.startswith("All together: ") and not list((tmp_path / "records").iterdir())
-    assert main(["run", "--results", str(tmp_path), "--notebooks", "08", "--dry-run"]) == 0
+    assert main(["run", *asked]) == 0
     assert capsys.readouterr().out == f"3 arms: 0 in {tmp_path}, 3 in the reference, 0 missing.\n"
     assert main([*command, "--rates", "search"]) == 2
 

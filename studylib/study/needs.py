@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from studylib import data, evaluate  # doors: schedulers and workers read this, who have no time for what is behind
 from studylib.config import Adapter, Arm, Format
@@ -96,7 +97,8 @@ def _planned_above(arm: Arm, enough: float, rows: int) -> float | None:
     length, checkpointing = arm.instructions.length, arm.tuning.checkpointing
     if _bound(arm.model, rows * length) <= enough:
         return None
-    return _planned(arm.model, arm.method, arm.format, arm.adapter, rows, length, checkpointing)
+    asked = arm.model, arm.method, arm.format, arm.adapter, rows, length, checkpointing
+    return _planned(*asked, data.models.compute_dtype())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -108,11 +110,12 @@ def _planned(
     batch: int,
     length: int,
     checkpointing: bool,
+    dtype: Any,
 ) -> float | None:
     """Bytes; None for what cannot be planned (see evaluate.plan)."""
     try:
         config = data.models.load_config(model)
         return evaluate.plan(config, method, format=format, adapter=adapter, batch=batch, length=length,
-                    checkpointing=checkpointing, dtype=data.compute_dtype()).total  # fmt: skip
+                    checkpointing=checkpointing, dtype=dtype).total  # fmt: skip
     except ValueError:
         return None

@@ -24,16 +24,15 @@ from studylib.config import (
 from studylib.methods import Setting
 from studylib.study.parameters import check_parameter
 from studylib.study.records import (
-    ALL,
     MISSING,
     REFERENCE,
     RUNS,
     SHIPPED,
     Record,
     RecordError,
-    Store,
     arm_key,
     find_records,
+    known_records,
     read_files,
 )
 
@@ -281,8 +280,10 @@ def where_installed(arms: list[Arm], wanted: str, results: str, compute: str = M
     that can be, or are on record; a line says so where others are left out."""
     if wanted == NEVER:
         return []
-    store = Store(results or RUNS, None if compute == ALL else REFERENCE)
-    there = [arm for arm in arms if wanted == ALWAYS or llama_cpp_installed() or store.load(arm_key(arm)) is not None]
+    there = arms
+    if wanted != ALWAYS and not llama_cpp_installed():
+        on_record = {record.key for record in known_records(results or RUNS, compute)}
+        there = [arm for arm in arms if arm_key(arm) in on_record]
     if len(there) < len(arms):
         print(f"llama.cpp is not installed, so that it is left out; {INSTALL_LLAMA_CPP} adds it.")
     return there

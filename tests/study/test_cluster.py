@@ -179,7 +179,7 @@ def test_what_no_worker_has_is_named(working, tmp_path):
 
 def test_the_command_has_arms_computed_by_the_workers_of_a_scheduler(working, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batch, "execute", lambda notebook, output, parameters: pytest.fail(str(parameters)))
-    small = ("widths=[4]", "group=32", "groups=[16]", "fine=false", "micro=false")
+    small = ("widths=[4]", "group=32", "groups=[16]", "fine=false", "micro=false", "calibrated=[]")
     command = ["run", "--profile", "smoke", "--model", "tiny-random", "--notebooks", "06", "--set", *small]
     command += ["--results", str(tmp_path), "--scheduler"]
     monkeypatch.setattr(cluster, "PATIENCE", 1)

@@ -91,7 +91,7 @@ def test_results_are_the_repositorys_wherever_a_notebook_is_started(tmp_path, mo
 def test_methods_that_a_model_cannot_have_can_be_left_out(tmp_path):
     (notebook,) = batch.find_notebooks(["04"])
     given = {"model": "tiny-random", "profile": "smoke", "results": str(tmp_path), "seeds": [0]}
-    given |= {"methods": ["rtn", "gptq"], "searched": [], "smoothed": []}
+    given |= {"methods": ["rtn", "gptq"], "searched": [], "calibrated": [], "symmetric": [], "smoothed": []}
     assert {arm.method for arm in batch.wanted_arms(notebook, given)} == {"full-precision", "rtn", "gptq", "llm-qat"}
 
 
