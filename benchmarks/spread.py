@@ -34,7 +34,7 @@ SLOW, SLOWED = 0.1, 1.5  # one device in ten takes so many times as long
 DEATHS, LOST = 0.01, 120.0  # of a device in an hour; seconds since its last checkpoint
 BEGINNING = 20.0  # seconds in which a worker imports its libraries
 DRAWS = 200
-ARMS, STEPS = 10, (40, 200)  # of the run that is measured
+ARMS, STEPS = 10, (200, 1000)  # of the run that is measured
 JOBS = 2
 
 
@@ -173,7 +173,7 @@ def some():
 
 def measured():
     """A run with two workers, beside what is simulated of what its records say that its arms took. When workers begin
-    is measured by a run of two arms before."""
+    is measured by runs of two arms before."""
     from studylib.study import Store, arm_key, schedule
 
     arms = some()
@@ -187,6 +187,7 @@ def measured():
             store = Store(folder)
             return took, [sum(store.load(arm_key(arm)).cost["seconds"].values()) for arm in asked]
 
+    run(arms[:JOBS])  # which imports dask here
     took, each = run(arms[:JOBS])
     beginning = took - max(each)
     took, each = run(arms)

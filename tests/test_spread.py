@@ -27,6 +27,13 @@ def test_the_table_is_that_of_the_benchmark(spread):
     assert shown == spread.table(json.loads(FILE.with_suffix(".json").read_text())["costs"])
 
 
+def test_the_simulation_agrees_with_a_run_of_two_workers(spread):
+    found = json.loads(FILE.with_suffix(".json").read_text())["measured"]
+    assert abs(found["simulated of measured"] - 1) < 0.15
+    page = " ".join((ROOT / "docs/scaling.md").read_text().split())
+    assert f"the simulation gives {found['simulated of measured']:.2f} of the time" in page
+
+
 def test_arms_go_to_the_first_device_that_is_free(spread):
     # 5 and 3 begin; 4 comes to the second device at 3, 2 to the first at 5: both are done at 7
     assert spread.spread([5, 3, 4, 2], 2, beginning=0) == 7
