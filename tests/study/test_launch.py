@@ -18,7 +18,8 @@ SMOKE = profile("smoke")
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --nproc-per-node"
 SHARDED = "env ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP"
 L4Q = build_arm(SMOKE, "tiny-random", "l4q", "4-16-16", format=Format("int-full", 4, SMOKE.group))
-LLM_QAT = build_arm(SMOKE, "tiny-random", "llm-qat", "4-8-4")
+# At four bits a rounding that falls the other way moves the loss more than what is looked for.
+LLM_QAT = build_arm(SMOKE, "tiny-random", "llm-qat", "8-8-8")
 
 
 @pytest.mark.parametrize(
