@@ -80,23 +80,15 @@ def configurations():
     return found
 
 
-def parameters(config):
-    import torch
-
-    from studylib.data import models
-
-    with torch.device("meta"):
-        return sum(own.numel() for own in models.skeleton(config).parameters())
-
-
 def memory(config, budget):
     """Gigabytes of a training: those of fine-tuning a row at a time with checkpointing, by plan; those of LLM-QAT
     without activations."""
     from studylib.config import Adapter
+    from studylib.data import models
     from studylib.evaluate import GB, plan
     from studylib.methods import METHODS
 
-    found = {"LLM-QAT": BYTES_OF_QAT * parameters(config) / GB}
+    found = {"LLM-QAT": BYTES_OF_QAT * models.parameters_of(config) / GB}
     for title, method, double in (("QLoRA", "qlora", True), ("L4Q", "l4q", False)):
         format = METHODS[method].usual_format(4, budget.group, double)
         planned = plan(
@@ -108,10 +100,11 @@ def memory(config, budget):
 
 def costs():
     from studylib.config import profile
+    from studylib.data import models
     from studylib.study.pace import COSTS, tokens
 
     found = {}
-    sizes = {name: (parameters(config), config) for name, config in configurations().items()}
+    sizes = {name: (models.parameters_of(config), config) for name, config in configurations().items()}
     for name in PROFILES:
         arms = arms_of(name)
         forward = [sum(COSTS[phase] * n for phase, n in tokens(arm).items() if phase != "decode") for arm in arms]

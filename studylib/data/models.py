@@ -183,7 +183,11 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 @functools.cache
 def parameter_count(name: str) -> int:
     """How many numbers the model has, by its configuration; before that is known to be one, `check` says so."""
-    config = load_config(name)  # which may write the weights first, so not under the meta device
+    return parameters_of(load_config(name))
+
+
+def parameters_of(config: PreTrainedConfig) -> int:
+    """How many numbers a model of this configuration has; none is made."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in skeleton(config).parameters())
 

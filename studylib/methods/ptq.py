@@ -130,12 +130,10 @@ class RoundedWeights(Method):
             quant.decode_model(quant.encode_model(work.model, work.arm.format))
 
 
-class FourBitKernel(Method):
-    """4-bit integers multiplied as they are stored, by PyTorch's kernel for processors; its decoding is timed."""
+class Executed(Method):
+    """A method whose 4-bit integers are multiplied as they are stored."""
 
-    name, title, source = "4-bit kernel", "4-bit kernel", "L4Q, section 5.4"
-    papers, look = (L4Q_PAPER,), Look("#009E73", "P")
-    needs, numerics = frozenset({"format", "decoding"}), ("formats", "execution")
+    numerics = ("formats", "execution")
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
@@ -143,6 +141,14 @@ class FourBitKernel(Method):
 
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
         quant.check_executable(skeleton, arm.format)
+
+
+class FourBitKernel(Executed):
+    """4-bit integers multiplied as they are stored, by PyTorch's kernel for processors; its decoding is timed."""
+
+    name, title, source = "4-bit kernel", "4-bit kernel", "L4Q, section 5.4"
+    papers, look = (L4Q_PAPER,), Look("#009E73", "P")
+    needs = frozenset({"format", "decoding"})
 
     def apply(self, work: Work) -> None:
         assert work.arm.format is not None
@@ -151,19 +157,12 @@ class FourBitKernel(Method):
             work.model = quant.int4_model(encoded, data.models.compute_dtype())
 
 
-class SideBySide(Method):
+class SideBySide(Executed):
     """The same 4-bit integers in llama.cpp, whose prefill and decoding are timed beside this study's kernel and 16
     bits. Its weights are those of "encoded", and scored there."""
 
     name, title, look = "llama.cpp", "llama.cpp", Look("#0072B2", "P")
-    needs, numerics = frozenset({"format", "engines"}), ("formats", "execution")
-
-    def check(self, arm: Arm) -> None:
-        super().check(arm)
-        quant.check_format(arm.format)
-
-    def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
-        quant.check_executable(skeleton, arm.format)
+    needs = frozenset({"format", "engines"})
 
     def apply(self, work: Work) -> None:
         assert work.arm.format is not None

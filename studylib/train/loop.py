@@ -361,7 +361,8 @@ def fit(
 
     resumed = last_checkpoint(folder, budget)
     beginning = _beginning(model, held_out_text) if held_out_text and resumed is None else ""
-    first = _scales(model)
+    grids = [scale for scale, *_ in trained_grids(model)]
+    first = [scale.detach().clone() for scale in grids]
     model.forward = models.autocast(model.device)(loss_function) if _sharded() else loss_function
     model.held_out_loss = held_out_loss
     try:
@@ -397,14 +398,11 @@ def fit(
             for entry in history
             if "held_out_loss" in entry
         ],
-        _moved(_scales(model), first),
+        _moved(grids, first),
     )
 
 
-def _scales(model: nn.Module) -> list[Tensor]:
-    return [scale.detach().clone() for scale, *_ in trained_grids(model)]
-
-
+@torch.no_grad()
 def _moved(scales: list[Tensor], first: list[Tensor]) -> float | None:
     """The median share by which scales are others than at first; None where there are none."""
     if not scales:
