@@ -506,7 +506,7 @@ class EfficientQAT(FineTuned):
 
     name, title, source = "efficientqat", "EfficientQAT", "arXiv 2407.11062"
     learns_grid = grid_alone = True
-    look, numerics = Look("#F0E442", "d"), ("formats", "learned grids")
+    look, numerics = Look("#8A7B00", "d"), ("formats", "learned grids")
     needs = FineTuned.needs - {"adapter"} | {"data"}
     formats, keeps_adapter = UNIFORM, False
     relative_rate = 0.05
