@@ -299,6 +299,12 @@ class _Study:
     notebooks: list[Path]
     parameters: dict[str, Any]
     assigned: dict[Path, dict[str, Any]]
+    waits: bool = False  # arms do, for want of time
+
+    @property
+    def over(self) -> bool:
+        """Whether no time is left for more."""
+        return self.waits or time.time() > self.until
 
     @functools.cached_property
     def store(self) -> "Store":
@@ -479,7 +485,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.training_text and not options.notebooks:
         print(f"{batch.TEXTS} is left out: it compares texts that methods are trained on", file=sys.stderr)
     for at, study in enumerate(studies):
-        if at and time.time() > until:
+        if any(other.over for other in studies[:at]):
             study.left(f"{study.name} {'wait' if len(study.models) > 1 else 'waits'}")
             return 0
         status = _run_family(study) if len(study.models) > 1 else _run_model(study, targets)
@@ -571,7 +577,7 @@ def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     if len(shared) > 1 or options.minutes or targets or study.elsewhere:
         failing, lacking, records = _compute_together(study, targets)
         notebooks.sort(key=lambda notebook: notebook != failing)
-    if targets or time.time() > study.until:  # those that compute by themselves wait as well
+    if targets or study.over:  # those that compute by themselves wait as well
         lacking += [notebook for notebook in notebooks if notebook not in shared and not batch.sums_up(notebook)]
     executed = []
     for notebook in (notebook for notebook in notebooks if notebook not in lacking):
@@ -652,7 +658,7 @@ def _decide(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"{claim.id} · {claim.statement}: {word}. {text}")
     if records:
         print(f"\nReport: {page.write_report(study.output, records, [], study.command, options.budget_mb)}")
-    if time.time() > study.until:
+    if study.over:
         study.left(f"{listed([claim.id for claim in open_claims])} are as they are")
     return 0
 
@@ -859,7 +865,9 @@ def _compute(
         jobs = 1 if any(arm.timed for arm in planned) else options.jobs
         missing = schedule.missing_arms(told.waiting, store, study.elsewhere)
         scheduler = _placed(options.scheduler)
-        schedule.compute_arms(missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace, scheduler)
+        study.waits |= not schedule.compute_arms(
+            missing, store.folder, keep_checkpoints, jobs, next_arms, study.until, pace, scheduler
+        )
     told()  # what workers finished last
     return told.records, told.findings
 

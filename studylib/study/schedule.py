@@ -5,7 +5,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,12 +116,12 @@ def compute_arms(
     until: float = math.inf,
     pace: Pace | None = None,
     scheduler: str = "",
-) -> None:
-    """Carry out arms in the order in which they are given, as `run` does.
+) -> bool:
+    """Carry out arms in the order in which they are given, as `run` does; False where some wait for want of time.
 
     next_arms: given what has no record, first of all and after each arm, it says what of that comes now, in which
-    order. until: the time (as time.time has it) after which no further arm is begun. pace: what is known of how long
-    arms take.
+    order. until: the time (as time.time has it) by which all is to be done: an arm that takes longer is not begun,
+    unless it is the first, so that each call gets further. pace: what is known of how long arms take.
     """
     if jobs > 1 and not scheduler and os.environ.get(launch.LAUNCH):
         raise ValueError(f"jobs: {jobs} do not go with {launch.LAUNCH}, which gives one arm the machine; use 1")
@@ -133,8 +133,7 @@ def compute_arms(
     if not shared or (jobs < 2 and not scheduler):
         with Clock(pace, hidden=not missing) as clock, contextlib.ExitStack() as afterwards:
             afterwards.callback(gc.unfreeze)
-            _carry_out_all(missing, store, keep_checkpoints, until, next_arms, clock)
-        return
+            return _carry_out_all(missing, store, keep_checkpoints, until, next_arms, clock)
     from studylib.study import cluster  # of which dask is imported
 
     with contextlib.ExitStack() as afterwards:
@@ -149,7 +148,8 @@ def compute_arms(
                 cluster.of_this_machine(count, torch.get_num_threads(), store, keep_checkpoints, shared)
             )
         clock = afterwards.enter_context(Clock(pace, jobs if not scheduler else len(crew.has)))
-        _Shares(missing, crew, 0 if scheduler else jobs, keep_checkpoints, until, next_arms, clock).carry_out()
+        most = 0 if scheduler else jobs
+        return _Shares(missing, crew, most, keep_checkpoints, until, next_arms, clock).carry_out()
 
 
 def missing_arms(arms: Sequence[Arm], store: Store, elsewhere: bool = False) -> list[Arm]:
@@ -167,6 +167,14 @@ def _is_there(arm: Arm, store: Store, pace: Pace) -> bool:
     if record is not None:
         pace.learn(record)
     return record is not None
+
+
+def _in_time(arms: Iterable[Arm], until: float, pace: Pace, begun: bool) -> Iterator[Arm]:
+    """Those that will be done until then; where none was begun yet, all, if there is any time."""
+    left = until - time.time()
+    for arm in arms if left > 0 else ():
+        if not begun or pace.total([arm]) <= left:
+            yield arm
 
 
 class _Shares:
@@ -190,9 +198,11 @@ class _Shares:
         self.own = {arm for arm in missing if not is_installed(find(arm.method))}
         self.left = dict.fromkeys(missing)  # that have no record, in their order
         self.turn: list[Arm] = []
+        self.any_begun = False
 
-    def carry_out(self) -> None:
-        """All of them, each once. ValueError at the end where some were given up, and where no worker is left."""
+    def carry_out(self) -> bool:
+        """All of them, each once; False where some wait for want of time. ValueError at the end where some were given
+        up, and where no worker is left."""
         self._order()
         idle = time.monotonic()  # since then nothing is computed
         while True:
@@ -214,6 +224,7 @@ class _Shares:
                 time.sleep(WATCHED)
         if self.crew.given_up:
             raise ValueError(f"workers died of {listed(list(map(title, self.crew.given_up)))}; all other arms are done")
+        return not any(arm in self.left for arm in self.turn)
 
     def _order(self) -> None:
         self.turn = self.then(list(self.left))
@@ -221,7 +232,7 @@ class _Shares:
 
     def _waiting(self) -> Iterator[Arm]:
         """What comes next, in its order."""
-        for arm in self.turn if time.time() < self.until else ():
+        for arm in _in_time(self.turn, self.until, self.clock.pace, self.any_begun):
             if arm in self.left and arm not in self.crew.begun and arm not in self.crew.given_up:
                 yield arm
 
@@ -237,6 +248,7 @@ class _Shares:
                     break
                 if not _is_there(arm, self.store, self.clock.pace):
                     self.crew.give(worker, arm)
+                    self.any_begun = True
                     break
                 self.left.pop(arm)
 
@@ -260,6 +272,7 @@ class _Shares:
         keep_freed_memory()
         with self.store.lock(arm_key(arm)):
             if not _is_there(arm, self.store, self.clock.pace):
+                self.any_begun = True
                 self.clock.begin(arm, [other for other in self._waiting() if other != arm])
                 record = carry_out(arm, self.store, self.keep_checkpoints, progress)
                 keep(record, self.store, self.keep_checkpoints)
@@ -275,20 +288,22 @@ def _carry_out_all(
     until: float,
     then: Callable[[list[Arm]], list[Arm]],
     clock: Clock,
-) -> None:
-    """In this process, those of `arms` whose turn it is, each once: first those that no other process is working on.
+) -> bool:
+    """In this process, those of `arms` whose turn it is, each once: first those that no other process is working on;
+    False where some wait for want of time.
 
     then: what comes next, of those that wait.
     """
     keep_freed_memory()
-    waiting = list(arms)
+    waiting, begun = list(arms), False
     turn = then(list(arms))
-    while turn and time.time() < until:
-        with _locked(turn, store) as arm:
+    while now := list(_in_time(turn, until, clock.pace, begun)):
+        with _locked(now, store) as arm:
             waiting.remove(arm)
             record = store.load(arm_key(arm))
             if record is None:
-                clock.begin(arm, [other for other in turn if other != arm and store.find(arm_key(other)) is None])
+                clock.begin(arm, [other for other in now if other != arm and store.find(arm_key(other)) is None])
+                begun = True
                 record = carry_out(arm, store, keep_checkpoints, clock.progress)
                 keep(record, store, keep_checkpoints)
                 clock.end(record)
@@ -296,6 +311,7 @@ def _carry_out_all(
             else:
                 clock.pace.learn(record)
         turn = then(waiting)
+    return not turn
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The order of arms, and workers of this machine: they end with the process that started them, however that ends."""
 
 import contextlib
+import copy
 import dataclasses
 import os
 import signal
@@ -15,6 +16,7 @@ from studylib.config.budgets import Evaluation, profile
 from studylib.config.files import remove_leftovers
 from studylib.methods.arms import build_arm
 from studylib.study import schedule
+from studylib.study.pace import Pace, tokens
 from studylib.study.records import Store, arm_key
 
 SCRIPT = """
@@ -134,6 +136,20 @@ def test_no_arm_is_begun_after_the_time_is_over(two_arms, tmp_path, jobs):
     schedule.compute_arms(two_arms, tmp_path, jobs=jobs, until=time.time())
     assert not list((tmp_path / "records").iterdir())
     assert schedule.missing_arms(two_arms, Store(tmp_path)) == two_arms
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_takes_longer_than_there_is_time_waits_and_each_call_gets_further(two_arms, tmp_path, jobs):
+    pace = Pace()
+    for arm in two_arms:
+        pace.add(arm, "evaluate", 1e7, tokens(arm)["evaluate"])
+    wanted = [*two_arms, dataclasses.replace(two_arms[0], bits="4-8-8")]
+    for left in (2, 1):
+        assert not schedule.compute_arms(wanted, tmp_path, jobs=jobs, until=time.time() + 120, pace=copy.deepcopy(pace))
+        wanted = schedule.missing_arms(wanted, Store(tmp_path))
+        assert len(wanted) == left
+    assert schedule.compute_arms(wanted, tmp_path, jobs=jobs, until=time.time() + 120, pace=copy.deepcopy(pace))
+    assert not schedule.missing_arms(wanted, Store(tmp_path))
 
 
 def test_records_of_the_reference_are_found_and_never_written(two_arms, tmp_path, monkeypatch, capsys):
