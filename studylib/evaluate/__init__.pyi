@@ -1,7 +1,7 @@
 from . import llamacpp, memory
 from .decoding import decoding_seconds, in_fresh_processes, pass_seconds, with_adapter
 from .divergence import FullPrecision
-from .memory import GB, PURPOSES, TITLES, measure, plan, plan_text
+from .memory import GB, PURPOSES, TITLES, inference_bytes, measure, plan, plan_text
 from .scores import TASKS, check_requests, evaluation_windows, normal_error, pair_requests, score, weight_scores
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "decoding_seconds",
     "evaluation_windows",
     "in_fresh_processes",
+    "inference_bytes",
     "llamacpp",
     "measure",
     "memory",

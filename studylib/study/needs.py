@@ -7,7 +7,7 @@ from typing import Any
 
 from studylib import data, evaluate  # doors: schedulers and workers read this, who have no time for what is behind
 from studylib.config import Adapter, Arm, Format
-from studylib.methods import title
+from studylib.methods import find, title
 
 GPU, MEMORY = "GPU", "memory"  # resources of dask that arms take: devices, and bytes
 # A bound of what a training takes, bytes: of each parameter; of each token of a step, layer and hidden dimension. Three
@@ -97,8 +97,23 @@ def _planned_above(arm: Arm, enough: float, rows: int) -> float | None:
     length, checkpointing = arm.instructions.length, arm.tuning.checkpointing
     if _bound(arm.model, rows * length) <= enough:
         return None
-    asked = arm.model, arm.method, arm.format, arm.adapter, rows, length, checkpointing
-    return _planned(*asked, data.models.compute_dtype())
+    dtype = data.models.compute_dtype()
+    tuned = _planned(arm.model, arm.method, arm.format, arm.adapter, rows, length, checkpointing, dtype)
+    if tuned is None or not arm.merging:
+        return tuned
+    assert arm.format is not None
+    # What it is merged into trains all weights, and the unmerged model is its teacher (methods.lora).
+    grid = find("qat").usual_format(4, arm.format.group)
+    distilled = _planned(arm.model, "qat", grid, None, rows, length, False, dtype)
+    beside = evaluate.inference_bytes(
+        data.models.load_config(arm.model),
+        arm.method,
+        format=arm.format,
+        adapter=arm.adapter,
+        length=length,
+        batch=rows,
+    )
+    return None if distilled is None else max(tuned, distilled + beside)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -30,6 +30,17 @@ def test_as_many_rows_as_a_plan_has_room_for(rows):
     assert needs.rows_at_once(TUNED, 1.0) == 1  # it is tried all the same
 
 
+def test_a_distillation_after_merging_counts_its_student_and_its_teacher():
+    beside = build_arm(BUDGET, "tiny-random", "qlora", "4-16-16", format=FULL)
+    merged = dataclasses.replace(beside, merge="merged-distilled", merging=BUDGET.merging)
+    length = merged.instructions.length
+    dtype = {"dtype": models.compute_dtype(), "batch": 1, "length": length}
+    student = plan(models.load_config("tiny-random"), "qat", format=FULL, **dtype).total
+    teacher = plan(models.load_config("tiny-random"), "qlora", format=FULL, adapter=merged.adapter, **dtype)
+    found = needs.needs(merged, 0)[needs.MEMORY]
+    assert needs.needs(beside, 0)[needs.MEMORY] == teacher.total < student + teacher.base < found < 1.5 * student
+
+
 def test_what_fits_or_cannot_be_planned_is_computed_at_once():
     assert needs.rows_at_once(TUNED, 1e12) is None
     assert needs.rows_at_once(build_arm(BUDGET, "tiny-random", "llm-qat", "4-8-4"), 1.0) is None
