@@ -21,7 +21,6 @@ from typing import Any
 
 import dask
 import psutil
-import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.utils import get_mp_context
 
