@@ -23,11 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import generation
-import l4q_step
 import torch
-import training_step
-import zero_shot
 
 import studylib
 from studylib.config import NOTHING, Arm, Format, Profile
@@ -43,16 +39,18 @@ from studylib.train.finetuning import check_paging
 
 MINUTES, RESERVE = 9, 15  # in all, and the seconds of it that are left for packing what was found
 ROOT = Path(__file__).resolve().parents[1]
+LATE = "its time was over"
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything. reference: whose records are checked, those of `minutes` on its processors; jobs: arms at
-    a time, where none is timed; steps: of what is measured; tuned: of the trainings that B8 and C4 compare, with seeds;
-    items: of each task that is scored."""
+    """How much of everything. profile: of the headline, with that of `generated` data; reference: whose records are
+    checked, those of `minutes` on its processors; jobs: arms at a time, where none is timed; steps: of what is
+    measured; tuned: of the trainings that B8 and C4 compare, with seeds; items: of each task that is scored."""
 
     model: str
     profile: str
+    generated: str
     reference: Path
     minutes: float
     jobs: int
@@ -62,8 +60,10 @@ class Size:
     items: dict[str, int]
 
 
-GPU = Size("smollm2-135m", "full", REFERENCE, 30, 4, 32, 48, (0, 1, 2), zero_shot.ITEMS)
-SMALL = Size("tiny-random", "smoke", ROOT / "tests" / "reference", 0.2, 2, 5, 2, (0,), {"piqa": 2, "openbookqa": 2})
+GPU = Size(
+    "smollm2-135m", "full", "quick", REFERENCE, 45, 4, 32, 48, (0, 1, 2), {"piqa": 40, "arc_easy": 40, "mmlu": 6}
+)
+SMALL = Size("tiny-random", "smoke", "smoke", ROOT / "tests" / "reference", 0.7, 2, 5, 2, (0,), {"piqa": 2, "mmlu": 1})
 
 Told = Callable[[dict[str, Any]], None]  # keeps what a step has found so far; "lines" are for people
 
@@ -72,7 +72,7 @@ def _carried_out(work: tuple[Arm, Path, float]) -> tuple[Arm, str]:
     """In a worker: the arm, and why it has no record; "" where it has one."""
     arm, results, until = work
     if time.time() > until:
-        return arm, "its time was over"
+        return arm, LATE
     try:
         schedule.run([arm], results, compute=ALL)
     except Exception as error:  # of one arm, on a device that nobody has tried it on: the others go on
@@ -81,21 +81,41 @@ def _carried_out(work: tuple[Arm, Path, float]) -> tuple[Arm, str]:
     return arm, ""
 
 
-def computed(arms: Sequence[Arm], results: Path, until: float, jobs: int) -> Iterator[tuple[Record | None, str]]:
-    """The record of each arm as it is ready, or why there is none; nothing of those that are not done `until` then."""
+def computed(
+    arms: Sequence[Arm], results: Path, until: float, jobs: int, before: Sequence[Arm] = ()
+) -> Iterator[tuple[Record | None, str]]:
+    """The record of each arm as it is ready, or why there is none; nothing of those that are not done `until` then.
+
+    before: arms that each process warms up with, where there is one.
+    """
     store = Store(results)
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # which it ends, whatever they do
+        pool.map(_carried_out, [(arm, results / "warm", until) for arm in before])
         done = pool.imap_unordered(_carried_out, [(arm, results, until) for arm in arms])
         with contextlib.suppress(multiprocessing.TimeoutError):
             for _ in arms:
                 arm, why = done.next(max(0.0, until - time.time()))
-                if why != "its time was over":
+                if why != LATE:
                     yield store.load(arm_key(arm)), f"{title(arm)}: {why}"
+
+
+def tests(size: Size, results: Path, until: float, tell: Told) -> None:
+    """tests/test_devices.py: each part by itself, beside values of other means."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", str(ROOT / "tests" / "test_devices.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    tell(
+        {
+            "lines": [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            + [done.stdout.splitlines()[-1]]
+        }
+    )
+    done.check_returncode()
 
 
 def check(size: Size, results: Path, until: float, tell: Told) -> None:
     """Arms of the reference, computed here, beside what it has: within the noise of its items and seeds."""
-    known = list(read_records(size.reference / "records"))
+    known = [record for record in read_records(size.reference / "records") if not record.arm.timed]
     chosen = {record.key: record for record in choose(known, [], size.minutes)}
     pairs, failed = [], []
     for record, why in computed([record.arm for record in chosen.values()], results, until, size.jobs):
@@ -113,12 +133,10 @@ def claims(size: Size, results: Path, until: float, tell: Told) -> None:
     few = dataclasses.replace(budget.evaluation.of_pairs, pairs=2)
     budget = dataclasses.replace(budget, evaluation=few, tuning=dataclasses.replace(budget.tuning, steps=size.tuned))
     first = dataclasses.replace(budget, tuning=dataclasses.replace(budget.tuning, steps=2))
-    for _, why in computed(timed_arms(first, size.model, 0), results / "warm", until, 1):
-        print(why)
     records: list[Record] = []
     failed: list[str] = []
     arms = [arm for seed in size.seeds for arm in timed_arms(budget, size.model, seed)]
-    for record, why in computed(arms, results, until, 1):
+    for record, why in computed(arms, results, until, 1, timed_arms(first, size.model, 0)):
         records += [record] if record else []
         failed += [] if record else [why]
         seconds = {f"{title(r.arm)}, seed {r.arm.seed}": r.cost["seconds"]["train"] for r in records}
@@ -167,25 +185,33 @@ def headline(size: Size, results: Path, until: float, tell: Told) -> None:
 
 def training(size: Size, results: Path, until: float, tell: Told) -> None:
     """benchmarks/training_step.py: LLM-QAT beside training on labels, with compiled layers."""
+    import training_step
+
     found = training_step.measured(size.model, size.steps)
     tell({"lines": [f"{name}: {times} times plain" for name, times in found["times_plain"].items()]} | found)
 
 
 def l4q(size: Size, results: Path, until: float, tell: Told) -> None:
     """benchmarks/l4q_step.py: a step of L4Q beside LoRA's."""
+    import l4q_step
+
     found = l4q_step.measured(size.model)
     tell({"lines": [f"L4Q, {mode}: {own['times_lora']} times LoRA's" for mode, own in found.items()]} | found)
 
 
 def generating(size: Size, results: Path, until: float, tell: Told) -> None:
     """benchmarks/generation.py: this study's generation beside transformers'."""
-    found = generation.measured(size.model, "quick" if size is GPU else size.profile)
+    import generation
+
+    found = generation.measured(size.model, size.generated)
     told = found["times_generate_at_the_same_batch"].items()
     tell({"lines": [f"batch {batch}: {times} times generate" for batch, times in told]} | found)
 
 
 def scoring(size: Size, results: Path, until: float, tell: Told) -> None:
     """benchmarks/zero_shot.py: packed rows beside lm-eval's own model."""
+    import zero_shot  # lm-eval takes seconds
+
     found = zero_shot.measured(size.model, size.items)
     every = {name: own["all"] for name, own in found.items()}
     tell({"lines": [f"{name}: {own['times_lm_eval']} times {zero_shot.BASE}" for name, own in every.items()]} | found)
@@ -203,6 +229,7 @@ def decoding(size: Size, results: Path, until: float, tell: Told) -> None:
 def paging(size: Size, results: Path, until: float, tell: Told) -> None:
     """AdamW of bitsandbytes with its states paged to the CPU, beside PyTorch's: seconds of a step of all parameters."""
     check_paging()
+    import l4q_step
     from bitsandbytes.optim import PagedAdamW32bit
 
     tokens = corpora.windows("c4", models.load_tokenizer(size.model), 256, 4, "training")
@@ -226,6 +253,7 @@ def paging(size: Size, results: Path, until: float, tell: Told) -> None:
 
 
 STEPS: dict[str, tuple[Callable[[Size, Path, float, Told], None], float]] = {  # and its share of the time, at most
+    "tests": (tests, 0.15),
     "check": (check, 0.3),
     "claims": (claims, 0.25),
     "training": (training, 0.2),
@@ -248,7 +276,7 @@ def run_step(name: str, options: argparse.Namespace, until: float) -> dict[str, 
         process.wait(max(1.0, until + RESERVE / 3 - begun))
         end = "finished" if process.returncode == 0 else f"failed with status {process.returncode}"
     except subprocess.TimeoutExpired:
-        end = "its time was over"
+        end = LATE
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -285,7 +313,11 @@ def main() -> None:
     if options.step:
         work, _ = STEPS[options.step]
         file = options.work / f"{options.step}.json"
-        work(size, options.work / "results", until, lambda found: print(file.write_text(json.dumps(found)), "bytes"))
+
+        def tell(found: dict[str, Any]) -> None:
+            file.write_text(json.dumps(found))
+
+        work(size, options.work / "results", until, tell)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     options.work, kept = options.work or Path(tempfile.mkdtemp()), options.work

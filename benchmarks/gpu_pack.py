@@ -14,11 +14,13 @@ from packaging.utils import canonicalize_name
 # An image made for models has these, and what they need themselves. torch is that of its driver.
 IMAGE = ("torch", "triton", "transformers", "accelerate", "peft", "pandas", "numpy", "lazy-loader")
 
+TESTS = ("pytest",)  # of tests/test_devices.py
+
 
 def needed(root: str, python: str, there: set[str]) -> set[str]:
     """The names of all packages that `root` needs on a Python of this version, without those that are there and what
     only these need."""
-    found, waiting = set(), [root]
+    found, waiting = {*TESTS}, [root, *TESTS]
     while waiting:
         for line in metadata.requires(waiting.pop()) or ():
             wanted = Requirement(line)

@@ -30,6 +30,7 @@ platforms=$(printf -- '--platform manylinux_2_%s_x86_64 ' {17..34} && echo --pla
 "$bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" --requirement "$work/sources"
 "$bin/python" -c 'from studylib.data.sources import ARCHIVES, fetch; print(*map(fetch, ARCHIVES), sep="\n")' |
   xargs -I{} ln -s {} "$work/cache/"
+rm -f "$folder"/piece-*
 tar -C "$work" -chz cache wheels | split --bytes "${SIZE:-60M}" --numeric-suffixes - "$folder/piece-"
 (cd "$folder" && sha256sum piece-* >SHA256SUMS)
 du -h "$folder"/piece-*

@@ -23,7 +23,7 @@ from studylib.quant.kernel import Int4Linear, int4_model
 from studylib.quant.layers import quantize_model
 from studylib.quant.learned import L4QLinear, levels_of
 from studylib.train.distillation import keep_teacher_states, train_llm_qat
-from studylib.train.finetuning import IGNORED, collate, encode, fine_tune, random_order
+from studylib.train.finetuning import IGNORED, collate, encode, fine_tune, random_order, response_loss
 
 HERE = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 TOKENS = torch.randint(1, 320, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -166,11 +166,17 @@ def test_a_step_of_l4q_is_that_of_autograd(device, pair, tiny_tokenizer, tmp_pat
     for layer in (own for own in exact.modules() if isinstance(own, L4QLinear)):
         layer.forward = jointly_quantized(layer)
     first, settings = state(model), dataclasses.replace(TUNED, steps=1)
-    log = fine_tune(model, tiny_tokenizer, PAIRS, LEARN, settings, tmp_path / "c")
     rows = encode(tiny_tokenizer, PAIRS, LEARN.length)
     order = random_order([len(row["tokens"]) for row in rows], settings.batch, LEARN.seed)
-    loss = plain_loss(exact, [rows[at] for at in order[: settings.batch]])
-    same_step(model, log, first, by_hand(exact, loss), settings.learning_rate)
+    rows = [rows[at] for at in order[: settings.batch]]
+    loss, wanted = by_hand(exact, plain_loss(exact, rows))
+    batch = {name: own.to(device) for name, own in collate(rows).items()}
+    _, found = by_hand(model, response_loss(model, **batch))
+    for name, gradient in found.items():
+        assert (gradient.cpu() - wanted[name]).norm() < 0.02 * wanted[name].norm(), name
+    model.zero_grad()
+    log = fine_tune(model, tiny_tokenizer, PAIRS, LEARN, settings, tmp_path / "c")
+    same_step(model, log, first, (loss, wanted), settings.learning_rate)
 
 
 @torch.no_grad()
