@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import studylib
-from studylib.config import NOTHING, Arm, Format, Profile
+from studylib.config import NOTHING, Arm, Format, Profile, write_whole
 from studylib.config.budgets import EXECUTIONS, OWN
 from studylib.data import corpora, models
 from studylib.evaluate.decoding import decoding_seconds
@@ -60,9 +60,7 @@ class Size:
     items: dict[str, int]
 
 
-GPU = Size(
-    "smollm2-135m", "full", "quick", REFERENCE, 45, 4, 32, 48, (0, 1, 2), {"piqa": 40, "arc_easy": 40, "mmlu": 6}
-)
+GPU = Size("smollm2-135m", "full", "quick", REFERENCE, 30, 4, 32, 48, (0, 1), {"piqa": 40, "arc_easy": 40, "mmlu": 6})
 SMALL = Size("tiny-random", "smoke", "smoke", ROOT / "tests" / "reference", 0.7, 2, 5, 2, (0,), {"piqa": 2, "mmlu": 1})
 
 Told = Callable[[dict[str, Any]], None]  # keeps what a step has found so far; "lines" are for people
@@ -195,7 +193,7 @@ def l4q(size: Size, results: Path, until: float, tell: Told) -> None:
     """benchmarks/l4q_step.py: a step of L4Q beside LoRA's."""
     import l4q_step
 
-    found = l4q_step.measured(size.model)
+    found = l4q_step.measured(size.model, studylib.profile(size.profile).group)
     tell({"lines": [f"L4Q, {mode}: {own['times_lora']} times LoRA's" for mode, own in found.items()]} | found)
 
 
@@ -253,15 +251,15 @@ def paging(size: Size, results: Path, until: float, tell: Told) -> None:
 
 
 STEPS: dict[str, tuple[Callable[[Size, Path, float, Told], None], float]] = {  # and its share of the time, at most
-    "tests": (tests, 0.15),
-    "check": (check, 0.3),
+    "tests": (tests, 0.12),
+    "check": (check, 0.25),
     "claims": (claims, 0.25),
-    "training": (training, 0.2),
-    "l4q": (l4q, 0.15),
-    "paging": (paging, 0.1),
-    "generation": (generating, 0.15),
-    "scoring": (scoring, 0.15),
-    "decoding": (decoding, 0.1),
+    "training": (training, 0.15),
+    "l4q": (l4q, 0.12),
+    "paging": (paging, 0.08),
+    "generation": (generating, 0.1),
+    "scoring": (scoring, 0.12),
+    "decoding": (decoding, 0.08),
     "headline": (headline, 1.0),
 }
 
@@ -281,7 +279,7 @@ def run_step(name: str, options: argparse.Namespace, until: float) -> dict[str, 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return {"end": end, "seconds": round(time.time() - begun, 1)} | (
+    return {"end": end, "took": round(time.time() - begun, 1)} | (
         json.loads(found.read_text()) if found.exists() else {"lines": []}
     )
 
@@ -291,7 +289,7 @@ def write(output: Path, results: Path, summary: dict[str, Any]) -> None:
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     lines = [f"{summary['accelerator']}, torch {summary['environment']['libraries']['torch']}"]
     for name, found in summary["steps"].items():
-        lines += [f"{name}: {found['end']} after {found['seconds']} s", *(f"  {line}" for line in found["lines"])]
+        lines += [f"{name}: {found['end']} after {found['took']} s", *(f"  {line}" for line in found["lines"])]
     (output / "summary.txt").write_text("\n".join(lines) + "\n")
     with tarfile.open(output / "records.tar.gz", "w:gz") as tar:
         if (results / "records").exists():
@@ -310,18 +308,24 @@ def main() -> None:
     if options.output is None or not (options.cpu or torch.cuda.is_available()):
         print("No folder is named, or CUDA is not here, so that nothing is measured: see benchmarks/gpu.sh, and --cpu")
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # steps end with it
+    os.environ |= {"STUDY_DEVICE": "cpu"} if options.cpu else {}
     if options.step:
         work, _ = STEPS[options.step]
         file = options.work / f"{options.step}.json"
 
         def tell(found: dict[str, Any]) -> None:
-            file.write_text(json.dumps(found))
+            write_whole(file, json.dumps(found))  # this process may be ended at any time
 
-        work(size, options.work / "results", until, tell)
+        try:
+            work(size, options.work / "results", until, tell)
+        except Exception as error:  # the summary has why
+            known = json.loads(file.read_text()) if file.exists() else {"lines": []}
+            tell(known | {"lines": [*known["lines"], f"{type(error).__name__}: {error}"]})
+            raise
         return
     options.output.mkdir(parents=True, exist_ok=True)
     options.work, kept = options.work or Path(tempfile.mkdtemp()), options.work
-    os.environ |= {"TQDM_DISABLE": "1"} | ({"STUDY_DEVICE": "cpu"} if options.cpu else {})
     here = environment()
     summary = {"accelerator": here["hardware"]["accelerator"] or "processors", "environment": here, "steps": {}}
     begun, total = time.time(), until - RESERVE - time.time()

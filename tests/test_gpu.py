@@ -53,7 +53,7 @@ def test_a_damaged_piece_is_named_before_anything_is_done(tmp_path):
 
 
 def test_the_timed_arms_are_those_of_the_claims(gpu):
-    arms = gpu.timed_arms(studylib.profile("smoke"), "tiny-random", 1)
+    arms = gpu.timed_arms(studylib.profile("full"), "smollm2-135m", 1)
     assert {Setting.of(arm) for arm in arms} == {*CLAIMS["B8"].needs, *CLAIMS["C4"].needs}
     assert {arm.seed for arm in arms} == {1} and len({arm.tuning.steps for arm in arms}) == 1
 
@@ -68,12 +68,11 @@ def test_a_step_keeps_what_it_finished_and_says_what_failed(gpu, tmp_path, monke
     assert found["end"] == "finished" and len(found["seconds"]) == 3
     (line,) = [line for line in found["lines"] if "optimizer" in line]
     assert "paged" in line and "paging needs CUDA" in line
-    assert [line for line in found["lines"] if line.startswith("C4 not tested here")]
     here = {"libraries": {"torch": "2"}}
     gpu.write(options.output, tmp_path / "results", {"accelerator": "none", "environment": here, "steps": {"a": found}})
     assert json.loads((options.output / "summary.json").read_text())["steps"]["a"] == found
     assert line in (options.output / "summary.txt").read_text()
     with tarfile.open(options.output / "records.tar.gz") as tar:
         tar.extractall(tmp_path / "there", filter="data")
-    records = list(read_records(tmp_path / "there" / "records"))
-    assert {Setting.of(record.arm) for record in records} >= set(CLAIMS["C4"].needs) and len(records) == 3
+    methods = [record.arm.method for record in read_records(tmp_path / "there" / "records")]
+    assert sorted(methods) == ["l4q", "qlora", "qlora"]
