@@ -60,8 +60,9 @@ def forward(model) -> int:
     return tokens.numel()
 
 
-def main():
-    model = models.load_model(MODEL)
+def measured(name: str = MODEL, budget: str = "quick") -> dict[str, dict[str, float]]:
+    """Tokens a second of the model; budget: the profile whose data set is made."""
+    model = models.load_model(name)
     shuffle = torch.Generator().manual_seed(0)
     starts = torch.randperm(model.config.vocab_size, generator=shuffle)[:, None].to(model.device)
     forward(model)
@@ -71,21 +72,24 @@ def main():
     for batch in BATCHES:
         runs[f"generate, batch {batch}"] = rate(lambda: theirs(model, starts[:batch]))  # noqa: B023
         runs[f"this study, batch {batch}"] = rate(lambda: ours(model, starts[:batch]))  # noqa: B023
-    runs["this study, data of the quick profile"] = rate(lambda: data_set(model, profile("quick").sampling))
+    runs[f"this study, data of the {budget} profile"] = rate(lambda: data_set(model, profile(budget).sampling))
     runs[f"{passes}, again"] = rate(lambda: forward(model))
     plain = (runs[passes] + runs[f"{passes}, again"]) / 2
     speedup = {batch: runs[f"this study, batch {batch}"] / runs[f"generate, batch {batch}"] for batch in BATCHES}
-    result = {
-        "what": __doc__,
+    return {
         "tokens_per_second": {name: round(value, 1) for name, value in runs.items()},
         "times_generate_at_the_same_batch": {str(batch): round(value, 2) for batch, value in speedup.items()},
         "times_a_forward_pass": {name: round(value / plain, 3) for name, value in runs.items()},
-        "environment": environment() | {"compute_dtype": str(models.compute_dtype())},
     }
+
+
+def main():
+    found = measured()
+    result = {"what": __doc__} | found | {"environment": environment()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    for name, value in runs.items():
-        print(f"{name:38} {value:8.1f} tokens/s   {value / plain:5.2f} times a forward pass")
-    for batch, value in speedup.items():
+    for name, value in found["tokens_per_second"].items():
+        print(f"{name:38} {value:8.1f} tokens/s   {found['times_a_forward_pass'][name]:5.2f} times a forward pass")
+    for batch, value in found["times_generate_at_the_same_batch"].items():
         print(f"batch {batch}: {value:.2f} times generate")
 
 

@@ -17,11 +17,11 @@ MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 8, 2
 RANK, ALPHA, BITS, GROUP = 4, 8, 4, 64
 
 
-def prepared(method: str) -> nn.Module:
+def prepared(name: str, method: str, group: int) -> nn.Module:
     """The model with frozen weights in the compute type and trained ones in fp32."""
-    model = models.load_model(MODEL, models.compute_dtype()).train()
+    model = models.load_model(name, models.compute_dtype()).train()
     if method == "L4Q":
-        return l4q_model(model, BITS, group=GROUP, rank=RANK, alpha=ALPHA)
+        return l4q_model(model, BITS, group=group, rank=RANK, alpha=ALPHA)
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
 
 
@@ -56,9 +56,9 @@ def step(model: nn.Module, tokens: Tensor, optimizer: torch.optim.Optimizer) -> 
     return time.perf_counter() - begun
 
 
-def compare(windows: Tensor, compiled: bool) -> dict[str, dict[str, float]]:
+def compare(name: str, windows: Tensor, compiled: bool, group: int) -> dict[str, dict[str, float]]:
     """What one step of each method takes and keeps, and L4Q's share of LoRA's."""
-    trained = {method: prepared(method) for method in ("LoRA", "L4Q")}
+    trained = {method: prepared(name, method, group) for method in ("LoRA", "L4Q")}
     optimizers, seconds = {}, {method: [] for method in trained}
     for method, model in trained.items():
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -71,7 +71,7 @@ def compare(windows: Tensor, compiled: bool) -> dict[str, dict[str, float]]:
         for method, model in trained.items():
             seconds[method].append(step(model, tokens, optimizers[method]))
     result = {
-        "seconds": {method: round(statistics.median(times[WARM:]), 3) for method, times in seconds.items()},
+        "seconds": {method: round(statistics.median(times[WARM:]), 4) for method, times in seconds.items()},
         "first_step": {method: round(times[0], 1) for method, times in seconds.items()},
         "kept_bytes": {method: kept_bytes(model, tokens) for method, model in trained.items()},
     }
@@ -81,17 +81,22 @@ def compare(windows: Tensor, compiled: bool) -> dict[str, dict[str, float]]:
     return result
 
 
-def main():
+def measured(name: str = MODEL, group: int = GROUP) -> dict[str, dict[str, dict[str, float]]]:
+    """What `compare` finds of the model, as written and with compiled layers."""
     keep_freed_memory()
-    windows = corpora.windows("c4", models.load_tokenizer(MODEL), LENGTH, BATCH, "training")
-    result = {"what": __doc__}
+    windows = corpora.windows("c4", models.load_tokenizer(name), LENGTH, BATCH, "training")
+    result = {}
     for mode in ("eager", "compiled layers"):
-        result[mode] = found = compare(windows, compiled=mode != "eager")
+        result[mode] = found = compare(name, windows, compiled=mode != "eager", group=group)
         for method, value in found["seconds"].items():
             kept = found["kept_bytes"][method] / 1e6
             print(f"{method + ', ' + mode:22} {value:7.2f} s a step   {kept:8.1f} MB kept", flush=True)
         print(f"{mode}: L4Q takes {found['times_lora']} times LoRA's", flush=True)
-    result["environment"] = environment() | {"compute_dtype": str(models.compute_dtype())}
+    return result
+
+
+def main():
+    result = {"what": __doc__} | measured() | {"environment": environment()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

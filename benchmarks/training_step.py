@@ -19,9 +19,9 @@ from studylib.train.distillation import keep_teacher_states, train_llm_qat
 MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 12, 3
 
 
-def label_steps(windows: Tensor, compiled: bool) -> list[float]:
+def label_steps(name: str, windows: Tensor, compiled: bool) -> list[float]:
     """Fine-tuning as transformers documents it: the model's own loss on labels, AdamW, clipping, the same precision."""
-    model = models.load_model(MODEL).train()
+    model = models.load_model(name).train()
     if compiled:
         for layer in model.base_model.layers:
             layer.compile()
@@ -41,15 +41,15 @@ def label_steps(windows: Tensor, compiled: bool) -> list[float]:
     return seconds
 
 
-def distillation_steps(windows: Tensor, kept: bool) -> list[float]:
+def distillation_steps(name: str, windows: Tensor, kept: bool) -> list[float]:
     """The study's own training, the teacher's states kept from before or its forward pass run at every step."""
-    teacher = models.load_model(MODEL)
+    teacher = models.load_model(name)
     head = teacher.get_output_embeddings().weight.detach().clone()
-    student = quantize_model(models.load_model(MODEL), "4-8-4")
+    student = quantize_model(models.load_model(name), "4-8-4")
     at = []
     with tempfile.TemporaryDirectory() as folder:
         states = keep_teacher_states(teacher, windows, Path(folder) / "states.npy") if kept else teacher
-        settings = Training(STEPS, BATCH, learning_rate=1e-5)
+        settings = Training(len(windows) // BATCH, BATCH, learning_rate=1e-5)
         train_llm_qat(
             student, states, head, windows, settings, folder, progress=lambda n: at.append(time.perf_counter())
         )
@@ -57,27 +57,31 @@ def distillation_steps(windows: Tensor, kept: bool) -> list[float]:
     return seconds
 
 
-def main():
-    windows = corpora.windows("c4", models.load_tokenizer(MODEL), LENGTH, BATCH * STEPS, "training")
+def measured(name: str = MODEL, steps: int = STEPS) -> dict[str, dict[str, float]]:
+    """Seconds of a step of the model, by how it is trained: the median after WARM steps, and the first."""
+    windows = corpora.windows("c4", models.load_tokenizer(name), LENGTH, BATCH * steps, "training")
     runs = {
-        "labels, eager": label_steps(windows, compiled=False),
-        "labels, compiled layers": label_steps(windows, compiled=True),
-        "LLM-QAT 4-8-4, kept teacher states": distillation_steps(windows, kept=True),
-        "LLM-QAT 4-8-4, teacher at every step": distillation_steps(windows, kept=False),
-        "labels, eager, again": label_steps(windows, compiled=False),
+        "labels, eager": label_steps(name, windows, compiled=False),
+        "labels, compiled layers": label_steps(name, windows, compiled=True),
+        "LLM-QAT 4-8-4, kept teacher states": distillation_steps(name, windows, kept=True),
+        "LLM-QAT 4-8-4, teacher at every step": distillation_steps(name, windows, kept=False),
+        "labels, eager, again": label_steps(name, windows, compiled=False),
     }
     medians = {name: statistics.median(seconds[WARM:]) for name, seconds in runs.items()}
     plain = statistics.mean([medians["labels, eager"], medians["labels, eager, again"]])
-    result = {
-        "what": __doc__,
-        "seconds": {name: round(value, 3) for name, value in medians.items()},
+    return {
+        "seconds": {name: round(value, 4) for name, value in medians.items()},
         "times_plain": {name: round(value / plain, 2) for name, value in medians.items()},
         "first_step": {name: round(seconds[0], 1) for name, seconds in runs.items()},
-        "environment": environment() | {"compute_dtype": str(models.compute_dtype())},
     }
+
+
+def main():
+    found = measured()
+    result = {"what": __doc__} | found | {"environment": environment()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    for name, value in medians.items():
-        print(f"{name:38} {value:7.2f} s a step   {value / plain:5.2f} times plain")
+    for name, value in found["seconds"].items():
+        print(f"{name:38} {value:7.2f} s a step   {found['times_plain'][name]:5.2f} times plain")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ RUNS = {  # name: lm-eval's model class with its batch size
 BASE = "lm-eval, batch 8"  # the faster over all tasks; BoolQ and MMLU, whose prompts are long, are faster one by one
 
 
-def timed(model, tokenizer, kind: Callable[..., HFLM]) -> dict[str, tuple[float, np.ndarray]]:
+def timed(model, tokenizer, kind: Callable[..., HFLM], items: dict[str, int]) -> dict[str, tuple[float, np.ndarray]]:
     """By task: the seconds from lm-eval's requests to their answers, and the scores of its items."""
     seconds = []
 
@@ -47,33 +47,38 @@ def timed(model, tokenizer, kind: Callable[..., HFLM]) -> dict[str, tuple[float,
         return scored
 
     with mock.patch.object(evaluation, "PackedLM", made):
-        scores = {task: task_scores(model, tokenizer, [task], n)[task][TASKS[task].metric] for task, n in ITEMS.items()}
-    return {task: (spent, scores[task]) for task, spent in zip(ITEMS, seconds, strict=True)}
+        scores = {task: task_scores(model, tokenizer, [task], n)[task][TASKS[task].metric] for task, n in items.items()}
+    return {task: (spent, scores[task]) for task, spent in zip(items, seconds, strict=True)}
 
 
-def main():
-    model, tokenizer = models.load_model(MODEL), models.load_tokenizer(MODEL)
+def measured(of: str = MODEL, items: dict[str, int] = ITEMS) -> dict[str, dict[str, dict[str, float]]]:
+    """Items a second of the model, beside lm-eval's and whether the scores are equal, by run and task."""
+    model, tokenizer = models.load_model(of), models.load_tokenizer(of)
     task_scores(model, tokenizer, ["piqa"], 4)
     seconds, scores = defaultdict(list), {}
     for name in [*RUNS, *reversed(RUNS)]:
-        for task, (spent, values) in timed(model, tokenizer, RUNS[name]).items():
+        for task, (spent, values) in timed(model, tokenizer, RUNS[name], items).items():
             seconds[name, task].append(spent)
             scores[name, task] = values
     fastest = {key: min(both) for key, both in seconds.items()}
     for name in RUNS:
-        fastest[name, "all"] = sum(fastest[name, task] for task in ITEMS)
-        scores[name, "all"] = np.concatenate([scores[name, task] for task in ITEMS])
-    found = {
+        fastest[name, "all"] = sum(fastest[name, task] for task in items)
+        scores[name, "all"] = np.concatenate([scores[name, task] for task in items])
+    return {
         name: {
             task: {
                 "items_per_second": round(len(scores[name, task]) / fastest[name, task], 2),
                 "times_lm_eval": round(fastest[BASE, task] / fastest[name, task], 2),
                 "equal_scores": round(float(np.mean(scores[name, task] == scores[BASE, task])), 4),
             }
-            for task in [*ITEMS, "all"]
+            for task in [*items, "all"]
         }
         for name in RUNS
     }
+
+
+def main():
+    found = measured()
     result = {"what": __doc__.partition("\n")[0], "items": ITEMS, "runs": found, "environment": environment()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for name, by_task in found.items():

@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--minutes", type=float, default=15, help="else what took so long there (default: 15)")
     _jobs(verify)
+    _scheduler(verify)
     _results(verify)
     plan = commands.add_parser("plan", help="the memory that a fine-tuning would take, without any weights")
     plan.add_argument(
@@ -909,9 +910,10 @@ def _verify(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ValueError(f"reference: {reference} holds no records")
     here = environment()["compute_dtype"]
     there = listed(sorted({record.provenance["compute_dtype"] for record in records}))
-    if there != here:
+    if there != here and not options.scheduler:  # what its workers compute in is not known here
         print(f"Computed in {there} there and in {here} here: what differs by rounding, as another seed would, passes.")
-    found = verify_records(records, options.arms, options.minutes, options.results.resolve(), options.jobs)
+    results, scheduler = options.results.resolve(), _placed(options.scheduler)
+    found = verify_records(records, options.arms, options.minutes, results, options.jobs, scheduler)
     for difference in found:
         print(difference.text())
     failed = sum(not difference.passed for difference in found)

@@ -54,7 +54,7 @@ def heeding():
 @pytest.fixture
 def fp32(monkeypatch):
     """Compute in fp32 on any machine, for comparisons that bf16 would blur."""
-    monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: torch.float32)
 
 
 @pytest.fixture(scope="session")

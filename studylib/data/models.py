@@ -392,12 +392,21 @@ def device() -> torch.device:
     return torch.device(name)
 
 
+def gpu_count() -> int:
+    """How many CUDA devices models could be on: none where they are on something else (see device)."""
+    return torch.cuda.device_count() if device().type == "cuda" else 0
+
+
 @functools.cache
-def compute_dtype() -> torch.dtype:
-    """bf16 where the hardware multiplies bf16 matrices natively, else fp32 (emulated bf16 is several times slower)."""
-    if device().type == "mps":
+def compute_dtype(on: torch.device | None = None) -> torch.dtype:
+    """bf16 where the hardware multiplies bf16 matrices natively, else fp32 (emulated bf16 is several times slower).
+
+    on: the device that computes; None for that of models.
+    """
+    kind = (on or device()).type
+    if kind == "mps":
         return torch.float32
-    if device().type == "cuda":
+    if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         have = torch.cpu.get_capabilities()
@@ -406,8 +415,9 @@ def compute_dtype() -> torch.dtype:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 autocast where the hardware computes in bf16, nothing elsewhere."""
-    return torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() == torch.bfloat16)
+    """bf16 autocast where the device computes in bf16, nothing elsewhere."""
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -73,9 +73,10 @@ def seconds_in_this_process(model: str, format: Format, settings: Decoding) -> d
     }
     found = {}
     for name, source in sources.items():
-        original = source().cpu()
-        usual = copy.deepcopy(original).to(models.compute_dtype()).eval()
-        integers = int4_model(encode_model(original, format), models.compute_dtype())
+        original = source().cpu()  # the kernel is for processors
+        dtype = models.compute_dtype(original.device)
+        usual = copy.deepcopy(original).to(dtype).eval()
+        integers = int4_model(encode_model(original, format), dtype)
         executions = (usual, integers, with_adapter(integers))
         for own in executions:
             pass_seconds(own, replace(settings, tokens=1))

@@ -48,6 +48,7 @@ class FullPrecision:
     @torch.no_grad()
     def logits(self, corpus: str, at: int, tokens: Tensor) -> Tensor:
         """Of the windows `tokens` [B, T], the corpus's from number `at` on: [B, T, V]."""
+        self.rest.to(tokens.device)  # the student may have left for the processor, where its kernel is
         self.decoder.states = torch.from_numpy(self.states[corpus][at : at + len(tokens)].copy()).to(tokens.device)
         with autocast(tokens.device):
             # forward itself: hooks that count tokens are the model's

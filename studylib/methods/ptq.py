@@ -154,7 +154,7 @@ class FourBitKernel(Executed):
         assert work.arm.format is not None
         with work.phase("quantize"):
             encoded = quant.encode_model(work.model.cpu(), work.arm.format)
-            work.model = quant.int4_model(encoded, data.models.compute_dtype())
+            work.model = quant.int4_model(encoded, data.compute_dtype(encoded.device))
 
 
 class SideBySide(Executed):

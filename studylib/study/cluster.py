@@ -21,11 +21,11 @@ from typing import Any
 
 import dask
 import psutil
-import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
 from distributed.utils import get_mp_context
 
 from studylib.config import Arm, tell
+from studylib.data import device, gpu_count
 from studylib.methods import title
 from studylib.study import workers
 from studylib.study.needs import ClusterError, Has, check_needs, fits, taken
@@ -210,7 +210,7 @@ class Crew:
 
 
 def _here() -> Has:
-    return Has(psutil.virtual_memory().total, torch.cuda.device_count())
+    return Has(psutil.virtual_memory().total, gpu_count())
 
 
 @contextlib.contextmanager
@@ -223,7 +223,7 @@ def of_this_machine(count: int, threads: int, store: Store, keep: bool, arms: Se
     check_needs(arms, [_here()])
     before, environ = multiprocessing.active_children(), dict(os.environ)
     # CUDA cannot be used in a fork, and the frameworks of other systems than Linux are not made for it.
-    started = FORKED if sys.platform == "linux" and not torch.cuda.is_available() else ANEW
+    started = FORKED if sys.platform == "linux" and device().type != "cuda" else ANEW
     settings = SETTINGS | {"distributed.worker.multiprocessing-method": started}
     cluster: LocalCluster | None = None
     client: Client | None = None

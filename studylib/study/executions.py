@@ -85,7 +85,8 @@ def seconds_in_this_process(model: str, format: Format, settings: Engines, folde
 
 def load_engines(model: str, format: Format, settings: Engines, folder: Path) -> dict[str, nn.Module]:
     """What is timed, by its name in ENGINES; folder: with what write_files has written."""
-    original, dtype = models.load_model(model).cpu(), models.compute_dtype()
+    original = models.load_model(model).cpu()  # the kernels are for processors
+    dtype = models.compute_dtype(original.device)
     usual = copy.deepcopy(original).to(dtype).eval()
     integers = int4_model(encode_model(original, format), dtype)
     length, most = settings.context + settings.tokens, max(settings.batches)

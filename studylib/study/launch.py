@@ -73,7 +73,7 @@ def _lines(command: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What the launcher's first process tells, as it tells it. Whoever stops listening stops them."""
     import torch
 
-    if torch.cuda.is_available():
+    if data.device().type == "cuda":
         torch.cuda.empty_cache()  # it is theirs meanwhile
     words = shlex.split(command)
     with tempfile.TemporaryFile("w+") as errors:

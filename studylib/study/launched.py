@@ -40,10 +40,11 @@ def _train(arm: Arm, store: Store, tell: Callable[[dict[str, Any]], None]) -> No
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the study says what is computed in which type
     import torch
 
+    from studylib.data import device
     from studylib.study.run import train_only
     from studylib.train import Launched
 
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with contextlib.suppress(Launched):
         train_only(arm, store, lambda phase, tokens: tell({"phase": phase, "tokens": tokens}))

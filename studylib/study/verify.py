@@ -174,15 +174,25 @@ def _spreads(records: Sequence[Record]) -> dict[Any, float]:
 
 
 def verify_records(
-    records: Sequence[Record], wanted: Sequence[str], minutes: float, results: str | Path, jobs: int = 1
+    records: Sequence[Record],
+    wanted: Sequence[str],
+    minutes: float,
+    results: str | Path,
+    jobs: int = 1,
+    scheduler: str = "",
 ) -> list[Difference]:
     """Run the chosen arms of `records` in the folder `results`, and compare. Records there are used where they match.
 
-    jobs: arms computed at a time. Each runs with as many threads as it once had: the order of a sum decides which way
-    GPTQ rounds. Raises ValueError as `choose` and schedule.run do.
+    jobs: arms computed at a time, for `minutes` each. Each runs with as many threads as it once had: the order of a sum
+    decides which way GPTQ rounds. scheduler: of a dask cluster that computes them instead (see schedule.run), with the
+    threads of its workers. Raises ValueError as `choose` and schedule.run do.
     """
     chosen, threads, store = choose(records, wanted, minutes * max(1, jobs)), torch.get_num_threads(), Store(results)
     found: dict[Arm, Record] = {}
+    if scheduler:
+        arms = [record.arm for record in chosen]
+        found |= zip(arms, schedule.run(arms, results, jobs=jobs, compute=ALL, scheduler=scheduler), strict=True)
+        return compare([(record, found[record.arm]) for record in chosen], records)
     try:
         for cores in sorted({_threads(record) for record in chosen}):
             arms = [record.arm for record in chosen if _threads(record) == cores]

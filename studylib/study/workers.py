@@ -64,11 +64,10 @@ def _examine(asked: Asked, worker: Worker) -> Has | str:
         if not same:
             return f"has other files than there are here for {arm.model!r} or its texts; share the same ones"
     import psutil
-    import torch
 
     declared = worker.state.total_resources
     limit = worker.memory_manager.memory_limit or psutil.virtual_memory().total
-    gpus = declared.get(GPU, torch.cuda.device_count())
+    gpus = declared.get(GPU, data.gpu_count())
     return Has(declared.get(MEMORY, limit), gpus, frozenset({GPU, MEMORY} & declared.keys()))
 
 

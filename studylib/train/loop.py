@@ -322,7 +322,8 @@ def fit(
     bf16 = models.compute_dtype() == torch.bfloat16
     # Compiled layers fuse the fake quantizers, which cost as much as the products where those run in bf16.
     worth_it = compiled and bf16 and budget.steps >= COMPILED_STEPS
-    can_compile = worth_it and (model.device.type == "cuda" or shutil.which("g++"))
+    compilers = ("gcc", "clang") if model.device.type == "cuda" else ("g++",)  # triton builds its launchers in C
+    can_compile = worth_it and any(map(shutil.which, compilers))
     layers = list(getattr(model.base_model, "layers", [])) if can_compile else []
     for layer in layers:
         layer.compile()

@@ -49,7 +49,7 @@ def prepared(config, monkeypatch):
     """A real model, prepared for training with everything in one type."""
 
     def make(family, method, dtype=torch.float32, layers=3, **adapter):
-        monkeypatch.setattr(models, "compute_dtype", lambda: dtype)
+        monkeypatch.setattr(models, "compute_dtype", lambda on=None: dtype)
         return attach(models.skeleton(config(family, layers)), method, **settings(method, **adapter))
 
     return make
@@ -97,7 +97,7 @@ def test_a_plan_is_what_is_measured(config, prepared, family, method, checkpoint
     ],
 )
 def test_any_format_and_any_adapter(config, monkeypatch, method, format, adapter):
-    monkeypatch.setattr(models, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: torch.bfloat16)
     model = attach(models.skeleton(config("llama", 2)), method, format=format, adapter=adapter)
     assert plan(config("llama", 2), method, format=format, adapter=adapter, length=24) == measure(model, 1, 24)
 
@@ -276,7 +276,7 @@ def test_bad_input_of_a_measurement(config, arguments, message):
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "qa-lora", "qat-lora", "l4q", "qat", "lsq"])
 def test_what_is_deployed_is_counted_without_weights(config, monkeypatch, method):
-    monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: torch.float32)
     model = models.skeleton(config("llama"))
     cache = 2 * 2 * 3 * 16  # keys and values, 2 bytes, 3 layers of 2 heads of 8 numbers
     attached = attach(copy.deepcopy(model), method, **settings(method))

@@ -63,7 +63,7 @@ def everywhere_alike() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         with (
-            mock.patch.object(models, "compute_dtype", lambda: torch.float32),
+            mock.patch.object(models, "compute_dtype", lambda on=None: torch.float32),
             mock.patch.object(torch.cuda, "is_available", lambda: False),
         ):
             yield

@@ -36,7 +36,7 @@ DOUBLE = 2e-3  # bitsandbytes rounds a scale that lies midway between two of 256
 @pytest.mark.parametrize("bits16", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method", TUNED)
 def test_every_method_trains_what_it_should_and_nothing_else(tiny_model, monkeypatch, method, bits16):
-    monkeypatch.setattr(models, "compute_dtype", lambda: bits16)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: bits16)
     names = list(decoder_linears(tiny_model))
     assert attach(tiny_model, method, **SETTINGS[method]) is tiny_model
     parts = {
@@ -149,7 +149,7 @@ def adapter_gradients(model):
 @pytest.mark.parametrize("bits16", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_evaluation_before_training_leaves_bitsandbytes_gradients_right(tiny_model, monkeypatch, kind, bits16):
-    monkeypatch.setattr(models, "compute_dtype", lambda: bits16)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: bits16)
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # the processors that have the trap
     dense = copy.deepcopy(tiny_model)
     for linear in decoder_linears(dense).values():

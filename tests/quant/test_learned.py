@@ -475,7 +475,7 @@ def test_kept_and_restored_it_gives_the_same_outputs_bit_for_bit(bits, group, tm
 
 @torch.no_grad()
 def test_what_attach_made_is_merged_and_kept_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: torch.float32)
     model = attach(plain(), "l4q", format=Format("affine", 3, 32), adapter=Adapter(4))
     for parameter in trained_parameters(model).values():
         parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from studylib import cli
 from studylib.config.budgets import Evaluation, profile
@@ -196,3 +197,22 @@ def test_the_command_has_arms_computed_by_the_workers_of_a_scheduler(working, tm
     monkeypatch.undo()
     alone = schedule.run([record.arm for record in found], tmp_path / "alone", compute="all")
     assert list(map(without_cost, alone)) == list(map(without_cost, found)) and len(found) > 3
+
+
+def test_the_command_verifies_through_a_scheduler(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "reference"
+    records = schedule.run(ARMS, folder, compute="all")
+    command = ["verify", "--reference", str(folder), "--scheduler"]
+    assert cli.main([*command, "tcp://host", "--results", str(tmp_path / "none")]) == 2
+    assert "scheduler: 'tcp://host' is not allowed; use an address" in capsys.readouterr().err
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as there:
+        monkeypatch.setattr(schedule, "carry_out", lambda *arguments: pytest.fail("computed here"))
+        command.append(there.scheduler_address)
+        assert cli.main([*command, "--results", str(tmp_path / "again")]) == 0
+        told = capsys.readouterr()
+        assert told.out.splitlines()[-1].endswith("numbers of 3 arms are as published, 4 to the last bit.")
+        assert f"study: 2 workers of {there.scheduler_address}" in told.err
+        wrong = dataclasses.replace(records[0], metrics=records[0].metrics | {"perplexity/wikipedia": 1.0})
+        Store(folder).save(wrong)
+        assert cli.main([*command, "--results", str(tmp_path / "again")]) == 1
+    assert "FAIL  RTN 4-8-4: perplexity/wikipedia" in capsys.readouterr().out

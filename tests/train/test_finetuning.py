@@ -165,12 +165,6 @@ def test_what_cannot_be_trained_is_refused(tiny_model, tiny_tokenizer, tmp_path)
         Instructions(length=1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="paging works where CUDA is")
-def test_paging_without_cuda_is_refused_with_the_reason(adapted, tiny_tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="paging needs CUDA"):
-        fine_tune(adapted, tiny_tokenizer, PAIRS, LEARN, dataclasses.replace(BUDGET, paged=True), tmp_path)
-
-
 def test_validation_pairs_are_never_trained_on():
     training, validation = training_pairs("alpaca")
     held_out = instruction_pairs("evaluation")

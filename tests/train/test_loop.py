@@ -42,7 +42,7 @@ def killed(tmp_path_factory):
     """A folder with the checkpoint of step 7 of 8, as a kill in the last step leaves it; the whole training's log."""
     folder = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "compute_dtype", lambda: torch.float32)
+        patch.setattr(models, "compute_dtype", lambda on=None: torch.float32)
         patch.setattr(training_loop, "CHECKPOINT_SECONDS", -1)
         log = train(models.load_model("tiny-random"), folder / "cut")
         train(models.load_model("tiny-random"), folder / "shorter", dataclasses.replace(BUDGET, steps=7))
