@@ -176,6 +176,14 @@ def _computing(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
     )
+    parser.add_argument(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="TRACKER",
+        help="tell each training's curve, loss and rate to tensorboard, mlflow or wandb, in the folder trackers of "
+        "--results",
+    )
     _own_data(parser)
     _budget(parser)
     parser.add_argument("--output", type=_path, metavar="FOLDER", help="of the page (default: in --results)")
@@ -330,7 +338,7 @@ class _Study:
 def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, Any]:
     """The notebook parameters of --set. ValueError for what is none of any notebook, and for the other options that
     are wrong whatever the model is."""
-    from studylib.config import check_jobs, check_scheduler, profile
+    from studylib.config import REPORT_TO, check_jobs, check_scheduler, profile, wanted_trackers
     from studylib.report import recipes
     from studylib.study import notebooks as batch
 
@@ -338,6 +346,13 @@ def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str
     profile(options.profile).with_own(_own(options))
     check_jobs(options.jobs)
     check_scheduler(options.scheduler)
+    if options.report_to and options.scheduler:
+        raise ValueError(
+            f"--report-to: the workers of {options.scheduler} train; set {REPORT_TO} where they are started"
+        )
+    if options.report_to:
+        os.environ[REPORT_TO] = ",".join(options.report_to)  # which kernels and workers inherit
+    wanted_trackers()
     found = {}
     for text in options.set:
         name, separator, value = text.partition("=")

@@ -133,6 +133,7 @@ from .settings import (
     check_width,
     in_bitsandbytes,
 )
+from .trackers import REPORT_TO, UNREPORTED, Report, wanted_trackers
 from .values import (
     MAX_BATCH,
     MAX_COUNT,
@@ -227,6 +228,7 @@ __all__ = [
     "PLAIN",
     "PROFILES",
     "RAW_HIDDEN",
+    "REPORT_TO",
     "REQUANTIZED",
     "SEAL",
     "SHAPES",
@@ -241,6 +243,7 @@ __all__ = [
     "TIMED_LAYERS",
     "TINY",
     "TORCH_16",
+    "UNREPORTED",
     "WHEN",
     "ZERO_SHOT",
     "Adapter",
@@ -257,6 +260,7 @@ __all__ = [
     "Profile",
     "Rate",
     "RealText",
+    "Report",
     "Sampling",
     "Scheme",
     "Terms",
@@ -305,6 +309,7 @@ __all__ = [
     "tell",
     "usable",
     "versions",
+    "wanted_trackers",
     "write_whole",
     "written_whole",
 ]

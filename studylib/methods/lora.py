@@ -192,6 +192,7 @@ class FineTuned(Method):
                     rows=work.rows,
                     keep=work.keep,
                     progress=work.progress,
+                    report=work.report,
                 )
                 if self.keeps_adapter:
                     with kept_if_possible(f"the adapter of {arm.method} {arm.bits}"):
@@ -213,6 +214,7 @@ class FineTuned(Method):
                     teacher=model,
                     rows=work.rows,
                     progress=work.progress,
+                    report=dataclasses.replace(work.report, run=f"{work.report.run}, merging"),
                 )
                 if math.isfinite(towards.steps[-1]["loss"]) and _finite(student):
                     decode_model(student).requires_grad_(False)

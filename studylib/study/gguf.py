@@ -240,7 +240,7 @@ def read(folder: Path, config: PreTrainedConfig, multiplied: torch.dtype = torch
         (owner, _, part), name = own.rpartition("."), _name(names, own)
         tensor = written[name]
         numbers = _turned(dequantize(tensor.data, tensor.tensor_type), own, config, back=True)
-        found = torch.from_numpy(np.require(numbers, requirements="CW")).view(parameter.shape)
+        found = torch.from_numpy(np.require(numbers, requirements=["C", "W"])).view(parameter.shape)
         if f"{name}.lora_a" in adapters:
             a, b = adapters[f"{name}.lora_a"], _turned(adapters[f"{name}.lora_b"], own, config, back=True)
             found += scaling / len(a) * torch.from_numpy(b @ a)
