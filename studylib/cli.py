@@ -533,6 +533,7 @@ def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) ->
 
 def _run_family(study: _Study) -> int:
     """Compute the arms of notebooks that take a family, execute them and write its page."""
+    from studylib.config import MEANINGLESS, is_smoke
     from studylib.report import page, tables
     from studylib.study import ClusterError, schedule
     from studylib.study import notebooks as batch
@@ -558,6 +559,8 @@ def _run_family(study: _Study) -> int:
     records = batch.used_records(study.output, executed, folder / "records")
     judged = batch.judged_records(study.output, executed, folder / "records")
     written = page.write_family_report(study.output, records, judged, executed, study.command)
+    if any(is_smoke(record.arm.evaluation) for record in records):
+        print(MEANINGLESS)
     print(tables.as_text(tables.readable(tables.family_scoreboard(records), tasks=False)))
     print(f"\n{page.family_summary(judged)}\n\nReport: {written}")
     return 0
@@ -577,6 +580,7 @@ def _executed(study: _Study, notebook: Path) -> Path | None:
 
 def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     """Compute the arms of notebooks of one model, execute them and write its page. targets: see `_compute_together`."""
+    from studylib.config import MEANINGLESS, is_smoke
     from studylib.report import ledger, page, recipes, tables
     from studylib.study import notebooks as batch
 
@@ -600,6 +604,8 @@ def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     if not records:
         raise ValueError(f"results: {folder} holds no records of {study.name} at the {options.profile} budget")
     written = page.write_report(study.output, records, executed, study.command, options.budget_mb)
+    if any(is_smoke(record.arm.evaluation) for record in records):
+        print(MEANINGLESS)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
     print(ledger.unread(records), file=sys.stderr)
@@ -947,6 +953,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import is_smoke
     from studylib.methods import file_title, order, own_files, title
     from studylib.study import REFERENCE, model_file, read_records
 
@@ -976,6 +983,8 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
         if model.exists():
             kept += model.stat().st_size
             note = f"  model kept, {_size(model.stat().st_size)}"
+        if is_smoke(record.arm.evaluation):
+            note += "  smoke: means nothing"
         if own := own_files(record.arm):
             note += f"  own data: {' '.join(own)}"
         times = f"{_phases(record.cost['seconds'])}  " if options.times else ""

@@ -581,6 +581,15 @@ PROFILES = {
 }
 
 
+MEANINGLESS = "These numbers mean nothing: the profile smoke shows that everything runs, and judges no claim."
+
+
+def is_smoke(wanted: Evaluation) -> bool:
+    """Whether this is the evaluation of the profile that shows only that everything runs, on its data or on one's own:
+    no other has windows as short."""
+    return bool(wanted.corpora) and wanted.length == PROFILES["smoke"].evaluation.length
+
+
 def profile(name: str) -> Profile:
     """The named budget; ValueError with the names there are."""
     check_known("profile", name, PROFILES)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config import EMPTY, Arm, capital, listed, markdown
+from studylib.config import EMPTY, MEANINGLESS, Arm, capital, listed, markdown
 from studylib.evidence import (
     NO_DIFFERENCE,
     NOT_REPRODUCED,
@@ -327,6 +327,8 @@ def _positions(effect: Effect, entry: Entry) -> list[float]:
 
 def counted(entries: Sequence[Entry]) -> str:
     """How many claims have which verdict, as a phrase."""
+    if any(entry.main.smoke for entry in entries):
+        return MEANINGLESS
     counts = Counter(entry.verdict for entry in entries)
     found = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
     return f"Of {len(entries)} claims of three papers and later work: {listed(found)}"

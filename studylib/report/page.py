@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from studylib.config import (
     ALPACA,
     CORPORA,
+    MEANINGLESS,
     Arm,
     Evaluation,
     RealText,
     capital,
+    is_smoke,
     listed,
     markdown,
     number,
-    profile,
     write_whole,
 )
 from studylib.evidence import (
@@ -153,6 +154,7 @@ def write_report(
         command=command,
         live=live,
         smoke=_is_smoke(records),
+        meaningless=MEANINGLESS,
         family=FAMILY,
         looks=LOOKS,
         odds=f"{1 / RATE:,.0f}",
@@ -174,6 +176,7 @@ def write_family_report(
         "family.html.j2",
         model=" and ".join(_by_model(records)),
         smoke=_is_smoke(records),
+        meaningless=MEANINGLESS,
         live=False,
         names=list(_by_model(records)),
         notes=[f"{model} is {note}" for note, model in notes.items() if note],
@@ -238,10 +241,7 @@ def _plainest(arms: Sequence[Arm]) -> Arm | None:
 
 
 def _is_smoke(records: Sequence[Record]) -> bool:
-    """Whether they are of the profile that shows only that everything runs, on its data or on one's own: no other has
-    windows as short."""
-    length = profile("smoke").evaluation.length
-    return any(own.corpora and own.length == length for own in (record.arm.evaluation for record in records))
+    return any(is_smoke(record.arm.evaluation) for record in records)
 
 
 def _pairs(records: Sequence[Record]) -> str:
@@ -286,7 +286,7 @@ def _papers(method: str) -> set[str]:
 def summary(records: Sequence[Record], budget: float | None = None) -> str:
     """The ledger, the recipe for `budget` MB, every finding and the table in Markdown, for a repository page."""
     entries, board = ledger(records), scoreboard(records)
-    found = [ledger_table(entries), ""]
+    found = [f"**{MEANINGLESS}**\n"] * _is_smoke(records) + [ledger_table(entries), ""]
     found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
     for section in SECTIONS:
         found.append(f"## {section.paper} ({section.source})\n")

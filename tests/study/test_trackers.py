@@ -52,9 +52,7 @@ def test_tensorboard_is_told_the_curve_the_loss_and_the_rate(tmp_path, monkeypat
 
 def test_a_tracker_that_is_not_there_is_named_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setenv(REPORT_TO, "tensorbord")
-    with pytest.raises(
-        ValueError, match=r"^STUDY_REPORT_TO: 'tensorbord' is not known; use one of tensorboard"
-    ):
+    with pytest.raises(ValueError, match=r"^STUDY_REPORT_TO: 'tensorbord' is not known; use one of tensorboard"):
         schedule.run(ARMS, tmp_path / "results")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     monkeypatch.setenv(REPORT_TO, "wandb")
