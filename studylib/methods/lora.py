@@ -335,7 +335,7 @@ class QLoRA(FineTuned):
     """A base in low bits, through bitsandbytes for NF4 and its FP4."""
 
     name, title, source = "qlora", "QLoRA", "arXiv 2305.14314"
-    papers, look = (QLORA_PAPER, L4Q_PAPER), Look("#0072B2", "o")
+    papers, look = (QLORA_PAPER, L4Q_PAPER), Look("#0072B2", "s")
     kinds = (PLAIN, DORA, PISSA, LOFTQ)
     few_shot_at = ("4-16-16",)
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ SECTIONS = (
     Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "11", "08")),
     Section(LATER, "QuaRot, SpinQuant, NVFP4", "what the three papers leave open", ("09",)),
 )
+NO_TEXT = re.compile(r"(<(?:script|style|title|svg|pre)\b.*?</(?:script|style|title|svg|pre)>|<[^>]*>)", re.DOTALL)
+BITS = re.compile(r"(?<![\w-])(?:\d{1,2}-\d{1,2}-\d{1,2}|W-A-KV)(?![\w-])")
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
 FAMILY_NOTEBOOKS = ("10",)  # whose figures stand on the page of a family
 (SIZES_CLAIM,) = (claim for claim in CLAIMS.values() if claim.sizes)
@@ -222,10 +225,18 @@ def _rendered(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def unbroken(page: str) -> str:
+    """The page with bits such as 4-8-4 in its text kept on one line, by style alone: they are found and copied as
+    they were."""
+    parts = NO_TEXT.split(page)  # text, what is none, text, ...
+    parts[::2] = [BITS.sub(r'<span class="bits">\g<0></span>', text) for text in parts[::2]]
+    return "".join(parts)
+
+
 def _written(output: Path, page: str) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "report.html"
-    write_whole(path, page)
+    write_whole(path, unbroken(page))
     return path
 
 
