@@ -388,6 +388,7 @@ def _study(
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
     parameters: dict[str, Any] = {"models": names} if "models" in taken else {"model": names[0]}
     own = _own(options)
+    own_budget = profile(options.profile).with_own(own)
     parameters |= {"profile": options.profile, "results": str(options.results.resolve())}
     parameters |= {"output": str(output.resolve())} | {name: further[name] for name in further if name in taken}
     if seeds or "seeds" in taken:
@@ -399,13 +400,13 @@ def _study(
     if "jobs" in taken:
         parameters |= {"jobs": options.jobs, "scheduler": _placed(options.scheduler)}
     if "rates" in taken and options.rates not in ("", SEARCH):
-        find_rates(names[0], options.profile, options.rates)  # before any work
+        own_budget.with_rates(find_rates(names[0], options.profile, options.rates))  # before any work
         parameters["rates"] = str(Path(options.rates).resolve())
     assigned = batch.assign_parameters(notebooks, parameters)
     for model in named:
         models.load_config(model)
         if own:
-            check_own_data(profile(options.profile).with_own(own), model)
+            check_own_data(own_budget, model)
     command, name = shlex.join(["study", *arguments]), ", ".join(named)
     return _Study(options, command, until, name, names, output.resolve(), notebooks, parameters, assigned)
 
@@ -717,12 +718,16 @@ def _search(
     """Search the rates of the settings of `arms` with one of `cases` in their name, and write them beside those that
     the file `output` holds; False where that was not done `until` then. ValueError for a file of another model or
     profile, and where there is no such setting."""
-    from studylib.config import Rate, find_rates, listed, rates_text, write_whole
+    from studylib.config import Rate, find_rates, listed, profile, rates_text, write_whole
     from studylib.report import figures
     from studylib.study import rates
 
-    profile, scheduler = options.profile, _placed(options.scheduler)
-    known = find_rates(model, profile, str(output)) if output.exists() else {}
+    name, scheduler = options.profile, _placed(options.scheduler)
+    chosen_on = profile(name).with_own(_own(options)).own_contents
+    known: dict[str, Rate] = {}
+    if output.exists():
+        known = find_rates(model, name, str(output))
+        known.check(chosen_on)
     wanted = rates.cases(arms)
     chosen = {case: arm for case, arm in wanted.items() if not cases or any(text in case for text in cases)}
     if not chosen:
@@ -732,7 +737,7 @@ def _search(
 
     def told(case: str, rate: Rate) -> None:
         known[case] = rate
-        write_whole(output, rates_text(model, profile, known))
+        write_whole(output, rates_text(model, name, known, chosen_on))
         print(f"{case}: {rate.text}")
 
     done, tried = rates.search(list(chosen.values()), results, options.jobs, told, until, scheduler)
