@@ -1,7 +1,8 @@
 """Where the time of a decoded token goes: seconds of one core in each engine, and in each part of the 4-bit kernel's.
 
-Needs llama-cpp-python (docs/usage.md). Seconds are of the processor, not of the clock, on one thread, so that other
-work on the machine matters less; the engines take turns. Notebook 08 has tokens a second of all cores.
+Seconds are of the processor, not of the clock, on one thread, so that other work on the machine matters less; the
+engines take turns. llama.cpp is among them where llama-cpp-python is installed (docs/usage.md); "missing" names the
+engines that were not measured. Notebook 08 has tokens a second of all cores.
 """
 
 import copy
@@ -76,22 +77,25 @@ def parts(engines: dict[str, nn.Module]) -> dict[str, float]:
 
 
 def main() -> None:
-    if not llama_cpp_installed():
-        print(f"llama.cpp is not installed, so that nothing is compared; use {INSTALL_LLAMA_CPP}")
-        return
+    installed = llama_cpp_installed()
+    if not installed:
+        print(f"llama.cpp is not installed; PyTorch's engines are measured without it; use {INSTALL_LLAMA_CPP}")
     torch.set_num_threads(1)
     decoding.time = llamacpp.time = SimpleNamespace(perf_counter=time.process_time)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        executions.write_files(MODEL, FORMAT, Path(folder))
-        engines = executions.load_engines(MODEL, FORMAT, SETTINGS, Path(folder))
-        rounds: dict[str, list[float]] = {name: [] for name in ENGINES}
+        if installed:
+            executions.write_files(MODEL, FORMAT, Path(folder))
+            engines = executions.load_engines(MODEL, FORMAT, SETTINGS, Path(folder))
+        else:
+            engines = executions.torch_engines(MODEL, FORMAT)
+        rounds: dict[str, list[float]] = {name: [] for name in engines}
         for counted in range(-1, ROUNDS):
             for name, engine in engines.items():
                 of_llama = isinstance(engine, llamacpp.LlamaCpp)
                 times = engine.pass_seconds(SETTINGS) if of_llama else decoding.pass_seconds(engine, SETTINGS)
                 rounds[name] += [1000 * times[1]] * (counted >= 0)
         tokens = {name: round(statistics.median(own), 2) for name, own in rounds.items()}
-        result = {"what": __doc__, "ms_a_token": tokens}
+        result = {"what": __doc__, "ms_a_token": tokens, "missing": [name for name in ENGINES if name not in engines]}
         result["parts_of_the_4_bit_kernel"] = {name: round(own, 2) for name, own in parts(engines).items()}
     print(json.dumps(result, indent=1))
     Path(__file__).with_suffix(".json").write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n")

@@ -177,6 +177,14 @@ def _computing(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="further notebook parameters, values in YAML, e.g. settings='[8-8-8, 4-8-4]'",
     )
+    parser.add_argument(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="TRACKER",
+        help="tell each training's curve, loss and rate to tensorboard, mlflow or wandb, in the folder trackers of "
+        "--results",
+    )
     _own_data(parser)
     _budget(parser)
     parser.add_argument("--output", type=_path, metavar="FOLDER", help="of the page (default: in --results)")
@@ -337,7 +345,7 @@ class _Study:
 def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str, Any]:
     """The notebook parameters of --set. ValueError for what is none of any notebook, and for the other options that
     are wrong whatever the model is."""
-    from studylib.config import check_jobs, check_scheduler, profile
+    from studylib.config import REPORT_TO, check_jobs, check_scheduler, profile, wanted_trackers
     from studylib.report import recipes
     from studylib.study import notebooks as batch
 
@@ -345,6 +353,13 @@ def _further(options: argparse.Namespace, notebooks: Sequence[Path]) -> dict[str
     profile(options.profile).with_own(_own(options))
     check_jobs(options.jobs)
     check_scheduler(options.scheduler)
+    if options.report_to and options.scheduler:
+        raise ValueError(
+            f"--report-to: the workers of {options.scheduler} train; set {REPORT_TO} where they are started"
+        )
+    if options.report_to:
+        os.environ[REPORT_TO] = ",".join(options.report_to)  # which kernels and workers inherit
+    wanted_trackers()
     found = {}
     for text in options.set:
         name, separator, value = text.partition("=")
@@ -380,6 +395,7 @@ def _study(
     taken = {name for notebook in notebooks for name in batch.default_parameters(notebook)}
     parameters: dict[str, Any] = {"models": names} if "models" in taken else {"model": names[0]}
     own = _own(options)
+    own_budget = profile(options.profile).with_own(own)
     parameters |= {"profile": options.profile, "results": str(options.results.resolve())}
     parameters |= {"output": str(output.resolve())} | {name: further[name] for name in further if name in taken}
     if seeds or "seeds" in taken:
@@ -391,13 +407,13 @@ def _study(
     if "jobs" in taken:
         parameters |= {"jobs": options.jobs, "scheduler": _placed(options.scheduler)}
     if "rates" in taken and options.rates not in ("", SEARCH):
-        find_rates(names[0], options.profile, options.rates)  # before any work
+        own_budget.with_rates(find_rates(names[0], options.profile, options.rates))  # before any work
         parameters["rates"] = str(Path(options.rates).resolve())
     assigned = batch.assign_parameters(notebooks, parameters)
     for model in named:
         models.load_config(model)
         if own:
-            check_own_data(profile(options.profile).with_own(own), model)
+            check_own_data(own_budget, model)
     command, name = shlex.join(["study", *arguments]), ", ".join(named)
     return _Study(options, command, until, name, names, output.resolve(), notebooks, parameters, assigned)
 
@@ -525,6 +541,7 @@ def _folder(options: argparse.Namespace, named: Sequence[str], several: bool) ->
 
 def _run_family(study: _Study) -> int:
     """Compute the arms of notebooks that take a family, execute them and write its page."""
+    from studylib.config import MEANINGLESS, is_smoke
     from studylib.report import page, tables
     from studylib.study import ClusterError, schedule
     from studylib.study import notebooks as batch
@@ -550,6 +567,8 @@ def _run_family(study: _Study) -> int:
     records = batch.used_records(study.output, executed, folder / "records")
     judged = batch.judged_records(study.output, executed, folder / "records")
     written = page.write_family_report(study.output, records, judged, executed, study.command)
+    if any(is_smoke(record.arm.evaluation) for record in records):
+        print(MEANINGLESS)
     print(tables.as_text(tables.readable(tables.family_scoreboard(records), tasks=False)))
     print(f"\n{page.family_summary(judged)}\n\nReport: {written}")
     return 0
@@ -569,6 +588,7 @@ def _executed(study: _Study, notebook: Path) -> Path | None:
 
 def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     """Compute the arms of notebooks of one model, execute them and write its page. targets: see `_compute_together`."""
+    from studylib.config import MEANINGLESS, is_smoke
     from studylib.report import ledger, page, recipes, tables
     from studylib.study import notebooks as batch
 
@@ -592,6 +612,8 @@ def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     if not records:
         raise ValueError(f"results: {folder} holds no records of {study.name} at the {options.profile} budget")
     written = page.write_report(study.output, records, executed, study.command, options.budget_mb)
+    if any(is_smoke(record.arm.evaluation) for record in records):
+        print(MEANINGLESS)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
     print(ledger.unread(records), file=sys.stderr)
@@ -703,12 +725,16 @@ def _search(
     """Search the rates of the settings of `arms` with one of `cases` in their name, and write them beside those that
     the file `output` holds; False where that was not done `until` then. ValueError for a file of another model or
     profile, and where there is no such setting."""
-    from studylib.config import Rate, find_rates, listed, rates_text, write_whole
+    from studylib.config import Rate, find_rates, listed, profile, rates_text, write_whole
     from studylib.report import figures
     from studylib.study import rates
 
-    profile, scheduler = options.profile, _placed(options.scheduler)
-    known = find_rates(model, profile, str(output)) if output.exists() else {}
+    name, scheduler = options.profile, _placed(options.scheduler)
+    chosen_on = profile(name).with_own(_own(options)).own_contents
+    known: dict[str, Rate] = {}
+    if output.exists():
+        known = find_rates(model, name, str(output))
+        known.check(chosen_on)
     wanted = rates.cases(arms)
     chosen = {case: arm for case, arm in wanted.items() if not cases or any(text in case for text in cases)}
     if not chosen:
@@ -718,7 +744,7 @@ def _search(
 
     def told(case: str, rate: Rate) -> None:
         known[case] = rate
-        write_whole(output, rates_text(model, profile, known))
+        write_whole(output, rates_text(model, name, known, chosen_on))
         print(f"{case}: {rate.text}")
 
     done, tried = rates.search(list(chosen.values()), results, options.jobs, told, until, scheduler)
@@ -942,6 +968,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: list[str]) -> int:
+    from studylib.config import is_smoke
     from studylib.methods import file_title, order, own_files, title
     from studylib.study import REFERENCE, model_file, read_records
 
@@ -971,6 +998,8 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
         if model.exists():
             kept += model.stat().st_size
             note = f"  model kept, {_size(model.stat().st_size)}"
+        if is_smoke(record.arm.evaluation):
+            note += "  smoke: means nothing"
         if own := own_files(record.arm):
             note += f"  own data: {' '.join(own)}"
         times = f"{_phases(record.cost['seconds'])}  " if options.times else ""

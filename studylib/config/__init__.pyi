@@ -21,6 +21,7 @@ from .budgets import (
     LLAMA_16,
     LLAMA_ADAPTED,
     LOGIT_LOSSES,
+    MEANINGLESS,
     MODELS,
     NOTHING,
     OWN,
@@ -50,6 +51,7 @@ from .budgets import (
     Tuning,
     check_loss,
     check_seed,
+    is_smoke,
     profile,
     split_loss,
 )
@@ -133,6 +135,7 @@ from .settings import (
     check_width,
     in_bitsandbytes,
 )
+from .trackers import REPORT_TO, UNREPORTED, Report, wanted_trackers
 from .values import (
     MAX_BATCH,
     MAX_COUNT,
@@ -204,6 +207,7 @@ __all__ = [
     "MAX_LENGTH",
     "MAX_RANK",
     "MAX_SEED",
+    "MEANINGLESS",
     "MERGED_16",
     "MERGED_DISTILLED",
     "MERGED_QUANTIZED",
@@ -227,6 +231,7 @@ __all__ = [
     "PLAIN",
     "PROFILES",
     "RAW_HIDDEN",
+    "REPORT_TO",
     "REQUANTIZED",
     "SEAL",
     "SHAPES",
@@ -241,6 +246,7 @@ __all__ = [
     "TIMED_LAYERS",
     "TINY",
     "TORCH_16",
+    "UNREPORTED",
     "WHEN",
     "ZERO_SHOT",
     "Adapter",
@@ -257,6 +263,7 @@ __all__ = [
     "Profile",
     "Rate",
     "RealText",
+    "Report",
     "Sampling",
     "Scheme",
     "Terms",
@@ -282,6 +289,7 @@ __all__ = [
     "find_rates",
     "in_bitsandbytes",
     "is_line",
+    "is_smoke",
     "kept_if_possible",
     "kept_name",
     "listed",
@@ -305,6 +313,7 @@ __all__ = [
     "tell",
     "usable",
     "versions",
+    "wanted_trackers",
     "write_whole",
     "written_whole",
 ]

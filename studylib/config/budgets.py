@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from studylib.config.data import ALPACA, ZERO_SHOT, check_corpus, check_instructions, check_tasks, located
-from studylib.config.learning_rates import Rate
+from studylib.config.data import ALPACA, CORPORA, ZERO_SHOT, check_corpus, check_instructions, check_tasks, located
+from studylib.config.learning_rates import Rate, Rates, contents_of
 from studylib.config.settings import DEFAULT_GROUP, INTEGER_FORMATS, Adapter, Format, check_group
 from studylib.config.values import (
     MAX_BATCH,
@@ -505,8 +505,19 @@ class Profile:
         return dataclasses.replace(self, training=longer(self.training), tuning=longer(self.tuning), terms=terms)
 
     def with_rates(self, rates: Mapping[str, Rate]) -> "Profile":
-        """This budget with the learning rates of a search (see find_rates)."""
+        """This budget with the learning rates of a search (see find_rates). ValueError for those of a file that were
+        chosen on other data than this budget trains on."""
+        if isinstance(rates, Rates) and rates:
+            rates.check(self.own_contents)
         return dataclasses.replace(self, rates=tuple(sorted(rates.items())))
+
+    @property
+    def own_contents(self) -> dict[str, str]:
+        """What is trained on besides the profile's data: the SHA-256 of each such file by its name in OWN_DATA,
+        of a known corpus its name."""
+        files = {"pairs": self.instructions.source} if self.instructions.source != ALPACA else {}
+        text = {"training_text": self.training_text} if self.training_text else {}
+        return contents_of(files) | text if self.training_text in CORPORA else contents_of(files | text)
 
     def with_own(self, own: Mapping[str, Any]) -> "Profile":
         """This budget on data of one's own, by the names of OWN_DATA; {}: as it is. ValueError as of check_own."""
@@ -579,6 +590,15 @@ PROFILES = {
         ),
     ),
 }
+
+
+MEANINGLESS = "These numbers mean nothing: the profile smoke shows that everything runs, and judges no claim."
+
+
+def is_smoke(wanted: Evaluation) -> bool:
+    """Whether this is the evaluation of the profile that shows only that everything runs, on its data or on one's own:
+    no other has windows as short."""
+    return bool(wanted.corpora) and wanted.length == PROFILES["smoke"].evaluation.length
 
 
 def profile(name: str) -> Profile:

@@ -6,9 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from studylib.config.files import file_sha256, tell
 from studylib.config.values import check_positive, check_share, shown
+from studylib.config.words import listed
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,58 @@ class Rate:
         return f"{self.learning_rate:g}" + ("" if self.grid_rate is None else f", {self.grid_rate:g} for its grid")
 
 
+class Rates(dict[str, Rate]):
+    """Rates by setting, and what they were chosen on: the SHA-256 of each file of one's own by its name in OWN_DATA,
+    none of the profile's data. file: that they were read from, "" of those that come with studylib."""
+
+    def __init__(self, rates: Mapping[str, Rate], chosen_on: Mapping[str, str] = MappingProxyType({}), file: str = ""):
+        super().__init__(rates)
+        self.chosen_on, self.file = dict(chosen_on), file
+
+    def check(self, own: Mapping[str, str]) -> None:
+        """For a training on files `own`, as contents_of has them: ValueError where the rates were chosen on others; a
+        line, once, where they come with studylib."""
+        if self.chosen_on == own:
+            return
+        here, there = (listed(sorted(names)) if names else "the profile's data" for names in (own, self.chosen_on))
+        if self.file:
+            raise ValueError(
+                f"rates: {self.file!r} was chosen on {there}, and this is {here}"
+                f"{' of other contents' if own.keys() == self.chosen_on.keys() else ''}; choose anew, by `study rates`"
+            )
+        _tell_once(f"the learning rates were chosen on {there}, and this is {here} of your own; --rates search chooses "
+                   "them on it")  # fmt: skip
+
+
 @functools.cache
-def _committed() -> dict[tuple[str, str], dict[str, Rate]]:
+def _tell_once(line: str) -> None:
+    tell(line)
+
+
+def contents_of(files: Mapping[str, str]) -> dict[str, str]:
+    """The SHA-256 of each file, by the same name. ValueError for one that cannot be read."""
+    try:
+        return {name: file_sha256(Path(file)) for name, file in files.items()}
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
+
+
+@functools.cache
+def _committed() -> dict[tuple[str, str], Rates]:
     found, folder = {}, resources.files(__package__).joinpath("rates")
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".json"):
             model, profile, rates = parse_rates(file.read_text(encoding="utf-8"), file.name)
-            found[model, profile] = rates
+            found[model, profile] = Rates(rates, rates.chosen_on)
     return found
 
 
-def find_rates(model: str, profile: str, file: str = "") -> dict[str, Rate]:
+def find_rates(model: str, profile: str, file: str = "") -> Rates:
     """The rates of a file that `study rates` wrote, or those that come with studylib for this model and profile; {}
     where there are none, and each method's usual one is taken. Raises ValueError for a file that is none, or that was
     written for another model or profile."""
     if not file:
-        return dict(_committed().get((model, profile), {}))
+        return _committed().get((model, profile), Rates({}))
     try:
         with open(os.path.expanduser(file), encoding="utf-8") as opened:
             own_model, own_profile, rates = parse_rates(opened.read(), file)
@@ -57,7 +97,7 @@ def find_rates(model: str, profile: str, file: str = "") -> dict[str, Rate]:
     return rates
 
 
-def find_family_rates(models: Sequence[str], profile: str, files: Sequence[str] = ()) -> dict[str, dict[str, Rate]]:
+def find_family_rates(models: Sequence[str], profile: str, files: Sequence[str] = ()) -> dict[str, Rates]:
     """By model, what `find_rates` gives with the file of the same place; without files, what comes with studylib.
     Raises ValueError as it does, and where there are as many files as models neither, nor none."""
     if files and len(files) != len(models):
@@ -67,18 +107,21 @@ def find_family_rates(models: Sequence[str], profile: str, files: Sequence[str] 
     }
 
 
-def parse_rates(text: str, name: str) -> tuple[str, str, dict[str, Rate]]:
-    """Model, profile and the rate of each setting, from the text of a file. ValueError for another text."""
+def parse_rates(text: str, name: str) -> tuple[str, str, Rates]:
+    """Model, profile and the rate of each setting, from the text of the file `name`. ValueError for another text."""
     try:
         fields = json.loads(text)
         rates = {setting: Rate(**given) for setting, given in fields["rates"].items()}
-        return fields["model"], fields["profile"], rates
+        return fields["model"], fields["profile"], Rates(rates, fields.get("chosen_on", {}), name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"rates: {shown(name)} holds no rates as `study rates` writes them ({error})") from error
 
 
-def rates_text(model: str, profile: str, rates: Mapping[str, Rate]) -> str:
-    """What `parse_rates` reads."""
+def rates_text(
+    model: str, profile: str, rates: Mapping[str, Rate], chosen_on: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """What `parse_rates` reads. chosen_on: as of Rates; nothing is written of the profile's data."""
     fields: dict[str, Any] = {"model": model, "profile": profile}
+    fields |= {"chosen_on": dict(chosen_on)} if chosen_on else {}
     fields["rates"] = {setting: asdict(rate) for setting, rate in sorted(rates.items())}
     return json.dumps(fields, indent=1) + "\n"

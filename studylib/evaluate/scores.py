@@ -432,16 +432,17 @@ def evaluation_windows(tokenizer, wanted: Evaluation) -> dict[str, Tensor]:
 
 
 def score(
-    model: PreTrainedModel, tokenizer, wanted: Evaluation, full: FullPrecision | None = None
+    model: PreTrainedModel, tokenizer, wanted: Evaluation, full: FullPrecision | None = None, batch: int = WINDOWS
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics by name and the per-item scores behind them, for what is wanted.
 
     "loss", "document" (see corpora.window_documents) of each corpus's windows and, where the predictions of `full`
     precision for them are given, "kl"; of tasks what task_scores has, and "accuracy"; of pairs "loss" and "tokens".
+    batch: windows that are scored at a time, which takes memory for all of their logits.
     """
     metrics, scores = {}, {}
     for corpus, windows in evaluation_windows(tokenizer, wanted).items():
-        found = _window_scores(model, windows, WINDOWS, corpus, full)
+        found = _window_scores(model, windows, batch, corpus, full)
         labels = window_documents(corpus, tokenizer, wanted.length, wanted.windows, "evaluation")
         scores |= {f"{name}/{corpus}": values for name, values in found.items()}
         scores[f"document/{corpus}"] = labels.numpy()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from studylib.config import capital, listed, nats, number, percent, points
+from studylib.config import capital, is_smoke, listed, nats, number, percent, points
 from studylib.evidence.measures import Cell, Measure, gather, text_measures, unchanged
 from studylib.evidence.spread import ENOUGH
 from studylib.evidence.statistics import Interval
@@ -20,6 +20,7 @@ REPRODUCED, NOT_REPRODUCED, NO_DIFFERENCE, UNDECIDED, NOT_TESTED = VERDICTS = (
     "undecided",
     "not tested here",
 )
+NOT_JUDGED = "not judged at smoke"
 FAMILY = 31  # claims whose verdict can err: those of the page that are neither planned nor counted
 LOOKS = 3  # at the verdicts while a study grows from one seed to three
 RATE = 0.05 / FAMILY / LOOKS  # how often a bound that a verdict rests on may be wrong, so that a page rarely has one
@@ -265,7 +266,8 @@ class Finding:
 
     verdict: one of VERDICTS by the claim's primary measure, "" by others. parts: what each part of it is of, with its
     own verdict, where there are several. learning: whether another doubling of the training would change the
-    verdict. outcome: what the verdict was found from, where it was.
+    verdict. outcome: what the verdict was found from, where it was. smoke: whether the records are of that profile, so
+    that the verdict is told to nobody.
     """
 
     claim: str
@@ -276,16 +278,19 @@ class Finding:
     parts: tuple[tuple[str, str], ...] = ()
     learning: bool = False
     outcome: Outcome | None = None
+    smoke: bool = False
 
     @property
     def word(self) -> str:
         """The verdict, with what an undecided one's training lacks."""
+        if self.smoke and self.verdict:
+            return NOT_JUDGED
         return f"{self.verdict}: still learning" if self.learning and self.verdict == UNDECIDED else self.verdict
 
     @property
     def could(self) -> str:
         """Of what is undecided, the minimum detectable effect: "7.0% or more"; else ""."""
-        if self.verdict != UNDECIDED or self.effect is None or self.effect.smallest is None:
+        if self.smoke or self.verdict != UNDECIDED or self.effect is None or self.effect.smallest is None:
             return ""
         unit, smallest = self.effect.unit, self.effect.smallest
         return f"{unit.text(smallest)} or more" if smallest <= unit.most else "no difference, however large"
@@ -293,7 +298,7 @@ class Finding:
     @property
     def by_part(self) -> str:
         """The verdict of each part, where they differ: "Undecided: X behind Y. Reproduced: Z behind Y."; else ""."""
-        if len({word for _, word in self.parts}) < 2:
+        if self.smoke or len({word for _, word in self.parts}) < 2:
             return ""
         by_word = {word: [what for what, own in self.parts if own == word] for word in VERDICTS}
         return " ".join(f"{capital(word)}: {listed(parts)}." for word, parts in by_word.items() if parts)
@@ -310,6 +315,8 @@ class Finding:
             return f"{capital(NOT_TESTED)}: {self.text}"
         if not self.verdict:
             return f"Beside it: {self.found}"
+        if self.smoke:
+            return f"{self.found} {capital(NOT_JUDGED)}."
         could = f" (minimum detectable effect: {self.could})" if self.could else ""
         return " ".join(filter(None, [self.found, f"{capital(self.word)}{could}.", self.by_part]))
 
@@ -385,7 +392,8 @@ def by_rule(claim: Claim, test: Rule, used: Sequence[Cell | None], records: Sequ
     still = [f"{cell.title} by {percent(moved)}" for cell in used if cell and (moved := _moved(cell)) < MOVED]
     if still:
         text += f" Learned grids hardly moved: {listed(still)}."
-    return Finding(claim.id, main.title, found.verdict, text, found.effect, words, learning, found)
+    smoke = any(is_smoke(record.arm.evaluation) for record in records)
+    return Finding(claim.id, main.title, found.verdict, text, found.effect, words, learning, found, smoke)
 
 
 def _used(claim: Claim, records: Sequence[Record]) -> list[Cell | None]:

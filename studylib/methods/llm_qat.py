@@ -62,6 +62,7 @@ class LLMQAT(Method):
                 else validation_windows(work.tokenizer, length, VALIDATION_WINDOWS),
                 keep=work.keep,
                 progress=work.progress,
+                report=work.report,
             )
             if ATTENTION in arm.training.features:
                 model.set_attn_implementation(attention)

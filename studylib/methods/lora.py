@@ -192,6 +192,7 @@ class FineTuned(Method):
                     rows=work.rows,
                     keep=work.keep,
                     progress=work.progress,
+                    report=work.report,
                 )
                 if self.keeps_adapter:
                     with kept_if_possible(f"the adapter of {arm.method} {arm.bits}"):
@@ -213,6 +214,7 @@ class FineTuned(Method):
                     teacher=model,
                     rows=work.rows,
                     progress=work.progress,
+                    report=dataclasses.replace(work.report, run=f"{work.report.run}, merging"),
                 )
                 if math.isfinite(towards.steps[-1]["loss"]) and _finite(student):
                     decode_model(student).requires_grad_(False)
@@ -333,7 +335,7 @@ class QLoRA(FineTuned):
     """A base in low bits, through bitsandbytes for NF4 and its FP4."""
 
     name, title, source = "qlora", "QLoRA", "arXiv 2305.14314"
-    papers, look = (QLORA_PAPER, L4Q_PAPER), Look("#0072B2", "o")
+    papers, look = (QLORA_PAPER, L4Q_PAPER), Look("#0072B2", "s")
     kinds = (PLAIN, DORA, PISSA, LOFTQ)
     few_shot_at = ("4-16-16",)
 

@@ -117,7 +117,7 @@ class RoundedWeights(Method):
     """The decoder's weights rounded once to a number format; everything else as it was."""
 
     name, title, source = "encoded", "rounded weights", "QLoRA, section 3"
-    papers, look = (QLORA_PAPER,), Look("#D55E00", "s", hollow=True)
+    papers, look = (QLORA_PAPER,), Look("#8C564B", "p", hollow=True)
     needs, numerics = frozenset({"format"}), ("formats",)
     checks_weights = True
 

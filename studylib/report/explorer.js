@@ -34,12 +34,13 @@ function explorer(root, families) {
     node.append(...children);
     return node;
   };
-  const number = (x) => x >= 1000 ? x.toLocaleString("en", { maximumFractionDigits: 0 }) : x.toPrecision(3);
+  const bits = (text) => text.split(/(\d+-\d+-\d+)/).map((part, at) => at % 2 ? make("span", { class: "bits" }, part) : part);
+  const number = (x) => x >= 999.5 ? x.toLocaleString("en", { maximumFractionDigits: 0 }) : x.toPrecision(3);
   const share = (x) => `${x < 0 ? "−" : ""}${Math.abs(100 * x).toFixed(1)}%`;
-  const above = (c) => share(c.above[0]) + (c.above.includes(null) ? "" : ` [${share(c.above[1])}, ${share(c.above[2])}]`);
+  const above = (c) => (c.above[0] === null ? "∞" : share(c.above[0])) + (c.above.includes(null) ? "" : ` [${share(c.above[1])}, ${share(c.above[2])}]`);
   const time = (minutes) => minutes < 2 ? `${(60 * minutes).toFixed(0)} s` : `${number(minutes)} min`;
   const made = (c) => `${time(c.minutes)}${c.trained ? "" : ", without training"}`;
-  let family = families[0], picked = null, order = ["size", 1], found = null;
+  let family = families[0], picked = null, order = ["Size, MB", 1], found = null;
 
   const budget = () => Number($("budget").value) >= 1000 ? null : sizes()[0] + (sizes()[1] - sizes()[0]) * $("budget").value / 1000;
   const tolerance = () => $("tolerance").value / 100;
@@ -53,11 +54,11 @@ function explorer(root, families) {
     const text = $("recommendation");
     if (!found) return void (text.textContent = "Nothing that was run fits.");
     const c = all[found.chosen], same = [found.best, ...found.equals].filter((i) => i !== found.chosen);
-    text.replaceChildren(make("strong", {}, c.title), `: ${family.measure} ${number(c.loss)}`,
+    text.replaceChildren(make("strong", {}, ...bits(c.title)), `: ${family.measure} ${number(c.loss)}`,
       found.chosen === family.reference ? "" : `, ${above(c)} above ${reference.title}`,
       `, in ${number(c.size)} MB; made in ${made(c)}. `,
-      same.length ? `As good, as far as these data can tell: ${same.slice(0, 6).map((i) => all[i].title).join("; ")}`
-        + (same.length > 6 ? ` and ${same.length - 6} more.` : ".") : "Nothing else that fits is as good.");
+      ...bits(same.length ? `As good, as far as these data can tell: ${same.slice(0, 6).map((i) => all[i].title).join("; ")}`
+        + (same.length > 6 ? ` and ${same.length - 6} more.` : ".") : "Nothing else that fits is as good."));
   }
 
   function draw() {
@@ -83,7 +84,7 @@ function explorer(root, families) {
     const step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000, 20000].map((s) => s * 10 ** Math.floor(Math.log10(high - low || 1) - 2))
       .find((s) => (high - low) / s <= width / 90) ?? high - low;
     for (let mb = Math.ceil(low / step) * step; mb <= high + 1e-9; mb += step)
-      text(x(mb), height - bottom + 16, number(mb), { "text-anchor": "middle" });
+      text(x(mb), height - bottom + 16, Number(mb.toPrecision(6)).toLocaleString("en"), { "text-anchor": "middle" });
     text((left + width - right) / 2, height - 6, `Weights + cache of ${family.context} tokens, MB`, { "text-anchor": "middle" });
     text(12, (top + height - bottom) / 2, `Times the perplexity of ${all[family.reference].title}`,
       { "text-anchor": "middle", transform: `rotate(-90 12 ${(top + height - bottom) / 2})` });
@@ -101,7 +102,11 @@ function explorer(root, families) {
         make("svg:title", {}, `${c.title}\n${family.measure} ${number(c.loss)}\n${above(c)} above ${all[family.reference].title}\n`
           + `${number(c.size)} MB\nmade in ${made(c)}`));
       dot.addEventListener("click", () => pick(i));
-      dot.addEventListener("keydown", (event) => event.key === "Enter" && pick(i));
+      dot.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault(); // a space would scroll
+        pick(i);
+      });
       svg.append(dot);
     }
     box.replaceChildren(svg);
@@ -115,21 +120,21 @@ function explorer(root, families) {
   function pick(i) {
     picked = i;
     const c = family.candidates[i];
-    $("record").replaceChildren(make("strong", {}, c.title), make("p", {}, `study show ${c.keys.join(" · study show ")}`),
+    $("record").replaceChildren(make("strong", {}, ...bits(c.title)), make("p", {}, `study show ${c.keys.join(" · study show ")}`),
       make("pre", {}, JSON.stringify({ arm: c.arm, metrics: c.metrics, minutes: c.phases, peak_GiB: c.peak }, null, 1)));
     $("record").hidden = false;
     table();
   }
 
   const columns = [["Recipe", (c) => c.title, (c) => c.title], ["Size, MB", (c) => c.size, (c) => number(c.size)],
-    ["Perplexity", (c) => c.loss, (c) => number(c.loss)], ["Above", (c) => c.above[0], above],
+    ["Perplexity", (c) => c.loss, (c) => number(c.loss)], ["Above", (c) => c.above[0] ?? Infinity, above],
     ["Making it, min", (c) => c.minutes, (c) => c.minutes.toFixed(1)]];
   const matches = (c) => $("filter").value.toLowerCase().split(/\s+/).every((word) => c.title.toLowerCase().includes(word));
   function table() {
-    const [name, sign] = order, column = columns.find(([title]) => title === name) ?? columns[1];
+    const [name, sign] = order, column = columns.find(([title]) => title === name);
     const rows = family.candidates.map((c, i) => i).filter((i) => matches(family.candidates[i]));
     const value = (i) => column[1](family.candidates[i]);
-    rows.sort((a, b) => sign * (typeof value(a) === "string" ? value(a).localeCompare(value(b)) : value(a) - value(b)));
+    rows.sort((a, b) => sign * (typeof value(a) === "string" ? value(a).localeCompare(value(b)) : (value(a) > value(b)) - (value(a) < value(b))));
     const head = columns.map(([title], at) => {
       const words = title === "Above" ? `Above ${family.candidates[family.reference].title}` : title;
       const button = make("button", { type: "button" }, words + (title === column[0] ? (sign > 0 ? " ↑" : " ↓") : ""));
@@ -137,7 +142,7 @@ function explorer(root, families) {
       return make("th", { scope: "col", class: at ? "number" : "" }, button);
     });
     const body = rows.map((i) => {
-      const cells = columns.map(([, , text], at) => make("td", { class: at ? "number" : "" }, text(family.candidates[i])));
+      const cells = columns.map(([, , text], at) => make("td", { class: at ? "number" : "" }, ...bits(text(family.candidates[i]))));
       const row = make("tr", { class: i === picked ? "picked" : found && i === found.chosen ? "chosen" : "" }, ...cells);
       row.addEventListener("click", () => pick(i));
       return row;

@@ -4,14 +4,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studylib.config import EMPTY, Arm, capital, listed, markdown
+from studylib.config import EMPTY, MEANINGLESS, Arm, capital, is_smoke, listed, markdown
 from studylib.evidence import (
     NO_DIFFERENCE,
     NOT_REPRODUCED,
@@ -104,6 +104,7 @@ class Growing:
     ):
         self.waiting, self.load, self.told, self.show = list(arms), load, told, show
         self.claims = list(claims)
+        self.smoke = any(is_smoke(arm.evaluation) for arm in self.waiting)
         self.records: list[Record] = []
         self.findings: dict[str, Finding] = {}  # by claim: what the records say, of those whose arms are there
         self.verdicts: dict[str, str] = {}  # those that were told
@@ -119,7 +120,8 @@ class Growing:
         news = [finding for finding in self.findings.values() if self._is_new(finding)]
         for finding in news:
             self.verdicts[finding.claim] = finding.verdict
-            self.told(f"{finding.claim} · {CLAIMS[finding.claim].statement}: {finding.word}. {finding.found}")
+            word = replace(finding, smoke=self.smoke).word
+            self.told(f"{finding.claim} · {CLAIMS[finding.claim].statement}: {word}. {finding.found}")
         if news and self.records and time.monotonic() > self.shown + PAUSE:
             self.show(self.records)
             self.shown = time.monotonic()
@@ -327,6 +329,8 @@ def _positions(effect: Effect, entry: Entry) -> list[float]:
 
 def counted(entries: Sequence[Entry]) -> str:
     """How many claims have which verdict, as a phrase."""
+    if any(entry.main.smoke for entry in entries):
+        return MEANINGLESS
     counts = Counter(entry.verdict for entry in entries)
     found = [f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]]
     return f"Of {len(entries)} claims of three papers and later work: {listed(found)}"

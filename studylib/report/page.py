@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from studylib.config import (
     ALPACA,
     CORPORA,
+    MEANINGLESS,
     Arm,
     Evaluation,
     RealText,
     capital,
+    is_smoke,
     listed,
     markdown,
     number,
-    profile,
     write_whole,
 )
 from studylib.evidence import (
@@ -91,6 +93,8 @@ SECTIONS = (
     Section(L4Q_PAPER, "arXiv 2402.04902", "adapter and quantization trained as one", ("05", "11", "08")),
     Section(LATER, "QuaRot, SpinQuant, NVFP4", "what the three papers leave open", ("09",)),
 )
+NO_TEXT = re.compile(r"(<(?:script|style|title|svg|pre)\b.*?</(?:script|style|title|svg|pre)>|<[^>]*>)", re.DOTALL)
+BITS = re.compile(r"(?<![\w-])(?:\d{1,2}-\d{1,2}-\d{1,2}|W-A-KV)(?![\w-])")
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
 FAMILY_NOTEBOOKS = ("10",)  # whose figures stand on the page of a family
 (SIZES_CLAIM,) = (claim for claim in CLAIMS.values() if claim.sizes)
@@ -153,6 +157,7 @@ def write_report(
         command=command,
         live=live,
         smoke=_is_smoke(records),
+        meaningless=MEANINGLESS,
         family=FAMILY,
         looks=LOOKS,
         odds=f"{1 / RATE:,.0f}",
@@ -174,6 +179,7 @@ def write_family_report(
         "family.html.j2",
         model=" and ".join(_by_model(records)),
         smoke=_is_smoke(records),
+        meaningless=MEANINGLESS,
         live=False,
         names=list(_by_model(records)),
         notes=[f"{model} is {note}" for note, model in notes.items() if note],
@@ -219,10 +225,18 @@ def _rendered(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def unbroken(page: str) -> str:
+    """The page with bits such as 4-8-4 in its text kept on one line, by style alone: they are found and copied as
+    they were."""
+    parts = NO_TEXT.split(page)  # text, what is none, text, ...
+    parts[::2] = [BITS.sub(r'<span class="bits">\g<0></span>', text) for text in parts[::2]]
+    return "".join(parts)
+
+
 def _written(output: Path, page: str) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "report.html"
-    write_whole(path, page)
+    write_whole(path, unbroken(page))
     return path
 
 
@@ -238,10 +252,7 @@ def _plainest(arms: Sequence[Arm]) -> Arm | None:
 
 
 def _is_smoke(records: Sequence[Record]) -> bool:
-    """Whether they are of the profile that shows only that everything runs, on its data or on one's own: no other has
-    windows as short."""
-    length = profile("smoke").evaluation.length
-    return any(own.corpora and own.length == length for own in (record.arm.evaluation for record in records))
+    return any(is_smoke(record.arm.evaluation) for record in records)
 
 
 def _pairs(records: Sequence[Record]) -> str:
@@ -286,7 +297,7 @@ def _papers(method: str) -> set[str]:
 def summary(records: Sequence[Record], budget: float | None = None) -> str:
     """The ledger, the recipe for `budget` MB, every finding and the table in Markdown, for a repository page."""
     entries, board = ledger(records), scoreboard(records)
-    found = [ledger_table(entries), ""]
+    found = [f"**{MEANINGLESS}**\n"] * _is_smoke(records) + [ledger_table(entries), ""]
     found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
     for section in SECTIONS:
         found.append(f"## {section.paper} ({section.source})\n")

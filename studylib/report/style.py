@@ -96,7 +96,8 @@ def empty_figure(why: str) -> Figure:
 
 def set_title(figure: Figure, text: str) -> None:
     width = int(figure.get_figwidth() * 10.8)
-    figure.suptitle("\n".join(textwrap.wrap(text, width)), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+    lines = textwrap.wrap(text, width, break_on_hyphens=False)  # which bits such as 4-8-4 have
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
 
 
 def finish(figure: Figure, title: str, cells: Cells, *further: Line2D) -> None:

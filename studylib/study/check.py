@@ -26,6 +26,7 @@ from studylib.config import (
     Sampling,
     Scheme,
     check_llama_cpp,
+    wanted_trackers,
 )
 from studylib.data import (
     beginning,
@@ -56,6 +57,8 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     method.check(arm)
     if not elsewhere:
         launch.check(arm)
+    if arm.budget:
+        wanted_trackers()
     named = _named(arm)
     models.check(arm.model)
     skeleton = _skeleton(arm.model, named)

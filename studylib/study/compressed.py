@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -79,6 +80,18 @@ def compress(model: PreTrainedModel, arm: Arm, stored: dict[str, Codes]) -> "Mod
         compressor = ModelCompressor.from_pretrained_model(model)
         compressor.compress_model(model, skip_compressed=True)
     return compressor
+
+
+def unpack(model: PreTrainedModel, then: Callable[[nn.Module], object]) -> None:
+    """What the first pass would do with all layers at once: put the weights, fp32, in the place of their integers,
+    one layer at a time. then: what is done with each layer after that."""
+    from compressed_tensors.compressors import decompress_module
+
+    model.ct_decompress_hook.remove()  # of ModelCompressor.add_decompress_hook
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None and isinstance(module, nn.Linear):
+            decompress_module(module)
+            then(module)
 
 
 def _grid(stored: dict[str, Codes]) -> tuple[int, bool]:

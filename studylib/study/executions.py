@@ -84,16 +84,22 @@ def seconds_in_this_process(model: str, format: Format, settings: Engines, folde
 
 
 def load_engines(model: str, format: Format, settings: Engines, folder: Path) -> dict[str, nn.Module]:
-    """What is timed, by its name in ENGINES; folder: with what write_files has written."""
+    """What is timed, by its name in ENGINES; folder: with what write_files has written. ValueError where llama.cpp is
+    missing."""
+    engines, length, most = torch_engines(model, format), settings.context + settings.tokens, max(settings.batches)
+    llama = {LLAMA_16: (IN_16, None), LLAMA_4: (IN_4, None), LLAMA_ADAPTED: (IN_4, folder / gguf.ADAPTER)}
+    return engines | {
+        name: llamacpp.LlamaCpp(folder / file, length, adapter, most) for name, (file, adapter) in llama.items()
+    }
+
+
+def torch_engines(model: str, format: Format) -> dict[str, nn.Module]:
+    """Those of ENGINES that PyTorch computes, by name."""
     original = models.load_model(model).cpu()  # the kernels are for processors
     dtype = models.compute_dtype(original.device)
     usual = copy.deepcopy(original).to(dtype).eval()
     integers = int4_model(encode_model(original, format), dtype)
-    length, most = settings.context + settings.tokens, max(settings.batches)
-    llama = {LLAMA_16: (IN_16, None), LLAMA_4: (IN_4, None), LLAMA_ADAPTED: (IN_4, folder / gguf.ADAPTER)}
-    return {TORCH_16: usual, KERNEL_4: integers, KERNEL_ADAPTED: with_adapter(integers)} | {
-        name: llamacpp.LlamaCpp(folder / file, length, adapter, most) for name, (file, adapter) in llama.items()
-    }
+    return {TORCH_16: usual, KERNEL_4: integers, KERNEL_ADAPTED: with_adapter(integers)}
 
 
 def main() -> None:

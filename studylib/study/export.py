@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from studylib.config import BITSANDBYTES, DORA, Arm, Format, written_whole
 from studylib.data import models
@@ -21,6 +27,7 @@ from studylib.methods import (
     GGUF,
     INTEGERS,
     PEFT,
+    SIXTEEN_BITS,
     container,
     find,
     four_bit,
@@ -29,6 +36,7 @@ from studylib.methods import (
 from studylib.quant import Codes, DeployedLinear, coded_layers, sixteen_bits
 from studylib.study import cards, compressed, gguf
 from studylib.study.cards import Exported
+from studylib.study.machine import give_back_freed_memory
 from studylib.study.records import FINISHED, Record, Store
 from studylib.study.run import deployed
 
@@ -62,6 +70,7 @@ def export_model(
         raise ValueError("base-id: missing; an adapter names its base, and this is a local folder: give --base-id")
     if kind == GGUF:
         gguf.check_arm(arm, models.load_config(arm.model), models.load_tokenizer(arm.model))
+    give_back_freed_memory()
     with written_whole(folder) as partial:
         partial.mkdir()
         model, tokenizer = deployed(arm, store, dense=find(arm.method).deploys(arm) in (ADAPTED, DENSE))
@@ -81,8 +90,8 @@ def export_model(
         metrics: dict[str, float] = {}
         if scored:
             print("Scoring what is loaded from there", file=sys.stderr)
-            loaded = gguf.read(partial, config) if kind == GGUF else load(kind, arm.format, base, partial)
-            metrics, _ = score(loaded, tokenizer, dataclasses.replace(arm.evaluation, tasks=()))
+            loaded = _to_score(kind, arm.format, base, partial, config)
+            metrics, _ = score(loaded, tokenizer, dataclasses.replace(arm.evaluation, tasks=()), batch=1)
         size = sum(path.stat().st_size for ending in ("safetensors", "gguf") for path in partial.glob(f"*.{ending}"))
         exported = Exported(kind, size, metrics, moved)
         (partial / "README.md").write_text(cards.card(record, exported, base_id, file))
@@ -188,11 +197,15 @@ def _write_adapter(arm: Arm, model: PreTrainedModel, base: str, folder: Path) ->
 
 def load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module:
     """What transformers, and peft for an adapter, load from the folder, in fp32."""
-    where = {
-        "dtype": torch.float32,
-        "trust_remote_code": False,
-        "device_map": {"": models.device()},
-    }
+    model = _from_folder(kind, format, base, folder, torch.float32)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first pass unpacks
+    return model
+
+
+def _from_folder(
+    kind: str, format: Format | None, base: str, folder: Path, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    where = {"dtype": dtype, "trust_remote_code": False, "device_map": {"": models.device()}}
     with compressed.without_bars():
         if kind == PEFT:
             from peft import PeftModel
@@ -200,6 +213,40 @@ def load(kind: str, format: Format | None, base: str, folder: Path) -> nn.Module
             quantized = format and _bitsandbytes(format, torch.float32)
             plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized, **where)
             return unrepacked(PeftModel.from_pretrained(plain, folder).eval())
-        model = unrepacked(AutoModelForCausalLM.from_pretrained(folder, **where).eval())
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first pass unpacks
+        return unrepacked(AutoModelForCausalLM.from_pretrained(folder, **where).eval())
+
+
+@torch.no_grad()
+def _to_score(kind: str, format: Format | None, base: str, folder: Path, config: PreTrainedConfig) -> nn.Module:
+    """What `load` and gguf.read give, to the same scores, in less memory: a linear layer has its weight in the type
+    that it is multiplied in, where autocast would make that of fp32 in every pass."""
+    if kind == GGUF:
+        return gguf.read(folder, config, models.compute_dtype())
+    model = _from_folder(kind, format, base, folder, "auto" if kind == SIXTEEN_BITS else torch.float32)
+    model.requires_grad_(False)  # of what has a gradient, autocast keeps its copies
+    if kind == PEFT:  # which computes with its weights, not by linear layers alone
         return model
+    _in_computed_types(model)
+    if kind == INTEGERS:
+        compressed.unpack(model, _in_computed_types)
+    return model
+
+
+def _in_computed_types(model: nn.Module) -> nn.Module:
+    """In place: weights of linear layers in the type that products are computed in, and all other numbers in fp32; but
+    embeddings of tokens in that type as well where they lose nothing, and what they give in fp32."""
+    multiplied, lossless, others = models.compute_dtype(), set(), set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            own = module.weight
+            if type(module) is nn.Embedding and torch.equal(own.to(multiplied).to(own.dtype), own):
+                module.register_forward_hook(lambda module, given, found: found.float())
+                lossless.add(id(own))
+            else:
+                others.add(id(own))
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False):
+            if own.is_floating_point():
+                linear = isinstance(module, nn.Linear) and name in ("weight", "bias") and id(own) not in others
+                own.data = own.data.to(multiplied if linear or id(own) in lossless else torch.float32)
+    return model

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from gguf import (
     GGML_QUANT_VERSION,
     MODEL_ARCH,
@@ -30,7 +31,7 @@ from gguf import (
     get_tensor_name_map,
     quant_shape_to_byte_shape,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from studylib.config import OFF, Arm, Grid, listed
@@ -221,30 +222,42 @@ def write(
 
 
 @torch.no_grad()
-def read(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """What the files in the folder say, fp32, in transformers' model of this configuration: the file of weights and,
-    where there is one, the adapter beside it.
+def read(folder: Path, config: PreTrainedConfig, multiplied: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What the files in the folder say, in transformers' model of this configuration: the file of weights and, where
+    there is one, the adapter beside it. fp32, one tensor at a time; multiplied: what weights of linear layers are
+    rounded to, but for one that embeds tokens as well.
 
     transformers' own reader leaves out scaled rotary embeddings and biases (findings/gguf-loaded-without-rope-scaling).
     """
     (path,) = folder.glob("model-*.gguf")
     names = get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    model = models.skeleton(config).float().eval()
+    with init_empty_weights(include_buffers=False):
+        model = models.skeleton(config).eval()
+    model.tie_weights()  # which the empty ones are no longer
     written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    for own, parameter in model.named_parameters():
-        tensor = written[_name(names, own)]
+    adapters, scaling = _read_adapters(folder / ADAPTER)
+    for own, parameter in list(model.named_parameters()):
+        (owner, _, part), name = own.rpartition("."), _name(names, own)
+        tensor = written[name]
         numbers = _turned(dequantize(tensor.data, tensor.tensor_type), own, config, back=True)
-        parameter.copy_(torch.from_numpy(np.array(numbers)).view(parameter.shape))
-    if (folder / ADAPTER).exists():
-        reader = GGUFReader(folder / ADAPTER)
-        found = {tensor.name: np.array(dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
-        alpha = float(reader.fields[Keys.Adapter.LORA_ALPHA].contents())
-        for own, linear in decoder_linears(model).items():
-            name = _name(names, f"{own}.weight")
-            if f"{name}.lora_a" in found:
-                a, b = found[f"{name}.lora_a"], _turned(found[f"{name}.lora_b"], f"{own}.weight", config, back=True)
-                linear.weight += alpha / len(a) * torch.from_numpy(b @ a)
-    return model.requires_grad_(False)
+        found = torch.from_numpy(np.require(numbers, requirements=["C", "W"])).view(parameter.shape)
+        if f"{name}.lora_a" in adapters:
+            a, b = adapters[f"{name}.lora_a"], _turned(adapters[f"{name}.lora_b"], own, config, back=True)
+            found += scaling / len(a) * torch.from_numpy(b @ a)
+        module = model.get_submodule(owner)
+        dtype = multiplied if isinstance(module, nn.Linear) else torch.float32
+        setattr(module, part, nn.Parameter(found.to(dtype), requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def _read_adapters(path: Path) -> tuple[dict[str, np.ndarray], float]:
+    """A and B by name, and alpha; nothing where there is no such file."""
+    if not path.exists():
+        return {}, 0.0
+    reader = GGUFReader(path)
+    found = {tensor.name: np.array(dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
+    return found, float(reader.fields[Keys.Adapter.LORA_ALPHA].contents())
 
 
 def write_adapter(path: Path, model: PreTrainedModel, alpha: float, name: str) -> None:

@@ -22,7 +22,8 @@ LIBRARIES = (
     *("torch", "transformers", "lm-eval", "accelerate", "datasets", "numpy"),
     *("peft", "bitsandbytes", "llmcompressor", "compressed-tensors"),
 )
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
+MOST_BLOCKS, LARGE = 65_536, 1024**2  # how many blocks by themselves, as glibc begins, and from how many bytes on
 
 
 class _Allocated(ctypes.Structure):
@@ -47,6 +48,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give every large block back as soon as it is freed, until keep_freed_memory is called; does
+    nothing where it is not glibc.
+
+    By itself it keeps blocks of up to 32 MB, with gaps between them, once such a block was freed: up to the size of a
+    model in 16 bits, when a model's layers are converted one by one.
+    """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, MOST_BLOCKS)
+        mallopt(M_MMAP_THRESHOLD, LARGE)
+        mallopt(M_TRIM_THRESHOLD, LARGE)
 
 
 def _memory_in_use(process: psutil.Process) -> int:

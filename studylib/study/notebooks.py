@@ -16,6 +16,7 @@ from studylib.config import (
     INSTALL_LLAMA_CPP,
     NEVER,
     Arm,
+    is_smoke,
     listed,
     llama_cpp_installed,
     write_whole,
@@ -45,6 +46,7 @@ NOTEBOOKS = SHIPPED / "notebooks"
 SIZES = "10_model_sizes"  # the notebook of several models
 TEXTS = "01_sampling_strategy"  # the notebook of several training texts
 FAMILY = "two or more models of one family, for example: study run --model SMALL --model LARGE"  # that it takes
+MARK = "smoke: these numbers mean nothing"  # across a figure
 ANSWER = "answer"  # tag of the cell that tells what the reference says: no part of what is executed elsewhere
 PATIENCE = 300  # seconds that a kernel on a busy machine may take to start, or to hand over the rest of a cell's output
 
@@ -305,7 +307,10 @@ def publish(
     """
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
+    smoke = any(is_smoke(record.arm.evaluation) for record in [*records, *judged])
     for name, figure in figures.items():
+        if smoke:
+            figure.text(0.5, 0.5, MARK, fontsize=36, rotation=20, ha="center", va="center", alpha=0.25)
         with written_whole(folder / f"{name}.webp") as picture, written_whole(folder / f"{name}.svg") as svg:
             picture.write_bytes(webp(figure))
             figure.savefig(svg)

@@ -225,6 +225,11 @@ class Store:
     def checkpoint_folder(self, key: str) -> Path:
         return self.folder / "checkpoints" / key
 
+    @property
+    def trackers(self) -> Path:
+        """What trackers (see config.trackers) keep of trainings."""
+        return self.folder / "trackers"
+
     def adapter_file(self, key: str) -> Path:
         return self.folder / "adapters" / f"{key}.safetensors"
 

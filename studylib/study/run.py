@@ -22,14 +22,17 @@ from studylib.config import (
     NOTHING,
     NUMERICS,
     OFF,
+    UNREPORTED,
     Arm,
     Log,
     RealText,
+    Report,
     Sampling,
     kept_if_possible,
     make_folder,
     remove,
     usable,
+    wanted_trackers,
     write_whole,
 )
 from studylib.data import TODAY, beginning, corpora, models, writes_date
@@ -194,9 +197,14 @@ def _work_on(
         trained=trained_adapter(arm, store),
         rows=rows_at_once(arm, memory_bytes()),
         keep=keep,
+        report=_report(arm, store) if arm.budget else UNREPORTED,
         progress=functools.partial(progress, "train"),
         phase=phase,
     )
+
+
+def _report(arm: Arm, store: Store) -> Report:
+    return Report(wanted_trackers(), store.trackers, f"{title(arm)}, seed {arm.seed}, {arm_key(arm)[:8]}")
 
 
 def _loaded(arm: Arm) -> PreTrainedModel:

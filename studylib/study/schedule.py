@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import Timeout
 
-from studylib.config import NOTHING, Arm, check_jobs, check_scheduler, listed
+from studylib.config import MEANINGLESS, NOTHING, Arm, check_jobs, check_scheduler, is_smoke, listed
 from studylib.methods import find, title
 from studylib.study import launch
 from studylib.study.machine import keep_freed_memory
@@ -66,6 +66,8 @@ def run(
     """
     check_jobs(jobs)
     check_scheduler(scheduler)
+    if any(is_smoke(arm.evaluation) for arm in arms):
+        print(MEANINGLESS)
     if compute not in COMPUTE:
         raise ValueError(f"compute: {compute!r} is not allowed; use {', '.join(COMPUTE)}")
     store = Store(results, None if compute == ALL else REFERENCE)

@@ -21,8 +21,10 @@ from studylib.config import (
     HIDDEN,
     LABELS,
     RAW_HIDDEN,
+    UNREPORTED,
     Log,
     RealText,
+    Report,
     Sampling,
     Training,
     make_folder,
@@ -128,6 +130,7 @@ def train_llm_qat(
     held_out: Tensor | None = None,
     keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
+    report: Report = UNREPORTED,
 ) -> Log:
     """Train a quantized student (see layers.quantize_model) in place towards the teacher.
 
@@ -137,6 +140,7 @@ def train_llm_qat(
     where the hardware has it. held_out [M, T']: tokens whose loss is measured as training goes on.
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
     so does an extended one (settings.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
+    report: where it is told of as it goes on.
     A last loss that is not finite means that the training diverged and was stopped there.
     Raises ValueError for windows longer than the model's context, parameters that are not fp32, a student whose logits
     are not its last hidden states times its head, or a loss that needs of a model what it does not have.
@@ -181,6 +185,7 @@ def train_llm_qat(
             seed=seed,
             keep=keep,
             progress=progress,
+            report=report,
         )
     finally:
         cast_parameters(student, torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from studylib.config import Instructions, Log, Tuning
+from studylib.config import UNREPORTED, Instructions, Log, Report, Tuning
 from studylib.data import Pair, context_length, conversation, device, instruction_pairs
 from studylib.train.distillation import MEASURED, last_hidden
 from studylib.train.losses import label_loss, label_losses, soft_logit_loss
@@ -135,14 +135,15 @@ def fine_tune(
     rows: int | None = None,
     keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
+    report: Report = UNREPORTED,
 ) -> Log:
     """Train the parameters of `model` that require gradients (see methods.attach) on `pairs`, in place.
 
     Examples come in one random order (see random_order), drawn by instructions.seed, again and again. teacher: a model
     of the same vocabulary whose predictions are learned (see towards_teacher), in the place of the responses. held_out:
     pairs whose response loss is measured as training goes on, each by itself, the shortest first. rows: of a batch,
-    computed at a time; the loss is the batch's mean over tokens all the same. folder, keep, and what happens to a
-    killed training: as training_loop.fit.
+    computed at a time; the loss is the batch's mean over tokens all the same. folder, keep, report, and what happens
+    to a killed training: as loop.fit.
     Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
     """
     from studylib.train.loop import fit
@@ -192,6 +193,7 @@ def fine_tune(
             seed=instructions.seed,
             keep=keep,
             progress=progress,
+            report=report,
         )
     finally:
         if settings.checkpointing:

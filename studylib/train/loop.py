@@ -22,15 +22,25 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from studylib.config import (
     SUMS,
+    UNREPORTED,
     Budget,
     Log,
+    Report,
     kept_if_possible,
     make_folder,
     remove,
@@ -44,6 +54,7 @@ from studylib.quant import trained_grids
 
 CHECKPOINT_SECONDS = 120  # a killed training loses at most about this much
 COMPILED_STEPS = 20  # from so many steps on, compiling the layers pays for itself
+PROJECT = "studylib"  # what trackers of several programs keep its runs under
 OWNER = "owner.txt"  # in a checkpoint: the names of the training's folder and of the checkpoint that it was made as
 
 
@@ -226,6 +237,7 @@ class _Watch(TrainerCallback):
         progress: Callable[[int], None],
     ):
         self.beginning = beginning
+        self.tell: Callable[[dict[str, float]], object] = lambda logs: None  # trackers
         self.budget, self.tokens_per_step, self.held_out_loss = budget, tokens_per_step, held_out_loss
         self.keep, self.progress, self.saved = keep, progress, time.monotonic()
 
@@ -240,6 +252,7 @@ class _Watch(TrainerCallback):
                 _BEGUN[known] = found
         loss, others = found["loss"], {name: value for name, value in found.items() if name != "loss"}
         state.log_history.append({"step": state.global_step, "held_out_loss": loss} | others)
+        self.tell({"eval_loss": loss})
         return loss
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -273,6 +286,26 @@ class _Watch(TrainerCallback):
             control.should_save |= self.keep
 
 
+def _trackers(report: Report) -> list[TrainerCallback]:
+    """transformers' callbacks for the trackers, which keep what they are told in the report's folder. Where the
+    environment has another place for MLflow or W&B, that is taken."""
+    if not report.trackers:
+        return []
+    make_folder(report.folder)
+    for name, usual in {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{report.folder.absolute()}/mlflow.db",
+        "MLFLOW_EXPERIMENT_NAME": PROJECT,
+        "WANDB_DIR": str(report.folder.absolute()),
+        "WANDB_PROJECT": PROJECT,
+    }.items():
+        os.environ.setdefault(name, usual)
+    found = [kind() for kind in get_reporting_integration_callbacks(list(report.trackers))]
+    for callback in found:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(report.folder / "tensorboard" / report.run.replace(os.sep, "-"))
+    return found
+
+
 @contextlib.contextmanager
 def _uncompiled(layers: list[nn.Module]) -> Iterator[None]:
     """Inside, the layers run as written: other shapes and modes would each be compiled anew."""
@@ -304,6 +337,7 @@ def fit(
     seed: int = 0,
     keep: bool = False,
     progress: Callable[[int], None] = lambda tokens: None,
+    report: Report = UNREPORTED,
 ) -> Log:
     """Train the parameters of `model` that require gradients, in place, on `examples` in their order, again and again.
 
@@ -314,6 +348,7 @@ def fit(
     compile the decoder's layers, where a compiler is found and the steps are many enough. optimizer: a name that
     TrainingArguments takes. rows: of a batch, computed at a time, where the whole takes too much memory; None for all.
     weight: what rows of a batch count in its mean loss; by default each as much as another.
+    report: trackers that are told of each step's loss and rate, and of the held-out loss as eval/loss.
     folder holds the last checkpoint: a killed training called again goes on from it and ends with the same weights, and
     so does an extended one (budget.extended_from) from what was kept. keep: leave a checkpoint of the end as well.
     A last loss that is not finite means that the training diverged and was stopped there.
@@ -342,7 +377,8 @@ def fit(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # Trainer would choose where trackers write
+        run_name=report.run or None,
         save_strategy="no",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would wrap the model in DataParallel
@@ -367,13 +403,19 @@ def fit(
     model.forward = models.autocast(model.device)(loss_function) if _sharded() else loss_function
     model.held_out_loss = held_out_loss
     try:
+        watch = _Watch(budget, tokens_per_step, held_out_loss and measured, beginning, keep, progress)
         trainer = _InOrder(
             model=model,
             args=arguments,
             train_dataset=examples,
             data_collator=collate,
-            callbacks=[_Watch(budget, tokens_per_step, held_out_loss and measured, beginning, keep, progress)],
+            callbacks=[*_trackers(report), watch],  # in this order: the watch tells them what it measures first
         )
+        if report.trackers:
+            # A control of its own: told through the trainer's, this step's own loss would not be logged any more.
+            watch.tell = lambda logs: trainer.callback_handler.on_log(
+                trainer.args, trainer.state, TrainerControl(), logs
+            )
         trainer.budget, trainer.run_dir, trainer.first_scales = budget, Path(folder), first
         trainer.rows, trainer.weight = rows, weight
         trainer.remove_callback(PrinterCallback)
@@ -381,6 +423,10 @@ def fit(
         trainer.train(resume_from_checkpoint=resumed)
     finally:
         del model.forward, model.held_out_loss
+        if "wandb" in report.trackers:
+            import wandb
+
+            wandb.finish()  # the next training would be told of in this one's run
         for layer in layers:
             layer._compiled_call_impl = None
         model.eval()

@@ -338,3 +338,8 @@ def test_grids_of_floats_are_for_what_quantizes_on_the_fly_and_no_container_hold
         build_arm(SMOKE, "m", "llm-qat", "3-8-8", scheme=Scheme(grid))
     with pytest.raises(ValueError, match="scheme: 'gptq' takes none but rotated"):
         build_arm(SMOKE, "m", "gptq", "4-8-8", scheme=Scheme(grid))
+
+
+def test_no_two_methods_look_the_same():
+    looks = [(method.look.colour, method.look.marker, method.look.hollow) for method in METHODS.values()]
+    assert len(set(looks)) == len(looks)

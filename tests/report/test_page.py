@@ -26,6 +26,7 @@ from studylib.report.page import (
     SUMMARY,
     family_summary,
     summary,
+    unbroken,
     write_family_report,
     write_report,
 )
@@ -50,7 +51,8 @@ def output(picture, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(output):
-    return (output / "report.html").read_text()
+    """Without what keeps bits on one line."""
+    return re.sub(r'<span class="bits">([^<]*)</span>', r"\1", (output / "report.html").read_text())
 
 
 class Reader(html.parser.HTMLParser):
@@ -236,3 +238,12 @@ def test_a_family_has_a_page_of_its_own(family, tmp_path):
         assert finding.sentence in text and finding.sentence in family_summary(judged)
     assert "Verdict" not in text and f"\N{CHECK MARK} {REPRODUCED}" in text and claim.rule in text
     assert "LLM-QAT at 8-8-8 of large" in text and "--model a/large" in text
+
+
+def test_bits_stay_on_one_line_and_nothing_else_is_touched():
+    text = '<title>4-8-4</title><p title="4-8-4">RTN at 4-8-4, <b>16-16-16</b>, 2026-11-30</p><script>"4-8-4"</script>'
+    bits = '<span class="bits">{}</span>'
+    assert unbroken(text) == (
+        f'<title>4-8-4</title><p title="4-8-4">RTN at {bits.format("4-8-4")}, <b>{bits.format("16-16-16")}</b>, '
+        '2026-11-30</p><script>"4-8-4"</script>'
+    )

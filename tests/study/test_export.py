@@ -221,6 +221,29 @@ def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, f
         assert value == pytest.approx(record.metrics[name], rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "kind"),
+    [
+        (WEIGHTS["groups"], base.INTEGERS),
+        (WEIGHTS["groups"], base.GGUF),
+        (arm("rtn", "4-8-16"), base.INTEGERS),
+        (arm("encoded", format=NF4), base.FOUR_BIT),
+        (arm("qlora", format=NF4, merge=DEQUANTIZED), base.SIXTEEN_BITS),
+    ],
+)
+def test_what_is_scored_takes_16_bits_a_number_and_scores_as_fp32_does(store, tmp_path, monkeypatch, wanted, kind):
+    monkeypatch.setattr(models, "compute_dtype", lambda: torch.bfloat16)
+    (record,) = schedule.run([wanted], store.folder)
+    folder, seen = tmp_path / "model", []
+    monkeypatch.setattr(export, "score", lambda model, *given, **how: seen.append(model) or score(model, *given, **how))
+    found = export.export_model(record, store, folder, kind)
+    config, tokenizer = models.load_config("tiny-random"), models.load_tokenizer("tiny-random")
+    fp32 = gguf.read(folder, config) if kind == base.GGUF else export.load(kind, None, "", folder)
+    assert found.metrics == score(fp32, tokenizer, EVALUATION, batch=1)[0]
+    own, whole = (sum(layer.weight.nbytes for layer in decoder_linears(model).values()) for model in (seen[0], fp32))
+    assert own == whole / (1 if kind == base.FOUR_BIT else 2)
+
+
 def test_merged_into_16_bits(fp32, store, tmp_path):
     record, found, tensors = exported(arm("qlora", format=NF4, merge=DEQUANTIZED), store, tmp_path / "model")
     assert found.container == base.SIXTEEN_BITS and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -257,7 +280,7 @@ def test_nothing_is_written_over_and_nothing_is_left_half(store, tmp_path, monke
     other = record.provenance | {"model": record.provenance["model"] | {"sha256": "00" * 32}}
     with pytest.raises(ValueError, match="is of other weights than tiny-random has now"):
         export.export_model(dataclasses.replace(record, provenance=other), store, tmp_path / "new")
-    monkeypatch.setattr(export, "score", lambda *_: 1 / 0)
+    monkeypatch.setattr(export, "score", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export_model(record, store, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "there"]

@@ -201,6 +201,32 @@ def test_a_file_of_rates_is_read_back(tmp_path):
     assert find_rates("own", "quick", str(file)) == given and find_rates("own", "quick") == {}
 
 
+def test_rates_that_were_chosen_on_other_data_are_not_taken_silently(tmp_path, capsys, monkeypatch):
+    pairs, file = tmp_path / "faq.jsonl", tmp_path / "rates.json"
+    pairs.write_text('{"instruction": "a", "output": "b"}\n')
+    own = SMOKE.with_own({"pairs": str(pairs)})
+    rate = {"lora 16-16-16": Rate(3e-4)}
+    file.write_text(rates_text("tiny-random", "smoke", rate, own.own_contents))
+    found = find_rates("tiny-random", "smoke", str(file))
+    moved = pairs.rename(tmp_path / "moved.jsonl")  # the same by its contents
+    assert SMOKE.with_own({"pairs": str(moved)}).with_rates(found).rates == tuple(rate.items())
+    with pytest.raises(ValueError, match="was chosen on pairs, and this is the profile's data; choose anew"):
+        SMOKE.with_rates(found)
+    moved.write_text('{"instruction": "a", "output": "c"}\n')
+    with pytest.raises(ValueError, match="was chosen on pairs, and this is pairs of other contents; choose anew"):
+        SMOKE.with_own({"pairs": str(moved)}).with_rates(found)
+    command = ["run", "--profile", "smoke", "--model", "tiny-random", "--notebooks", "05", "--rates", str(file)]
+    assert main([*command, "--results", str(tmp_path / "results")]) == 2
+    assert "was chosen on pairs, and this is the profile's data" in capsys.readouterr().err
+    quick = profile("quick").with_own({"training_text": "c4"})
+    for _ in range(2):  # said once
+        assert quick.with_rates(find_rates("smollm2-135m", "quick")).rates
+    told = capsys.readouterr().err
+    assert (
+        told.count("the learning rates were chosen on the profile's data, and this is training_text of your own") == 1
+    )
+
+
 @pytest.mark.parametrize(("model", "profile"), [("other", "quick"), ("own", "full")])
 def test_rates_of_another_model_or_profile_are_refused(tmp_path, model, profile):
     file = tmp_path / "rates.json"

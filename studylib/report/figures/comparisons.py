@@ -63,6 +63,7 @@ from studylib.report.style import (
 )
 from studylib.study import Record
 
+NAMED = 2  # arms that a title names one by one: more would take three lines
 PANELS_A_ROW = 4
 PLACES = {BEFORE_ROTARY: "before", AFTER_ROTARY: "after"}  # of quantizing keys, in words
 PERCENT = Scale(lambda change: EXCESS.to(change / 100), lambda x: 100 * EXCESS.back(x))  # of a change
@@ -187,8 +188,9 @@ def _by_size(cells: Cells, panels: list[Measure], label: Callable[[Setting], str
                 ax.set_ylim(top=limit * 1.15)
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(axis_title(measure, "log scale, "))
-        best = listed([shown[i].title for i in frontier(panels[0], shown, sizes)])
-        title = f"By {panels[0].title}, none of these is both smaller and better than {best}"
+        best = [shown[i].title for i in frontier(panels[0], shown, sizes)]
+        named = listed(best) if len(best) <= NAMED else f"{len(best)} of them, from {best[0]} to {best[-1]}"
+        title = f"By {panels[0].title}, nothing is both smaller and better than {named}"
         finish(figure, title, cells, lines[0])
         for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
             _label_points(ax, measure, shown, sizes, limit, line, label)

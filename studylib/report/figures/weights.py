@@ -340,7 +340,7 @@ def decoding_times(records: Sequence[Record]) -> Figure:
             ax.set_xlabel(f"{capital(measure.title)}, ms (lower is better)")
             times_as_fast = speedup(measure, cell, IN_4_BITS, ADAPTED_4_BITS).text(number)
             where = "" if measure.of == OWN else f"in {TIMED_LAYERS} layers of {measure.of} "
-            found.append(f"{where}{times_as_fast}" if found else f"{times_as_fast} times as fast")
+            found.append(f"{where}{times_as_fast}" if found else f"{times_as_fast} times as fast as with one")
         name_rows(axes[0], EXECUTIONS)
         handle = Line2D([], [], color="#444444", marker="o", label="rounds (dots), their median and its 95% interval")
         figure.legend(handles=[handle], loc="outside lower center")
