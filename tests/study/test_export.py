@@ -232,7 +232,7 @@ def test_biases_and_a_head_of_its_own_come_along(fp32, store, tmp_path, shape, f
     ],
 )
 def test_what_is_scored_takes_16_bits_a_number_and_scores_as_fp32_does(store, tmp_path, monkeypatch, wanted, kind):
-    monkeypatch.setattr(models, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(models, "compute_dtype", lambda on=None: torch.bfloat16)
     (record,) = schedule.run([wanted], store.folder)
     folder, seen = tmp_path / "model", []
     monkeypatch.setattr(export, "score", lambda model, *given, **how: seen.append(model) or score(model, *given, **how))
