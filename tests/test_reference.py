@@ -99,7 +99,7 @@ def test_every_other_number_of_readme_is_held(records):
         assert text.count(said) == times, said
         text = text.replace(said, "")
     assert re.findall(rf".{{0,40}}(?:{NUMBER}).{{0,20}}", text) == []
-    assert round(hours / 2 * 2) / 2 == 3.5 and "with bf16 about three and a half hours" in README
+    assert round(hours / 2 * 2) / 2 == 4.5 and "with bf16 about four and a half hours" in README
 
 
 class Reader(html.parser.HTMLParser):

@@ -84,7 +84,8 @@ def find_rates(model: str, profile: str, file: str = "") -> Rates:
     where there are none, and each method's usual one is taken. Raises ValueError for a file that is none, or that was
     written for another model or profile."""
     if not file:
-        return _committed().get((model, profile), Rates({}))
+        known = _committed().get((model, profile), Rates({}))
+        return Rates(known, known.chosen_on)
     try:
         with open(os.path.expanduser(file), encoding="utf-8") as opened:
             own_model, own_profile, rates = parse_rates(opened.read(), file)
