@@ -22,13 +22,15 @@ def flat(figure):
     return figure.get_suptitle().replace("\n", " ")
 
 
-def test_rows_name_every_arm_and_the_best_of_each_width(records):
+def test_rows_name_every_arm_and_the_best_of_each_width(records, monkeypatch):
     panels = weight_figures.tuning_panels(records)
     assert [panel.name for panel in panels] == ["perplexity/responses", "perplexity/wikipedia", "accuracy/mean"]
     figure = weight_figures.rows(records, panels)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert "QA-LoRA at 3-16-16" in labels and "QLoRA at 4-16-16 (full-range Int4)" in labels
     assert "and QLoRA at 3-16-16 (L4Q at 3-16-16 is 16% [16%, 16%] worse)" in flat(figure)
+    monkeypatch.setattr(weight_figures, "LEADS", 1)
+    assert flat(weight_figures.rows(records, panels)).endswith("and QLoRA at 3-16-16")
 
 
 def test_the_table_of_formats_counts_and_compares(records):
@@ -79,7 +81,10 @@ def test_the_figure_of_times_has_a_row_for_each_execution_and_says_how_much_fast
     assert "Nothing was timed" in weight_figures.decoding_times([]).get_suptitle()
     scores = {f"seconds/own/{kind}": [0.01 * (at + 1)] * 4 for at, kind in enumerate(EXECUTIONS)}
     figure = weight_figures.decoding_times([dataclasses.replace(record, scores=record.scores | scores)])
-    assert flat(figure) == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast"
+    assert (
+        flat(figure)
+        == "Without an adapter beside them, 4-bit weights decode 1.50 [1.50, 1.50] times as fast as with one"
+    )
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(EXECUTIONS)
 
 

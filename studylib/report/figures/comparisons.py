@@ -189,8 +189,9 @@ def _by_size(cells: Cells, panels: list[Measure], label: Callable[[Setting], str
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(axis_title(measure, "log scale, "))
         best = [shown[i].title for i in frontier(panels[0], shown, sizes)]
-        named = listed(best) if len(best) <= NAMED else f"{len(best)} of them, from {best[0]} to {best[-1]}"
-        title = f"By {panels[0].title}, nothing is both smaller and better than {named}"
+        title = f"By {panels[0].title}, none of these is both smaller and better than {listed(best)}"
+        if len(best) > NAMED:
+            title = f"By {panels[0].title}, {len(best)} of these are the best of their size, {best[0]} to {best[-1]}"
         finish(figure, title, cells, lines[0])
         for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
             _label_points(ax, measure, shown, sizes, limit, line, label)

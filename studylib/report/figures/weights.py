@@ -91,6 +91,7 @@ LEVELS = {
 NF4_DQ = Format("nf", 4, double=True)
 COLOURS = (*LINES, "#882255", "#999933", "#888888", "#332288", "#117733", "#AA4499")  # of methods and kinds of formats
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+LEADS = 3  # widths whose leads a title has room for
 NEAR_BITS = 0.3  # formats so close in size are compared as equals
 
 
@@ -126,17 +127,17 @@ def rows(records: Sequence[Record], panels: Sequence[Measure]) -> Figure:
 
 
 def _rows_title(measure: Measure, shown: list[Cell]) -> str:
-    """The best of each width, with the interval of its lead over the next."""
-    found = []
-    for bits in dict.fromkeys(cell.bits for cell in shown):
+    """The best of each width, with the interval of its lead over the next where there are not many widths."""
+    found, widths = [], list(dict.fromkeys(cell.bits for cell in shown))
+    for bits in widths:
         ranked = sorted(
             (cell for cell in shown if cell.bits == bits and cell.records),
             key=lambda cell: measure.value(identity, cell),
         )
-        if len(ranked) > 1:
+        if len(ranked) > 1 and len(widths) <= LEADS:
             lead = measure.above(ranked[1], ranked[0])
             found.append(f"{ranked[0].title} ({ranked[1].title} is {lead.text(percent)} worse)")
-        elif ranked and ranked[0].tuned:
+        elif len(ranked) > 1 or (ranked and ranked[0].tuned):
             found.append(ranked[0].title)
     return f"Lowest {measure.title}: {listed(found)}" if found else capital(measure.title)
 
