@@ -1,21 +1,20 @@
 """Numbers and lists in words, the same everywhere."""
 
+import math
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 EMPTY = "–"  # what is not there
 
 
 def number(value: float) -> str:
     """Three significant digits, thousands apart, a true minus: 26.7, 11,900, −0.31, 2.5e+07."""
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         return "∞" if value > 0 else EMPTY
     if value and not 1e-3 <= abs(value) < 1e7:
         text = f"{value:.1e}"
     else:
         rounded = float(f"{value:.3g}")
-        digits = 0 if rounded == 0 else max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
+        digits = 0 if rounded == 0 else max(0, 2 - math.floor(math.log10(abs(rounded))))
         text = f"{rounded:,.{digits}f}"
     return text.replace("-", "−") if value < 0 else text
 
