@@ -567,7 +567,7 @@ def _run_family(study: _Study) -> int:
     records = batch.used_records(study.output, executed, folder / "records")
     judged = batch.judged_records(study.output, executed, folder / "records")
     written = page.write_family_report(study.output, records, judged, executed, study.command)
-    if any(is_smoke(record.arm.evaluation) for record in records):
+    if is_smoke(record.arm.evaluation for record in records):
         print(MEANINGLESS)
     print(tables.as_text(tables.readable(tables.family_scoreboard(records), tasks=False)))
     print(f"\n{page.family_summary(judged)}\n\nReport: {written}")
@@ -612,7 +612,7 @@ def _run_model(study: _Study, targets: "Sequence[Claim]") -> int:
     if not records:
         raise ValueError(f"results: {folder} holds no records of {study.name} at the {options.profile} budget")
     written = page.write_report(study.output, records, executed, study.command, options.budget_mb)
-    if any(is_smoke(record.arm.evaluation) for record in records):
+    if is_smoke(record.arm.evaluation for record in records):
         print(MEANINGLESS)
     print(tables.as_text(tables.readable(tables.scoreboard(records), tasks=False)))
     print(f"\n{recipes.as_text(records, options.budget_mb)}\n\nReport: {written}")
@@ -998,7 +998,7 @@ def _list(options: argparse.Namespace, arguments: list[str]) -> int:
         if model.exists():
             kept += model.stat().st_size
             note = f"  model kept, {_size(model.stat().st_size)}"
-        if is_smoke(record.arm.evaluation):
+        if is_smoke([record.arm.evaluation]):
             note += "  smoke: means nothing"
         if own := own_files(record.arm):
             note += f"  own data: {' '.join(own)}"

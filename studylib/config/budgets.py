@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -595,10 +595,11 @@ PROFILES = {
 MEANINGLESS = "These numbers mean nothing: the profile smoke shows that everything runs, and judges no claim."
 
 
-def is_smoke(wanted: Evaluation) -> bool:
-    """Whether this is the evaluation of the profile that shows only that everything runs, on its data or on one's own:
-    no other has windows as short."""
-    return bool(wanted.corpora) and wanted.length == PROFILES["smoke"].evaluation.length
+def is_smoke(evaluations: Iterable[Evaluation]) -> bool:
+    """Whether any of them is of the profile that shows only that everything runs, on its data or on one's own: no other
+    has windows as short."""
+    length = PROFILES["smoke"].evaluation.length
+    return any(wanted.corpora and wanted.length == length for wanted in evaluations)
 
 
 def profile(name: str) -> Profile:

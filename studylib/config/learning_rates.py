@@ -75,7 +75,7 @@ def _committed() -> dict[tuple[str, str], Rates]:
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".json"):
             model, profile, rates = parse_rates(file.read_text(encoding="utf-8"), file.name)
-            found[model, profile] = Rates(rates, rates.chosen_on)
+            found[model, profile] = rates
     return found
 
 
@@ -85,7 +85,7 @@ def find_rates(model: str, profile: str, file: str = "") -> Rates:
     written for another model or profile."""
     if not file:
         known = _committed().get((model, profile), Rates({}))
-        return Rates(known, known.chosen_on)
+        return Rates(known, known.chosen_on)  # of its own, and of no file
     try:
         with open(os.path.expanduser(file), encoding="utf-8") as opened:
             own_model, own_profile, rates = parse_rates(opened.read(), file)

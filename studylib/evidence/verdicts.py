@@ -392,7 +392,7 @@ def by_rule(claim: Claim, test: Rule, used: Sequence[Cell | None], records: Sequ
     still = [f"{cell.title} by {percent(moved)}" for cell in used if cell and (moved := _moved(cell)) < MOVED]
     if still:
         text += f" Learned grids hardly moved: {listed(still)}."
-    smoke = any(is_smoke(record.arm.evaluation) for record in records)
+    smoke = is_smoke(record.arm.evaluation for record in records)
     return Finding(claim.id, main.title, found.verdict, text, found.effect, words, learning, found, smoke)
 
 

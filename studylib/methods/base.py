@@ -82,9 +82,8 @@ class Work:
     T] that it is calibrated or trained on and what was found out about them, for an arm that names some. load: the
     model anew. checkpoints: the folder of this training's last state; keep: leave the end of it there. trained: a file
     for what a fine-tuning trained, which arms share that differ in deployment alone. rows: of each of its batches that
-    are computed at a time, None for all. report: where its training is told of. progress: told of
-    finished work, in tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are
-    recorded.
+    are computed at a time, None for all. report: where its training is told of. progress: told of finished work,
+    in tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are recorded.
     """
 
     arm: Arm

@@ -104,7 +104,7 @@ class Growing:
     ):
         self.waiting, self.load, self.told, self.show = list(arms), load, told, show
         self.claims = list(claims)
-        self.smoke = any(is_smoke(arm.evaluation) for arm in self.waiting)
+        self.smoke = is_smoke(arm.evaluation for arm in self.waiting)
         self.records: list[Record] = []
         self.findings: dict[str, Finding] = {}  # by claim: what the records say, of those whose arms are there
         self.verdicts: dict[str, str] = {}  # those that were told

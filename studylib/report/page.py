@@ -156,7 +156,7 @@ def write_report(
         items=sum(sum(measure.sizes) for measure in accuracies(records)),
         command=command,
         live=live,
-        smoke=_is_smoke(records),
+        smoke=is_smoke(record.arm.evaluation for record in records),
         meaningless=MEANINGLESS,
         family=FAMILY,
         looks=LOOKS,
@@ -178,7 +178,7 @@ def write_family_report(
     page = _rendered(
         "family.html.j2",
         model=" and ".join(_by_model(records)),
-        smoke=_is_smoke(records),
+        smoke=is_smoke(record.arm.evaluation for record in records),
         meaningless=MEANINGLESS,
         live=False,
         names=list(_by_model(records)),
@@ -251,10 +251,6 @@ def _plainest(arms: Sequence[Arm]) -> Arm | None:
     return min(arms, key=lambda arm: len(Setting.of(arm).changes), default=None)
 
 
-def _is_smoke(records: Sequence[Record]) -> bool:
-    return any(is_smoke(record.arm.evaluation) for record in records)
-
-
 def _pairs(records: Sequence[Record]) -> str:
     """What the instruction pairs are called that arms learn from or are scored on."""
     learned = [record.arm.instructions.source for record in records if record.arm.instructions]
@@ -297,7 +293,10 @@ def _papers(method: str) -> set[str]:
 def summary(records: Sequence[Record], budget: float | None = None) -> str:
     """The ledger, the recipe for `budget` MB, every finding and the table in Markdown, for a repository page."""
     entries, board = ledger(records), scoreboard(records)
-    found = [f"**{MEANINGLESS}**\n"] * _is_smoke(records) + [ledger_table(entries), ""]
+    found = [f"**{MEANINGLESS}**\n"] * is_smoke(record.arm.evaluation for record in records) + [
+        ledger_table(entries),
+        "",
+    ]
     found += [f"## {recipes.TITLE}\n", recipes.as_markdown_section(records, budget), ""]
     for section in SECTIONS:
         found.append(f"## {section.paper} ({section.source})\n")

@@ -307,7 +307,7 @@ def publish(
     """
     folder = Path(output) / notebook
     folder.mkdir(parents=True, exist_ok=True)
-    smoke = any(is_smoke(record.arm.evaluation) for record in [*records, *judged])
+    smoke = is_smoke(record.arm.evaluation for record in [*records, *judged])
     for name, figure in figures.items():
         if smoke:
             figure.text(0.5, 0.5, MARK, fontsize=36, rotation=20, ha="center", va="center", alpha=0.25)

@@ -66,7 +66,7 @@ def run(
     """
     check_jobs(jobs)
     check_scheduler(scheduler)
-    if any(is_smoke(arm.evaluation) for arm in arms):
+    if is_smoke(arm.evaluation for arm in arms):
         print(MEANINGLESS)
     if compute not in COMPUTE:
         raise ValueError(f"compute: {compute!r} is not allowed; use {', '.join(COMPUTE)}")
@@ -175,7 +175,7 @@ def _in_time(arms: Iterable[Arm], until: float, pace: Pace, begun: bool) -> Iter
     """Those that will be done until then; where none was begun yet, all, if there is any time."""
     left = until - time.time()
     for arm in arms if left > 0 else ():
-        if not begun or pace.total([arm]) <= left:
+        if not begun or left == math.inf or pace.total([arm]) <= left:
             yield arm
 
 
