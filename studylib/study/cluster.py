@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -330,13 +331,23 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
     """Processes that are started inside, or later by a thread that was, get no Ctrl-C, which goes to the whole group:
-    this one stops them. One that arrives meanwhile comes afterwards."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    multiprocessing.resource_tracker.ensure_running()  # starting it would take the mask away
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    this one stops them. What would interrupt this process meanwhile does so afterwards, whichever thread gets it."""
+    late: list[int] = []
+    here = threading.current_thread() is threading.main_thread()  # the only one that Python lets handle signals
+    usual = {own: signal.getsignal(own) for own in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    handlers = {own: handler for own, handler in usual.items() if handler is not None}  # None: not Python's
+    for own in handlers:
+        signal.signal(own, lambda number, _: late.append(number))
+    masked = hasattr(signal, "pthread_sigmask")
+    if masked:
+        multiprocessing.resource_tracker.ensure_running()  # starting it would take the mask away
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for own, handler in handlers.items():
+            signal.signal(own, handler)
+        if masked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if late:
+            signal.raise_signal(late[0])

@@ -216,3 +216,24 @@ def test_the_command_verifies_through_a_scheduler(tmp_path, monkeypatch, capsys)
         Store(folder).save(wrong)
         assert cli.main([*command, "--results", str(tmp_path / "again")]) == 1
     assert "FAIL  RTN 4-8-4: perplexity/wikipedia" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_another_thread_gets_comes_when_workers_have_started(number, monkeypatch):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    before, started = signal.signal(number, interrupt), []
+    end = threading.Event()
+    other = threading.Thread(target=end.wait)  # from before, so that nothing is blocked in it
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), cluster._deaf_to_interrupts():
+            signal.pthread_kill(other.ident, number)
+            time.sleep(0.1)
+            started.append(number)
+        assert started == [number]
+        assert signal.getsignal(number) is interrupt
+    finally:
+        end.set()
+        signal.signal(number, before)
