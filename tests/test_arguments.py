@@ -12,7 +12,7 @@ from studylib.cli import _folder_name, _value, main
 from studylib.methods.arms import title
 from studylib.report import tables
 from studylib.study import notebooks as batch
-from studylib.study import schedule
+from studylib.study import run
 from studylib.study.records import Store, read_records
 
 STUDY = str(Path(sys.executable).with_name("study"))
@@ -49,7 +49,7 @@ def test_an_arm_that_fails_is_left_to_the_notebook_that_needs_it(tmp_path, capfd
         executed.append(notebook.stem)
         raise batch.NotebookError(f"{notebook.name} failed: RuntimeError: found no memory again")
 
-    monkeypatch.setattr(schedule, "carry_out", fail)
+    monkeypatch.setattr(run, "carry_out", fail)
     monkeypatch.setattr(batch, "execute", stop)
     assert main(["run", "--notebooks", "02", "03", *SMOKE, "--results", str(tmp_path)]) == 1
     told = capfd.readouterr().err

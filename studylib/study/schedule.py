@@ -1,4 +1,8 @@
-"""In which order arms are carried out, in this process or by workers, and that each is carried out once."""
+"""In which order arms are carried out, in this process or by workers, and that each is carried out once.
+
+What computes (studylib.study.run, and torch) is imported where something is computed: records that are there are read
+without it.
+"""
 
 import contextlib
 import gc
@@ -10,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from filelock import Timeout
 
 from studylib.config import MEANINGLESS, NOTHING, Arm, check_jobs, check_scheduler, is_smoke, listed
 from studylib.methods import find, title
 from studylib.study import launch
-from studylib.study.machine import keep_freed_memory
 from studylib.study.pace import Clock, Pace, planned_work
 from studylib.study.records import (
     ALL,
@@ -30,7 +32,6 @@ from studylib.study.records import (
     is_installed,
     read_records,
 )
-from studylib.study.run import carry_out, check, data_folder, data_lock, keep
 
 if TYPE_CHECKING:
     from studylib.study.cluster import Crew
@@ -75,11 +76,12 @@ def run(
         arms = _without_gaps(arms, store)
     there = {arm: record for arm in dict.fromkeys(arms) if (record := store.load(arm_key(arm))) is not None}
     missing = missing_arms([arm for arm in arms if arm not in there], store, bool(scheduler))
-    missing.sort(key=planned_work, reverse=True)
     if borrowed := sum(store.find(record.key) is None for record in there.values()):
         rest = f"{len(missing)} are computed" if missing else "nothing is computed"
         print(f"The reference results hold the records of {borrowed} of {len(set(arms))} arms; {rest}.")
-    compute_arms(missing, results, keep_checkpoints, jobs, pace=Pace(there.values()), scheduler=scheduler)
+    if missing:
+        missing.sort(key=planned_work, reverse=True)
+        compute_arms(missing, results, keep_checkpoints, jobs, pace=Pace(there.values()), scheduler=scheduler)
     there |= {arm: _there(arm, store) for arm in missing}
     # They name their files as they do now: what was run under another path is the same by its contents.
     return [replace(there[arm], arm=arm) for arm in arms]
@@ -136,6 +138,8 @@ def compute_arms(
         with Clock(pace, hidden=not missing) as clock, contextlib.ExitStack() as afterwards:
             afterwards.callback(gc.unfreeze)
             return _carry_out_all(missing, store, keep_checkpoints, until, next_arms, clock)
+    import torch
+
     from studylib.study import cluster  # of which dask is imported
 
     with contextlib.ExitStack() as afterwards:
@@ -157,8 +161,11 @@ def compute_arms(
 def missing_arms(arms: Sequence[Arm], store: Store, elsewhere: bool = False) -> list[Arm]:
     """Those without a record, each once and checked; elsewhere: not for what this machine is."""
     missing = [arm for arm in dict.fromkeys(arms) if store.load(arm_key(arm)) is None]
-    for arm in missing:
-        check(arm, elsewhere)
+    if missing:
+        from studylib.study.run import check
+
+        for arm in missing:
+            check(arm, elsewhere)
     return missing
 
 
@@ -266,6 +273,9 @@ class _Shares:
         return bool(done)
 
     def _carry_out_here(self, arm: Arm) -> None:
+        from studylib.study.machine import keep_freed_memory
+        from studylib.study.run import carry_out, keep
+
         def progress(phase: str, tokens: int) -> None:
             self.clock.progress(phase, tokens)
             self._collect(0)
@@ -296,6 +306,9 @@ def _carry_out_all(
 
     then: what comes next, of those that wait.
     """
+    from studylib.study.machine import keep_freed_memory
+    from studylib.study.run import carry_out, keep
+
     keep_freed_memory()
     waiting, begun = list(arms), False
     turn = then(list(arms))
@@ -322,6 +335,7 @@ def _locked(arms: Sequence[Arm], store: Store) -> Iterator[Arm]:
 
     Arms whose data another process is making just now come last.
     """
+    from studylib.study.run import data_folder, data_lock
 
     def in_turn() -> Iterator[tuple[Arm, bool]]:  # no further than is needed: arms are many
         late = []

@@ -356,7 +356,7 @@ def test_a_fine_tuning_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monk
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_any_other_arm_is_computed(tmp_path, monkeypatch, changes, named):
-    monkeypatch.setattr(schedule, "carry_out", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(run, "carry_out", lambda *args: pytest.fail("computed"))
     with pytest.raises(ValueError, match=named):
         schedule.run([ARMS["lora"], dataclasses.replace(ARMS["qlora"], **changes)], tmp_path)
 

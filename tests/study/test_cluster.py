@@ -19,7 +19,7 @@ from studylib import cli
 from studylib.config.budgets import Evaluation, profile
 from studylib.config.numerics import NUMERICS, Version
 from studylib.methods.arms import build_arm
-from studylib.study import cluster, schedule
+from studylib.study import cluster, run, schedule
 from studylib.study import notebooks as batch
 from studylib.study.needs import ClusterError, Has, check_needs
 from studylib.study.records import Store, read_records
@@ -188,7 +188,7 @@ def test_the_command_has_arms_computed_by_the_workers_of_a_scheduler(working, tm
     told = capsys.readouterr().err
     assert told.splitlines()[-1].startswith("study: scheduler: tcp://127.0.0.1:1 does not answer")
     monkeypatch.setattr(cluster, "PATIENCE", 10)
-    monkeypatch.setattr(schedule, "carry_out", lambda *arguments: pytest.fail("computed here"))
+    monkeypatch.setattr(run, "carry_out", lambda *arguments: pytest.fail("computed here"))
     with pytest.raises(pytest.fail.Exception, match=str(tmp_path)) as reached:
         cli.main([*command, working])
     assert repr(working) in str(reached.value)  # the notebook has the scheduler as well
@@ -206,7 +206,7 @@ def test_the_command_verifies_through_a_scheduler(tmp_path, monkeypatch, capsys)
     assert cli.main([*command, "tcp://host", "--results", str(tmp_path / "none")]) == 2
     assert "scheduler: 'tcp://host' is not allowed; use an address" in capsys.readouterr().err
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as there:
-        monkeypatch.setattr(schedule, "carry_out", lambda *arguments: pytest.fail("computed here"))
+        monkeypatch.setattr(run, "carry_out", lambda *arguments: pytest.fail("computed here"))
         command.append(there.scheduler_address)
         assert cli.main([*command, "--results", str(tmp_path / "again")]) == 0
         told = capsys.readouterr()

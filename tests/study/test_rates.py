@@ -13,7 +13,7 @@ from studylib.config.learning_rates import parse_rates
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data.corpora import windows
 from studylib.methods.arms import build_arm, rate_case
-from studylib.study import rates, schedule
+from studylib.study import rates, run, schedule
 from studylib.study.rates import FACTOR, GRID_RATE, cases, search, validation_loss
 from studylib.study.records import REFERENCE, Store, arm_key, read_records
 
@@ -155,7 +155,7 @@ def test_a_search_takes_the_least_validation_loss_and_goes_on_where_it_was(tmp_p
         record.arm.budget and record.arm.evaluation == NOTHING and "perplexity/wikipedia" not in record.metrics
         for record in records
     )
-    monkeypatch.setattr(schedule, "carry_out", None)
+    monkeypatch.setattr(run, "carry_out", None)
     assert search(wanted, tmp_path)[0] == chosen  # nothing is computed again
 
 

@@ -52,7 +52,7 @@ def test_arms_become_records_that_are_loaded_the_second_time(tmp_path, monkeypat
     assert made[0].provenance["model"]["sha256"] and made[0].provenance["libraries"]["torch"] == version("torch")
     assert not list((tmp_path / "checkpoints").iterdir())
 
-    monkeypatch.setattr(schedule, "carry_out", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(run, "carry_out", lambda *args: pytest.fail("computed again"))
     assert schedule.run([TRAINED, FP], tmp_path) == [made[2], made[0]]
 
 
@@ -193,8 +193,8 @@ def test_two_processes_share_a_folder_and_compute_each_arm_once(tmp_path):
 
 
 def test_the_longest_arm_comes_first_unless_its_data_are_being_made_elsewhere(tmp_path, monkeypatch):
-    begun, store, original = [], Store(tmp_path), schedule.carry_out
-    monkeypatch.setattr(schedule, "carry_out", lambda arm, *rest: begun.append(arm) or original(arm, *rest))
+    begun, store, original = [], Store(tmp_path), run.carry_out
+    monkeypatch.setattr(run, "carry_out", lambda arm, *rest: begun.append(arm) or original(arm, *rest))
     schedule.run([FP, ROUNDED, TRAINED], tmp_path)
     assert begun == [TRAINED, FP, ROUNDED]
     (folder,) = {path.parent for path in (tmp_path / "data").glob("*/teacher_states*.npy")}
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
     ],
 )
 def test_an_arm_that_cannot_run_is_refused_before_any_other_is_computed(tmp_path, monkeypatch, changes, named):
-    monkeypatch.setattr(schedule, "carry_out", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(run, "carry_out", lambda *args: pytest.fail("computed"))
     with pytest.raises(ValueError, match=named):
         schedule.run([FP, dataclasses.replace(ROUNDED, **changes)], tmp_path)
 
