@@ -37,7 +37,7 @@ def text_of(page):
 def finished(tmp_path_factory):
     """A results folder, and what the command printed while it filled it."""
     results = tmp_path_factory.mktemp("results")
-    done = study("run", *SMOKE, "--results", results)
+    done = study("run", *SMOKE, "--results", results, "--set", "length=64")  # 07 measures steps of so many tokens
     assert done.returncode == 0, done.stderr
     return results, done
 
