@@ -78,13 +78,13 @@ from .files import (
     remove_leftovers,
     remove_sealed,
     seal_folder,
-    tell,
     usable,
     write_whole,
     written_whole,
 )
 from .learning_rates import Rate, find_family_rates, find_rates, rates_text
 from .numerics import NUMERICS, versions
+from .progress import AS_TEXT, progress_bar, tell
 from .settings import (
     ADAPTER_KINDS,
     AFFINE,
@@ -161,6 +161,7 @@ __all__ = [
     "ALWAYS",
     "ARCHIVE",
     "ASYMMETRIC",
+    "AS_TEXT",
     "ATTENTION",
     "AT_ONCE",
     "AUTO",
@@ -302,6 +303,7 @@ __all__ = [
     "percent",
     "points",
     "profile",
+    "progress_bar",
     "rates_text",
     "remove",
     "remove_leftovers",

@@ -8,10 +8,11 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from studylib.config.progress import tell
 
 SUMS = "SHA256SUMS"  # in a sealed folder: the digests of its files, as `sha256sum --check` reads them
 SEAL = ".sha256"  # a sealed file has its digest beside it, in a file of its name with this ending
@@ -225,10 +226,3 @@ def file_sha256(path: Path) -> str:
 def _file_sha256(path: Path, *state: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tell(message: str) -> None:
-    """Print the line "study: message" to stderr, above a progress bar where there is one."""
-    from tqdm import tqdm  # not for those who are told nothing
-
-    tqdm.write(f"study: {message}", file=sys.stderr)

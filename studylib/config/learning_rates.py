@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from studylib.config.files import file_sha256, tell
+from studylib.config.files import file_sha256
+from studylib.config.progress import tell
 from studylib.config.values import check_positive, check_share, shown
 from studylib.config.words import listed
 

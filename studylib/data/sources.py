@@ -17,9 +17,8 @@ from typing import IO
 
 import platformdirs
 from filelock import FileLock
-from tqdm import tqdm
 
-from studylib.config import seal_folder, usable, written_whole
+from studylib.config import progress_bar, seal_folder, usable, written_whole
 
 
 class SourceError(ValueError):
@@ -203,7 +202,7 @@ def _download(archive: Archive, folder: Path) -> Path:
 def _extract(archive: Archive, file: Path, folder: Path) -> None:
     unmatched = set(archive.members)
     try:
-        with tqdm(unit="B", unit_scale=True, desc=f"Extracting {archive.filename}", leave=False) as bar:
+        with progress_bar(unit="B", unit_scale=True, desc=f"Extracting {archive.filename}", leave=False) as bar:
             for name, stream in _contents(archive, file):
                 matching = {pattern for pattern in archive.members if fnmatch.fnmatch(name, pattern)}
                 if not matching:

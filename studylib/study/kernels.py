@@ -16,6 +16,8 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 
+from studylib.config import AS_TEXT
+
 CONNECTION, LOG, ENDED = "kernel.json", "log", "ended"  # in the private folder
 SOCKET = "kernel-ipc-5"  # the longest name there; jupyter_client puts sockets beside the connection file
 RANDOM = "study-12345678"  # as long as the folder's own name
@@ -61,7 +63,7 @@ class Manager(AsyncKernelManager):
         return Path(self.connection_file).parent
 
     async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-        options["env"] = os.environ | {"IPYTHONDIR": str(self._folder / "ipython")}
+        options["env"] = os.environ | {"IPYTHONDIR": str(self._folder / "ipython")} | AS_TEXT
         with (self._folder / LOG).open("wb") as log:
             await super().start_kernel(**options, stdout=log, stderr=log)
 

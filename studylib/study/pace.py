@@ -6,10 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from studylib import data, evaluate  # doors: what stands behind them is loaded when it is used
-from studylib.config import Arm, Sampling
+from studylib.config import Arm, Sampling, progress_bar
 from studylib.methods import find, title
 from studylib.study.records import SHARED, Record
 
@@ -126,7 +124,7 @@ class Clock:
         self.planned: dict[str, float] = {}
         self.others: dict[Arm, tuple[float, float]] = {}  # begun when, planned how long
         self.shown = -math.inf
-        self.bar = tqdm(total=1.0, bar_format=FORM, disable=hidden, dynamic_ncols=True)
+        self.bar = progress_bar(total=1.0, bar_format=FORM, disable=hidden, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self
