@@ -1,0 +1,66 @@
+"""Claims are judged anew by text and pairs that the reference was not scored on."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from studylib import read_records
+from studylib.data import corpora, load_tokenizer
+from studylib.methods import seedless
+from studylib.study.records import arm_key
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def confirm():
+    spec = importlib.util.spec_from_file_location("confirm", ROOT / "results" / "confirm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def records(confirm):
+    return list(read_records(confirm.RECORDS))
+
+
+def test_what_is_judged_anew_was_not_scored_by_the_reference(confirm, records):
+    seen, wider = confirm.QUICK.evaluation, confirm.WIDER.evaluation
+    tokenizer = load_tokenizer("smollm2-135m")
+    for corpus in seen.corpora:
+        texts, scored = (
+            [tuple(window) for window in corpora.windows(corpus, tokenizer, 256, count, "evaluation").tolist()]
+            for count in (seen.windows, wider.windows)
+        )
+        places = {text: float(at) for at, text in enumerate(scored)}
+        record = next(own for own in records if own.arm.evaluation.corpora and own.finished)
+        marked = dataclasses.replace(record, scores={f"loss/{corpus}": list(places.values())})
+        left = confirm.unseen(marked)
+        judged = {scored[int(at)] for at in left.scores[f"loss/{corpus}"]}
+        assert len(judged) == left.arm.evaluation.windows >= 16
+        assert not judged & set(texts)
+
+
+def test_of_pairs_those_of_the_reference_are_left_out(confirm, records):
+    record = next(own for own in records if own.arm.evaluation.pairs)
+    left = confirm.unseen(record)
+    assert left.arm.evaluation.pairs == len(left.scores["loss/responses"]) == 48
+    assert left.scores["loss/responses"] == record.scores["loss/responses"][16:]
+
+
+def test_the_arms_are_those_of_the_reference_but_for_seeds_and_what_they_are_scored_on(confirm, records):
+    def trained(arm):
+        return seedless(dataclasses.replace(arm, evaluation=confirm.WIDER.evaluation))
+
+    wanted = confirm.wanted_arms()
+    reference = {trained(own.arm) for own in read_records(ROOT / "results" / "reference" / "records")}
+    assert {trained(arm) for arm in wanted} <= reference
+    assert {own.key for own in records} <= {arm_key(arm) for arm in wanted}
+
+
+def test_the_page_tells_the_words_of_the_records(confirm, records):
+    page = confirm.PAGE.read_text(encoding="utf-8")
+    assert f"<!-- confirmed -->\n{confirm.table(records)}\n<!-- /confirmed -->" in page
