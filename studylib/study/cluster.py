@@ -331,13 +331,21 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
     """Processes that are started inside, or later by a thread that was, get no Ctrl-C, which goes to the whole group:
-    this one stops them. What would interrupt this process meanwhile does so afterwards, whichever thread gets it."""
+    this one stops them. What would interrupt this process meanwhile does so afterwards, whichever thread gets it; a
+    second time does so at once."""
     late: list[int] = []
+
+    def later(number: int, frame: Any) -> None:
+        late.append(number)
+        handler = handlers[signal.Signals(number)]
+        if len(late) > 1 and callable(handler):
+            handler(number, frame)
+
     here = threading.current_thread() is threading.main_thread()  # the only one that Python lets handle signals
     usual = {own: signal.getsignal(own) for own in (signal.SIGINT, signal.SIGTERM)} if here else {}
     handlers = {own: handler for own, handler in usual.items() if handler is not None}  # None: not Python's
     for own in handlers:
-        signal.signal(own, lambda number, _: late.append(number))
+        signal.signal(own, later)
     masked = hasattr(signal, "pthread_sigmask")
     if masked:
         multiprocessing.resource_tracker.ensure_running()  # starting it would take the mask away

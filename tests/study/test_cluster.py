@@ -234,6 +234,12 @@ def test_an_interrupt_that_another_thread_gets_comes_when_workers_have_started(n
             started.append(number)
         assert started == [number]
         assert signal.getsignal(number) is interrupt
+        with pytest.raises(KeyboardInterrupt), cluster._deaf_to_interrupts():
+            for _ in range(2):  # who asks again does not wait
+                signal.pthread_kill(other.ident, number)
+                time.sleep(0.1)
+            started.append(number)
+        assert started == [number]
     finally:
         end.set()
         signal.signal(number, before)
