@@ -1,6 +1,6 @@
 """Judge claims by text and pairs that no word of the reference rests on.
 
-python results/confirm.py FOLDER    computes what is missing of FOLDER/records, claims first; a killed one goes on
+python results/confirm.py FOLDER    computes what the confirmation's records lack, claims first, into FOLDER/records
 python results/confirm.py           judges results/reference/confirmation/records, and tells it in docs/deviations.md
 
 The arms are the reference's own at quick, of seeds 0, 1 and 2, trained anew. They are scored on more pairs and on
@@ -29,7 +29,7 @@ from studylib.evidence import (
 )
 from studylib.methods import Setting, usual_evaluation
 from studylib.report import front
-from studylib.study import REFERENCE, Record, Store, notebooks, read_records, schedule
+from studylib.study import REFERENCE, Record, Store, arm_key, notebooks, read_records, schedule
 from studylib.study.pace import planned_work
 
 QUICK, SEEDS, JOBS = profile("quick"), [0, 1, 2], 2
@@ -107,7 +107,9 @@ def table(records: Sequence[Record]) -> str:
 
 def main(folder: str = "") -> None:
     if folder:
-        schedule.compute_arms(schedule.missing_arms(wanted_arms(), Store(folder)), folder, jobs=JOBS)
+        there = {record.key for record in read_records(RECORDS)}
+        arms = [arm for arm in wanted_arms() if arm_key(arm) not in there]
+        schedule.compute_arms(schedule.missing_arms(arms, Store(folder)), folder, jobs=JOBS)
     else:
         page = PAGE.read_text(encoding="utf-8")
         write_whole(PAGE, front.filled(page, "confirmed", table(list(read_records(RECORDS)))))
