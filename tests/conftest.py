@@ -1,8 +1,11 @@
 import dataclasses
 import gc
+import importlib.util
 import math
 import os
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +36,21 @@ def libraries_frozen(monkeypatch):
     monkeypatch.setattr(gc, "unfreeze", lambda: None)  # a run lets go at its end what it has frozen
     yield
     gc.collect()  # what the test has left, which the next one would freeze
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Given its path from the repository's root, a script as a module."""
+
+    def load(path):
+        file = Path(__file__).parents[1] / path
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module  # where dataclasses look
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 BUDGET = dataclasses.replace(

@@ -1,7 +1,6 @@
 """What benchmarks/gpu.sh is made of, tried on processors: which packages travel, damaged pieces, steps and records."""
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,21 +18,13 @@ from studylib.study.records import read_records
 ROOT = Path(__file__).parent.parent
 
 
-def benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def gpu():
-    return benchmark("gpu")
+def gpu(script):
+    return script("benchmarks/gpu.py")
 
 
-def test_what_the_image_has_does_not_travel_nor_what_only_that_needs():
-    pack = benchmark("gpu_pack")
+def test_what_the_image_has_does_not_travel_nor_what_only_that_needs(script):
+    pack = script("benchmarks/gpu_pack.py")
     found = pack.needed("studylib", "3.12", set(pack.IMAGE))
     assert {"bitsandbytes", "lm-eval", "sacrebleu", "distributed", "toolz", "nbclient", "pytest", "pluggy"} <= found
     assert not found & {*pack.IMAGE, "sympy", "ruff", "torchao"}  # what torch needs, and what tests of all need

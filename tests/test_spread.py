@@ -1,6 +1,5 @@
 """The simulation behind docs/scaling.md, and the table that comes of it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,11 +13,8 @@ FILE = ROOT / "benchmarks/spread.py"
 
 
 @pytest.fixture(scope="module")
-def spread():
-    spec = importlib.util.spec_from_file_location("spread", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def spread(script):
+    return script("benchmarks/spread.py")
 
 
 def test_the_table_is_that_of_the_benchmark(spread):

@@ -219,7 +219,7 @@ def test_the_command_verifies_through_a_scheduler(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_another_thread_gets_comes_when_workers_have_started(number, monkeypatch):
+def test_an_interrupt_that_another_thread_gets_comes_when_workers_have_started(number):
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 

@@ -1,7 +1,6 @@
 """Claims are judged anew by text and pairs that the reference was not scored on."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def confirm():
-    spec = importlib.util.spec_from_file_location("confirm", ROOT / "results" / "confirm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def confirm(script):
+    return script("results/confirm.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Records of older versions keep their numbers and get the names and keys of today."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
@@ -16,11 +15,8 @@ SHORT = ROOT / "tests" / "reference" / "records"  # two steps each
 
 
 @pytest.fixture(scope="module")
-def rekey():
-    spec = importlib.util.spec_from_file_location("rekey", ROOT / "results" / "rekey.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def rekey(script):
+    return script("results/rekey.py").main
 
 
 def older(folder, method, change, records=RECORDS):
