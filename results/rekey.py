@@ -5,9 +5,10 @@ A record without them gets the documents that its windows are from, by which its
 A record of format 2 gets the lengths of its responses, by which their perplexity weighs them now, its digest, and a key
 by the present numerics versions. Scores stay as they are. Records whose scores would be others now are left as they
 are, and named: of models whose tokenizer puts a BOS, of TriviaQA, of weights of which double quantization turned a
-sign, of StatsQ and LSQ, which rounded activations and the cache as well, and of the 4-bit kernel in fp32. In either
-format, arms get their present names: "raw-hidden" is what the loss "hidden" was; L4Q's start is named where L4Q or
-QAT-LoRA began with it on affine integers, and nowhere else. Files are named by what their arms are called now.
+sign, of StatsQ and LSQ, which rounded activations and the cache as well, of the 4-bit kernel in fp32, and of rotated
+models trained in bf16, which may have been trained without their rotations. In either format, arms get their present
+names: "raw-hidden" is what the loss "hidden" was; L4Q's start is named where L4Q or QAT-LoRA began with it on affine
+integers, and nowhere else. Files are named by what their arms are called now.
 """
 
 import functools
@@ -34,6 +35,8 @@ def changed(arm: Arm, was: dict[str, int], of_format: int, computed: str) -> str
         return "its grid is one of weights alone now"
     if was.get("execution") == 1 and computed != "bfloat16":
         return "its kernel is entered in bf16 now"
+    if was.get("rotation") == 1 and arm.budget and computed == "bfloat16":
+        return "it may have been trained without its rotations"
     if of_format == FORMAT:
         return None
     tokenizer = load_tokenizer(arm.model)

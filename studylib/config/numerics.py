@@ -32,7 +32,7 @@ NUMERICS = {
     # grids of weights alone: StatsQ, LSQ, ParetoQ. Apart from "grids", so that arms on MinMax grids keep their keys
     "weight grids": Version(1, "activations and cache beside them are MinMax; LSQ starts where the error is least"),
     "float grids": Version(1, "MXFP4, MXFP6, MXFP8, NVFP4 and FP8 for activations and cache"),
-    "rotation": Version(1, "Hadamard matrices, from Paley's and Sylvester's constructions"),
+    "rotation": Version(2, "training keeps rotations where the process has compiled the same layers without them"),
     # NormalFloat, 4-bit floats, integers in groups, double quantization
     "formats": Version(2, "double quantization leaves no scale of our own formats negative"),
     # text that the model writes itself

@@ -307,6 +307,28 @@ def _trackers(report: Report) -> list[TrainerCallback]:
 
 
 @contextlib.contextmanager
+def compiled_layers(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside, the layers are compiled, each with the hooks that it has.
+
+    PyTorch takes what it compiled of one layer for another one of its kind, and by default does not look at hooks: a
+    rotated model would be trained without its rotations where the process has trained one without them before.
+    """
+    if not layers:
+        yield
+        return
+    import torch._dynamo
+
+    for layer in layers:
+        layer.compile()
+    try:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+@contextlib.contextmanager
 def _uncompiled(layers: list[nn.Module]) -> Iterator[None]:
     """Inside, the layers run as written: other shapes and modes would each be compiled anew."""
     before = [layer._compiled_call_impl for layer in layers]
@@ -360,8 +382,6 @@ def fit(
     compilers = ("gcc", "clang") if model.device.type == "cuda" else ("g++",)  # triton builds its launchers in C
     can_compile = worth_it and any(map(shutil.which, compilers))
     layers = list(getattr(model.base_model, "layers", [])) if can_compile else []
-    for layer in layers:
-        layer.compile()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=budget.steps,
@@ -420,15 +440,14 @@ def fit(
         trainer.rows, trainer.weight = rows, weight
         trainer.remove_callback(PrinterCallback)
         make_folder(Path(folder))
-        trainer.train(resume_from_checkpoint=resumed)
+        with compiled_layers(layers):
+            trainer.train(resume_from_checkpoint=resumed)
     finally:
         del model.forward, model.held_out_loss
         if "wandb" in report.trackers:
             import wandb
 
             wandb.finish()  # the next training would be told of in this one's run
-        for layer in layers:
-            layer._compiled_call_impl = None
         model.eval()
     if arguments.world_size > 1:
         raise Launched

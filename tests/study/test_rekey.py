@@ -113,3 +113,17 @@ def test_the_kernel_in_fp32_is_left_and_in_bf16_it_counts_as_it_did(tmp_path, re
     rekey([str(tmp_path)])
     found = read_record(tmp_path / known.file_name)
     assert keeps(found, known) and found.key == arm_key(found.arm)
+
+
+def test_rotated_models_that_may_have_lost_their_rotations_in_training_are_left(tmp_path, rekey, capsys):
+    def undo(fields):
+        fields["provenance"]["numerics"]["rotation"] = 1
+        fields["key"] = "0" * 16
+
+    rounded = older(tmp_path, "rtn_4-4-16_rotated", undo)
+    older(tmp_path, "llm-qat_4-4-16_rotated", undo)
+    rekey([str(tmp_path)])
+    assert "llm-qat_4-4-16_rotated" in (said := capsys.readouterr().out) and "without its rotations" in said
+    found = {record.arm.method: record for record in map(read_record, tmp_path.iterdir())}
+    assert found["llm-qat"].key == "0" * 16 and found["rtn"].key == arm_key(rounded.arm)
+    assert keeps(found["rtn"], rounded)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import functools
 import os
 import resource
 import shutil
@@ -16,9 +17,9 @@ from studylib.config.files import SUMS
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
 from studylib.methods import attach
-from studylib.quant import quantize_model, trained_grids
+from studylib.quant import quantize_model, rotate_model, trained_grids
 from studylib.train import loop as training_loop
-from studylib.train.loop import fit, last_checkpoint, take_over
+from studylib.train.loop import compiled_layers, fit, last_checkpoint, take_over
 
 NF4 = Format("nf", 4, 32, False)
 BUDGET = Budget(steps=8, batch=2, learning_rate=1e-2)
@@ -280,3 +281,20 @@ def test_what_begins_alike_is_measured_before_training_once(fp32, tiny_model, tm
     assert measured("text", text=b"another")[0] == 5
     asked, other = measured("trained", last=0.1)
     assert asked == 5 and other[0] != first[0]
+
+
+@pytest.mark.parametrize("rotated", [(False, True), (True, False)])
+def test_compiled_layers_keep_their_own_hooks(monkeypatch, rotated, tiny_model):
+    # What was compiled of one model's layers was taken for the next one's in the same process, less its rotations.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    tokens = torch.arange(16)[None]
+    for turned in rotated:
+        model = copy.deepcopy(tiny_model)
+        model = quantize_model(rotate_model(model) if turned else model, "4-8-16", Scheme(rotated=turned))
+        layers = list(model.base_model.layers)
+        with torch.no_grad(), models.autocast(model.device):
+            own = model(input_ids=tokens).logits
+            with compiled_layers(layers):
+                assert all(layer._compiled_call_impl for layer in layers)
+                torch.testing.assert_close(model(input_ids=tokens).logits, own)
+        assert not any(layer._compiled_call_impl for layer in layers)
