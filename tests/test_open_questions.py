@@ -48,6 +48,14 @@ TEXT = {
     "Grids that clip": [(f"{LLM_QAT} (LSQ weights)", LLM_QAT)],
     "Eight bits": [("LLM-QAT at 8-8-8", RTN)],
 }
+FULL, WAY = "full precision", "asymmetric MinMax, rotated"
+TIMES = {
+    "What makes 4-bit activations work": [
+        ("LLM-QAT at 4-4-16 (rotated)", FULL),
+        (f"LLM-QAT at 4-4-16 ({WAY})", FULL),
+        (f"LLM-QAT at 4-4-4 ({WAY})", FULL),
+    ]
+}
 WIKIPEDIA = {
     "Grids that clip": [
         ("LLM-QAT at 3-8-4 (ParetoQ weights)", "LLM-QAT at 3-8-4"),
@@ -84,6 +92,16 @@ def test_comparisons_are_those_of_the_records(records, wanted, compared):
         for cell, base in pairs:
             said = apart(measure, cells[cell], cells[base])
             assert said in paragraph(words), f"{cell} beside {base} is {said}"
+
+
+def test_multiples_are_those_of_the_records(records):
+    (measure,) = text_measures(records)
+    cells = {cell.title: cell for cell in gather(records).values()}
+    for words, pairs in TIMES.items():
+        for cell, base in pairs:
+            found = measure.above(cells[cell], cells[base])
+            said = f"{1 + found.estimate:.2f} [{1 + found.low:.2f}, {1 + found.high:.2f}]"
+            assert said in paragraph(words), f"{cell} is {said} times {base}"
 
 
 def test_no_other_comparison_has_an_interval_that_nothing_holds():
