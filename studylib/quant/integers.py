@@ -19,7 +19,6 @@ from studylib.quant.storage import Codes
 WEIGHT_BITS = 7
 ACTIVATION_BITS = 8
 SHIFT = 128  # from int8 to uint8. The kernel takes int8 as well, up to 3,000 times as slowly
-WIDEST = 2**31 // (SHIFT * 2 * 2 ** (WEIGHT_BITS - 1))  # inputs whose products fit into 32 bits
 ROWS = 256  # for which weights are laid out; any number can be multiplied
 
 
@@ -37,7 +36,7 @@ class IntegerProduct:
 
     def sums(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Integers [N, in] (int8) times the weight's, fp32 [N, out], each column times its scale [out]: sums are exact
-        in 32 bits, and rounded to fp32 (above 2^24) before they are multiplied."""
+        as far as `multiplies` allows, and rounded to fp32 (above 2^24) before they are multiplied."""
         shifted = codes.view(torch.uint8).bitwise_xor(SHIFT)
         settings: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
         return torch.ops.onednn.qlinear_pointwise(shifted, 1.0, SHIFT, self.packed, scale, self.zeros, *settings)
@@ -58,21 +57,36 @@ def multiplies(stored: Codes | None, activation: Grid | None) -> bool:
         return False
     if activation.kind != SYMMETRIC or activation.group is not None or activation.bits > ACTIVATION_BITS:
         return False
-    if stored.bits > WEIGHT_BITS or stored.groups != 1 or stored.shape[1] >= WIDEST:
+    if stored.bits > WEIGHT_BITS or stored.groups != 1 or stored.zeros is not None or stored.offsets is not None:
         return False
-    return stored.zeros is None and stored.offsets is None and stored.codes.device.type == "cpu" and _exact_here()
+    return stored.codes.device.type == "cpu" and largest_sum(stored.shape[1], stored.bits) < exact_sums()
+
+
+def largest_sum(width: int, bits: int) -> int:
+    """Of the kernel's products of `width` activations, shifted to uint8, with weights of so many bits."""
+    return width * 2 * SHIFT * 2 ** (bits - 1)
 
 
 @functools.cache
-def _exact_here() -> bool:
-    """Whether the kernel is there and exact where its sums are largest."""
+def exact_sums() -> int:
+    """How large sums of shifted activations may become for the kernel's results to be exact: 32 bits where it takes the
+    shift away in integers, 24 where it does so in fp32 (with AMX), 0 where there is no such kernel, or none that is
+    exact."""
+    if not _exact(64):
+        return 0
+    return 2**31 if _exact(2**13) else 2**24
+
+
+def _exact(width: int) -> bool:
+    """Whether the kernel's sums are exact for weights that are all of the largest size."""
     high = 2 ** (WEIGHT_BITS - 1)
-    integers = torch.tensor([-high, high - 1]).repeat_interleave(8)[:, None].expand(16, 64)
+    integers = torch.tensor([-high, high - 1]).repeat_interleave(8)[:, None].expand(16, width)
     ones = torch.ones(16)
-    codes = torch.tensor([-128, 127]).repeat(8)[:, None].expand(16, 64)
+    drawn = torch.randint(-128, 128, (16, width), generator=torch.Generator().manual_seed(0))
+    codes = torch.cat([torch.tensor([-128, 127])[:, None].expand(2, width), drawn])
     try:
         product = IntegerProduct(Codes.of_integers(integers, WEIGHT_BITS, -high, ones[:, None]))
         sums = product.sums(codes.to(torch.int8), ones)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False  # another processor, or a build of torch without oneDNN
-    return torch.equal(sums.long(), codes @ integers.T)
+    return torch.equal(sums, (codes @ integers.T).float())

@@ -10,7 +10,7 @@ from torch import nn
 
 from studylib.config.settings import Grid
 from studylib.quant.grids import quantize
-from studylib.quant.integers import WEIGHT_BITS, IntegerProduct, multiplies
+from studylib.quant.integers import WEIGHT_BITS, IntegerProduct, exact_sums, largest_sum, multiplies
 from studylib.quant.layers import QuantizedLinear, freeze_weights
 from studylib.quant.storage import Codes
 
@@ -23,7 +23,7 @@ needs_kernel = pytest.mark.skipif(
 
 
 def check_sums(width: int, bits: int) -> None:
-    """The kernel's sums beside NumPy's in 64 bits: random codes, and those that make the largest sums."""
+    """The kernel's sums beside NumPy's in 64 bits, where it is asked: random codes, and those of the largest sums."""
     rng, high = np.random.default_rng(width), 2 ** (bits - 1)
     drawn = rng.integers(-high, high, (40, width))
     extreme = np.stack([np.full(width, value) for value in (-high, high - 1)])
@@ -31,6 +31,9 @@ def check_sums(width: int, bits: int) -> None:
     codes = np.concatenate([rng.integers(-128, 128, (33, width)), rng.choice([-128, 127], (6, width))])
     codes = np.concatenate([codes, np.full((1, width), -128), np.full((1, width), 127)])
     stored = Codes.of_integers(torch.from_numpy(weights), bits, -high, torch.ones(len(weights), 1))
+    assert multiplies(stored, Grid(8)) == (largest_sum(width, bits) < exact_sums())
+    if not multiplies(stored, Grid(8)):
+        return
     sums = IntegerProduct(stored).sums(torch.from_numpy(codes).to(torch.int8), stored.scale.flatten())
     exact = codes @ weights.T
     assert np.array_equal(sums.numpy(), exact.astype(np.float32))
@@ -50,8 +53,9 @@ def test_sums_are_those_of_64_bit_integers(width, bits):
 def test_sums_are_exact_without_vnni_too():
     code = "\n".join(
         (
-            "from tests.quant.test_integers import WEIGHT_BITS, check_sums",
-            "for width in (8, 576, 1536):",
+            "from tests.quant.test_integers import WEIGHT_BITS, check_sums, exact_sums",
+            "assert exact_sums() == 2**31",
+            "for width in (8, 576, 1536, 5000):",
             "    for bits in (2, 4, WEIGHT_BITS):",
             "        check_sums(width, bits)",
         )
