@@ -31,8 +31,8 @@ def check_sums(width: int, bits: int) -> None:
     codes = np.concatenate([rng.integers(-128, 128, (33, width)), rng.choice([-128, 127], (6, width))])
     codes = np.concatenate([codes, np.full((1, width), -128), np.full((1, width), 127)])
     stored = Codes.of_integers(torch.from_numpy(weights), bits, -high, torch.ones(len(weights), 1))
-    assert multiplies(stored, Grid(8)) == (largest_sum(width, bits) < exact_sums())
-    if not multiplies(stored, Grid(8)):
+    if not multiplies(stored, Grid(8)):  # only what fp32 cannot hold, and only with AMX
+        assert exact_sums() == 2**24 <= largest_sum(width, bits)
         return
     sums = IntegerProduct(stored).sums(torch.from_numpy(codes).to(torch.int8), stored.scale.flatten())
     exact = codes @ weights.T
