@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from studylib.config.settings import Scheme
 from studylib.methods.arms import Setting
 from studylib.report.figures import comparisons as figures
 from studylib.report.style import draw_best, move_apart
@@ -54,6 +55,15 @@ def test_a_figure_that_is_drawn_again_has_the_same_bytes(ablations, tmp_path, ki
 def test_a_curve_of_several_methods_names_them(tuned):
     names = [ax.get_title(loc="left") for ax in figures.learning_curve(tuned).axes]
     assert {"L4Q 4-16-16", "QLoRA, rank 4"} <= set(names)
+
+
+def test_curves_of_one_variant_at_two_bits_name_these(make_record):
+    ranged, rotated = Scheme("asymmetric", rotated=True), Scheme(rotated=True)
+    arms = ("4-4-16", ranged), ("4-4-4", ranged), ("4-4-16", rotated), ("4-4-16", Scheme())
+    records = [make_record("llm-qat", bits, changes={"scheme": scheme}) for bits, scheme in arms]
+    names = [ax.get_title(loc="left") for ax in figures.learning_curve(records).axes]
+    both = {f"LLM-QAT {bits}, asymmetric MinMax, rotated" for bits in ("4-4-16", "4-4-4")}
+    assert both | {"rotated", "LLM-QAT 4-4-16"} == set(names) - {""}
 
 
 def test_titles_say_the_finding(picture):

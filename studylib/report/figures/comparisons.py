@@ -1,5 +1,6 @@
 """The figures: one function each, drawn from records alone; titles are computed from the numbers."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
@@ -345,12 +346,26 @@ def _cache_title(full: Cell, others: list[Cell], measure: Measure) -> str:
     return f"A low-bit cache costs {measure.title} {listed([text(cell) for cell in ends])}"
 
 
+def _panel_titles(cells: Sequence[Cell]) -> list[str]:
+    """Each by its variant, or by its bits where it has none; by both where two would read alike."""
+    several = len({cell.method for cell in cells}) > 1
+
+    def short(cell: Cell) -> str:
+        method, variant = method_title(cell.method), cell.setting.variant
+        return (f"{method}, {variant}" if several else variant) if variant else f"{method} {cell.bits}"
+
+    found = Counter(map(short, cells))
+    return [
+        f"{method_title(cell.method)} {cell.bits}, {cell.setting.variant}" if found[name] > 1 else name
+        for cell, name in zip(cells, map(short, cells), strict=True)
+    ]
+
+
 def learning_curve(records: Sequence[Record]) -> Figure:
     """Held-out loss over the tokens seen by each training, a panel each: whether more of them would help."""
     cells = [cell for cell in gather(records).values() if cell.records and cell.records[0].curve]
     if not cells:
         return empty_figure("No arm was trained")
-    several = len({cell.method for cell in cells}) > 1
     curves = [_losses(cell) for cell in cells]
     tokens = [np.array([entry["tokens"] for entry in cell.records[0].curve]) for cell in cells]
     changes = [losses[:, -1] - losses[:, -2] for losses in curves]
@@ -359,14 +374,12 @@ def learning_curve(records: Sequence[Record]) -> Figure:
     rows = -(-len(cells) // PANELS_A_ROW)
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(cells), width=12, height=1.6 + 1.9 * rows, sharey=True, rows=rows)
-        for ax, cell, seen, losses, change in zip(axes, cells, tokens, curves, changes, strict=True):
+        panels = zip(axes, cells, _panel_titles(cells), tokens, curves, changes, strict=True)
+        for ax, cell, name, seen, losses, change in panels:
             for others_seen, others in zip(tokens, curves, strict=True):
                 ax.plot(others_seen, others.mean(0), color="#D0D0D0", lw=0.8)
             ax.fill_between(seen, losses.min(0), losses.max(0), color=look_of(cell.method).colour, alpha=0.25, lw=0)
             ax.plot(seen, losses.mean(0), color=look_of(cell.method).colour, marker=".", lw=1.4)
-            name = f"{method_title(cell.method)} {cell.bits}"
-            if cell.setting.variant:
-                name = f"{method_title(cell.method)}, {cell.setting.variant}" if several else cell.setting.variant
             ax.set_title(name, fontsize=8.5, loc="left")
             spread = f" ({signed(change.min(), nats)} to {signed(change.max(), nats)})" if len(change) > 1 else ""
             ax.text(0.98, 0.95, f"last {seen[-1] - seen[-2]:,} tokens:\n{signed(change.mean(), nats)}{spread}",
