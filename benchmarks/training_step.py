@@ -1,8 +1,13 @@
-"""Seconds of one optimizer step: LLM-QAT at 4-8-4 beside plain fine-tuning on labels, 4 x 256 tokens, in one run."""
+"""Seconds of one optimizer step: LLM-QAT at 4-8-4 beside plain fine-tuning on labels, in one run.
+
+A batch has 256 tokens, as in `quick`, and with an argument as many times that. The study's trainings keep freed memory
+for the process, which fine-tuning as transformers documents it does not; that is also measured with it.
+"""
 
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,13 +18,14 @@ from torch import Tensor
 from studylib.config.budgets import Training
 from studylib.data import corpora, models
 from studylib.quant.layers import quantize_model
-from studylib.study.machine import environment
+from studylib.study.machine import environment, keep_freed_memory
 from studylib.train.distillation import keep_teacher_states, train_llm_qat
 
-MODEL, BATCH, LENGTH, STEPS, WARM = "smollm2-135m", 4, 256, 12, 3
+MODEL, LENGTH, STEPS, WARM = "smollm2-135m", 256, 12, 3
+PLAIN = "labels, eager"
 
 
-def label_steps(name: str, windows: Tensor, compiled: bool) -> list[float]:
+def label_steps(name: str, windows: Tensor, batch: int, compiled: bool) -> list[float]:
     """Fine-tuning as transformers documents it: the model's own loss on labels, AdamW, clipping, the same precision."""
     model = models.load_model(name).train()
     if compiled:
@@ -27,7 +33,7 @@ def label_steps(name: str, windows: Tensor, compiled: bool) -> list[float]:
             layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     seconds = []
-    for tokens in windows.split(BATCH):
+    for tokens in windows.split(batch):
         begun = time.perf_counter()
         tokens = tokens.to(model.device)
         with models.autocast(model.device):
@@ -41,7 +47,7 @@ def label_steps(name: str, windows: Tensor, compiled: bool) -> list[float]:
     return seconds
 
 
-def distillation_steps(name: str, windows: Tensor, kept: bool) -> list[float]:
+def distillation_steps(name: str, windows: Tensor, batch: int, kept: bool) -> list[float]:
     """The study's own training, the teacher's states kept from before or its forward pass run at every step."""
     teacher = models.load_model(name)
     head = teacher.get_output_embeddings().weight.detach().clone()
@@ -49,7 +55,7 @@ def distillation_steps(name: str, windows: Tensor, kept: bool) -> list[float]:
     at = []
     with tempfile.TemporaryDirectory() as folder:
         states = keep_teacher_states(teacher, windows, Path(folder) / "states.npy") if kept else teacher
-        settings = Training(len(windows) // BATCH, BATCH, learning_rate=1e-5)
+        settings = Training(len(windows) // batch, batch, learning_rate=1e-5)
         train_llm_qat(
             student, states, head, windows, settings, folder, progress=lambda n: at.append(time.perf_counter())
         )
@@ -57,19 +63,25 @@ def distillation_steps(name: str, windows: Tensor, kept: bool) -> list[float]:
     return seconds
 
 
-def measured(name: str = MODEL, steps: int = STEPS) -> dict[str, dict[str, float]]:
+def measured(name: str = MODEL, batch: int = 1, steps: int = STEPS) -> dict[str, dict[str, float]]:
     """Seconds of a step of the model, by how it is trained: the median after WARM steps, and the first."""
-    windows = corpora.windows("c4", models.load_tokenizer(name), LENGTH, BATCH * steps, "training")
+    windows = corpora.windows("c4", models.load_tokenizer(name), LENGTH, batch * steps, "training")
     runs = {
-        "labels, eager": label_steps(name, windows, compiled=False),
-        "labels, compiled layers": label_steps(name, windows, compiled=True),
-        "LLM-QAT 4-8-4, kept teacher states": distillation_steps(name, windows, kept=True),
-        "LLM-QAT 4-8-4, teacher at every step": distillation_steps(name, windows, kept=False),
-        "labels, eager, again": label_steps(name, windows, compiled=False),
+        PLAIN: label_steps(name, windows, batch, compiled=False),
+        "labels, compiled layers": label_steps(name, windows, batch, compiled=True),
+        f"{PLAIN}, again": label_steps(name, windows, batch, compiled=False),
+    }
+    keep_freed_memory()
+    runs |= {
+        "labels, eager, freed memory kept": label_steps(name, windows, batch, compiled=False),
+        "LLM-QAT 4-8-4, kept teacher states": distillation_steps(name, windows, batch, kept=True),
+        "LLM-QAT 4-8-4, teacher at every step": distillation_steps(name, windows, batch, kept=False),
+        "labels, eager, freed memory kept, again": label_steps(name, windows, batch, compiled=False),
     }
     medians = {name: statistics.median(seconds[WARM:]) for name, seconds in runs.items()}
-    plain = statistics.mean([medians["labels, eager"], medians["labels, eager, again"]])
+    plain = statistics.mean([medians[PLAIN], medians[f"{PLAIN}, again"]])
     return {
+        "tokens_a_step": {"all": batch * LENGTH},
         "seconds": {name: round(value, 4) for name, value in medians.items()},
         "times_plain": {name: round(value / plain, 2) for name, value in medians.items()},
         "first_step": {name: round(seconds[0], 1) for name, seconds in runs.items()},
@@ -77,11 +89,11 @@ def measured(name: str = MODEL, steps: int = STEPS) -> dict[str, dict[str, float
 
 
 def main():
-    found = measured()
+    found = measured(batch=int(sys.argv[1]) if sys.argv[1:] else 1)
     result = {"what": __doc__} | found | {"environment": environment()}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in found["seconds"].items():
-        print(f"{name:38} {value:7.2f} s a step   {found['times_plain'][name]:5.2f} times plain")
+        print(f"{name:40} {value:7.2f} s a step   {found['times_plain'][name]:5.2f} times plain")
 
 
 if __name__ == "__main__":

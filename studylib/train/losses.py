@@ -35,7 +35,9 @@ class _ChunkedLoss(torch.autograd.Function):
             d_logits = d_logits.div_(tokens).to(dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ w
-            if d_head is not None:
+            if d_head is not None and d_head.dtype == dtype:
+                d_head.addmm_(d_logits.T, h)  # without a product of its own, which is as large as the head
+            elif d_head is not None:
                 d_head += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_head)
         return total / tokens
