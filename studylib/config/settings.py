@@ -61,6 +61,7 @@ SYMMETRIC, ASYMMETRIC, FULL_RANGE, STATSQ, LSQ, PARETOQ = GRIDS = (
     "lsq",
     "paretoq",
 )
+MIN_MAX = (SYMMETRIC, ASYMMETRIC, FULL_RANGE)  # grids from the numbers' own range
 MXFP, NVFP = FLOATING = ("mxfp", "nvfp")  # grids of floats in blocks
 FLOAT_BITS = {MXFP: (4, 6, 8), NVFP: (4, 8)}  # of activations and cache; weights have 4
 LEARNED = (LSQ, PARETOQ)  # grids whose scales are trained
@@ -156,11 +157,11 @@ class Scheme:
     """How the numbers of a bit width are chosen and where they apply; the defaults are LLM-QAT's.
 
     grid: the kind of grid of weights, activations and cache (see Grid; OF_WEIGHTS are of weights alone, and the other
-    two are symmetric then). group: how many input columns share a scale of the weights, None for one scale an output
-    channel. cache_scale "token": one scale for a token's keys (or
-    values) over all heads; "head": one for each of its heads. keys: quantized "before-rotary" or "after-rotary"
-    embedding (values have none). rotated: numbers are rotated before they are rounded, and the model with them (see
-    quant.rotation).
+    two are symmetric then). activations: the kind of activations and cache where it is another one of MIN_MAX. group:
+    how many input columns share a scale of the weights, None for one scale an output channel. cache_scale "token": one
+    scale for a token's keys (or values) over all heads; "head": one for each of its heads. keys: quantized
+    "before-rotary" or "after-rotary" embedding (values have none). rotated: numbers are rotated before they are
+    rounded, and the model with them (see quant.rotation).
     """
 
     grid: str = SYMMETRIC
@@ -168,6 +169,7 @@ class Scheme:
     cache_scale: str = PER_TOKEN
     keys: str = BEFORE_ROTARY
     rotated: bool = False
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("grid", (*GRIDS, *FLOATING)), ("cache_scale", CACHE_SCALES), ("keys", KEYS)):
@@ -178,6 +180,14 @@ class Scheme:
                 f"group: {self.group!r} with cache_scale {self.cache_scale!r} is not allowed for the grid "
                 f"{self.grid!r}, whose blocks are its own; leave both out"
             )
+        if self.activations is not None:
+            check_known("activations", self.activations, MIN_MAX)
+            if self.grid in FLOATING:
+                raise ValueError(
+                    f"activations: {self.activations!r} does not go with the floats of {self.grid!r}; leave it out"
+                )
+            if self.activations == self._usual:
+                raise ValueError(f"activations: {self.activations!r} is what the grid {self.grid!r} has; leave it out")
         check_flag("rotated", self.rotated)
         if self.rotated and self.keys != BEFORE_ROTARY:
             raise ValueError(f"keys: {self.keys!r} does not go with rotated; its keys are quantized {BEFORE_ROTARY!r}")
@@ -201,6 +211,10 @@ class Scheme:
     @property
     def on_the_fly(self) -> str:
         """The kind of grid of activations and cache."""
+        return self.activations or self._usual
+
+    @property
+    def _usual(self) -> str:
         return SYMMETRIC if self.grid in OF_WEIGHTS else self.grid
 
 

@@ -3,7 +3,7 @@
 import lazy_loader
 
 from studylib.methods.base import register
-from studylib.methods.llm_qat import LLMQAT, SmoothQuantLLMQAT
+from studylib.methods.llm_qat import GPTQLLMQAT, LLMQAT, SmoothQuantLLMQAT
 from studylib.methods.lora import (
     L4Q,
     QAT,
@@ -37,6 +37,7 @@ register(  # in the order of tables and legends
     AutoRound(),
     LLMQAT(),
     SmoothQuantLLMQAT(),
+    GPTQLLMQAT(),
     RoundedWeights(),
     FourBitKernel(),
     SideBySide(),

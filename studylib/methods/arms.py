@@ -142,6 +142,7 @@ def rate_case(method: str, bits: str, format: Format | None, scheme: Scheme) -> 
     fields, what is compared above all, do not change it."""
     own, base = find(method), _base(method, format)
     on = base.kind if base else scheme.grid if "scheme" in own.takes else ""
+    on += f" with {scheme.activations} activations" if scheme.activations else ""
     on += " rotated" * scheme.rotated
     return f"{method} {bits} {on}".rstrip()
 
@@ -311,6 +312,7 @@ CHANGES = {
     "training.mask": Change(_part("training", "mask"), None, "gradient mask ±{:g}".format),
     "training.masters": Change(_part("training", "masters"), "fp32", "{} masters".format),
     "scheme.grid": Change(_part("scheme", "grid"), "symmetric", lambda grid: GRID_TITLES[grid]),
+    "scheme.activations": Change(_part("scheme", "activations"), None, "{} activations".format),
     "scheme.group": Change(_part("scheme", "group"), None, "weights in groups of {}".format),
     "scheme.cache_scale": Change(_part("scheme", "cache_scale"), "token", "cache scale a {}".format),
     "scheme.rotated": Change(_part("scheme", "rotated"), False, lambda on: "rotated"),

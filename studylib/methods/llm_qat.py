@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from studylib.config import AFTER_ROTARY, ATTENTION, HIDDEN, LEARNED, OFF, RAW_HIDDEN, Arm
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
-from studylib.methods.ptq import CALIBRATION_WINDOWS, check_smoothable, smoothquant
+from studylib.methods.ptq import CALIBRATION_WINDOWS, check_own_weights, check_smoothable, gptq, smoothquant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,8 @@ VALIDATION_WINDOWS = 2  # of each corpus, for choosing the rate of an arm that i
 
 class LLMQAT(Method):
     name, title, source = "llm-qat", "LLM-QAT", "arXiv 2305.17888"
-    papers, look = (LLM_QAT_PAPER,), Look("#0072B2", "o")
+    papers: tuple[str, ...] = (LLM_QAT_PAPER,)
+    look = Look("#0072B2", "o")
     needs, takes = frozenset({"data", "training"}), frozenset({"scheme"})
     few_shot_at: tuple[str, ...] = ("4-8-4",)
 
@@ -39,16 +40,17 @@ class LLMQAT(Method):
             )
 
     def apply(self, work: Work) -> "Log":
-        from studylib.quant import freeze_weights, quantize_model
+        from studylib.quant import freeze_weights
         from studylib.train import held_out_windows, train_llm_qat, validation_windows
 
         arm, model, data = work.arm, work.model, work.data
         assert arm.training is not None and data is not None
+        attention, length = model.config._attn_implementation, data.windows.shape[1]
+        if ATTENTION in arm.training.features:
+            model.set_attn_implementation("eager")
+        with work.phase("quantize"):
+            self.quantize(work)
         with work.phase("train"):
-            attention, length = model.config._attn_implementation, data.windows.shape[1]
-            if ATTENTION in arm.training.features:
-                model.set_attn_implementation("eager")
-            quantize_model(model, arm.bits, arm.scheme, mask=arm.training.mask)
             log = train_llm_qat(
                 model,
                 data.teacher,
@@ -69,6 +71,13 @@ class LLMQAT(Method):
             freeze_weights(model)
         return log
 
+    def quantize(self, work: Work) -> None:
+        """Make work.model the student, as it is before training."""
+        from studylib.quant import quantize_model
+
+        assert work.arm.training is not None
+        quantize_model(work.model, work.arm.bits, work.arm.scheme, mask=work.arm.training.mask)
+
 
 class SmoothQuantLLMQAT(LLMQAT):
     name, title = "smoothquant+llm-qat", "SmoothQuant + LLM-QAT"
@@ -79,7 +88,36 @@ class SmoothQuantLLMQAT(LLMQAT):
     def check_model(self, arm: Arm, skeleton: "PreTrainedModel") -> None:
         check_smoothable(skeleton)
 
-    def apply(self, work: Work) -> "Log":
-        with work.phase("quantize"):
-            smoothquant(work.model, work.calibration(CALIBRATION_WINDOWS))
-        return super().apply(work)
+    def quantize(self, work: Work) -> None:
+        smoothquant(work.model, work.calibration(CALIBRATION_WINDOWS))
+        super().quantize(work)
+
+
+class GPTQLLMQAT(LLMQAT):
+    """LLM-QAT of the weights that GPTQ leaves, with steps that begin at GPTQ's scales and are learned as LSQ's are."""
+
+    name, title, source = "gptq+llm-qat", "GPTQ + LLM-QAT", ""
+    papers, look = (), Look("#009E73", "X")
+    numerics = ("grids", "weight grids", "ptq")
+    learns_grid = True
+    few_shot_at = ()
+
+    def check(self, arm: Arm) -> None:
+        super().check(arm)
+        check_own_weights(arm, self.name)
+        if arm.widths.weights == OFF:
+            raise ValueError(f"bits of the weights: {OFF} (off) is not allowed for {self.name!r}, which rounds them")
+        assert arm.training is not None
+        if arm.training.mask is not None:
+            raise ValueError(
+                f"mask: {arm.training.mask} does not go with {self.name!r}, whose learned steps have gradients of "
+                "their own"
+            )
+
+    def quantize(self, work: Work) -> None:
+        from studylib.quant import QuantizedLinear
+
+        gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS), scheme=work.arm.scheme)
+        for module in work.model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.learn_steps()

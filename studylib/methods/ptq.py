@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import os
@@ -70,13 +71,13 @@ class GPTQ(Method):
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
-        if arm.scheme not in (Scheme(), Scheme(rotated=True)):
-            raise ValueError(f"scheme: {self.name!r} takes none but rotated; its grids are its own")
+        check_own_weights(arm, self.name)
         _with_weights(arm.bits, self.title, arm.format)
 
     def apply(self, work: Work) -> None:
+        arm = work.arm
         with work.phase("quantize"):
-            gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS), work.arm.format)
+            gptq(work.model, arm.bits, work.calibration(CALIBRATION_WINDOWS), arm.format, arm.scheme)
 
 
 class AWQ(Method):
@@ -173,6 +174,12 @@ class SideBySide(Executed):
 GROUP_FORMATS = {"int-full": True, "affine": False}  # whose weights llm-compressor rounds: whether they are symmetric
 
 
+def check_own_weights(arm: Arm, method: str) -> None:
+    """Raise ValueError where a scheme says more than how activations and cache are rounded, and whether rotated."""
+    if dataclasses.replace(arm.scheme, activations=None, rotated=False) != Scheme():
+        raise ValueError(f"scheme: {method!r} takes activations and rotated alone; its grid of weights is its own")
+
+
 def _check_format(bits: BitWidths, format: Format | None, method: str) -> None:
     """Raise ValueError unless the format, if any, is one of GROUP_FORMATS, with fp32 scales, of weights alone."""
     if format is None:
@@ -231,14 +238,20 @@ def smoothquant(model: "nn.Module", tokens: "Tensor", strength: float = 0.5) -> 
     return model
 
 
-def gptq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
+def gptq(
+    model: "nn.Module",
+    bits: str | BitWidths,
+    tokens: "Tensor",
+    format: Format | None = None,
+    scheme: Scheme = Scheme(),
+) -> "nn.Module":
     """GPTQ (Frantar et al. 2023) for the weights, then activations and cache rounded on the fly as by RTN.
 
     Layer after layer, the weights' columns are rounded one by one, and those to come make up for the error on the
     layer's inputs. These inputs come from layers whose weights are rounded already, but are not rounded themselves
     (llm-compressor's default, as are columns in the order of their activations' size and a dampening of 1%).
     format: the weights' grid, one of GROUP_FORMATS with fp32 scales; by default full-range integers, one scale an
-    output channel.
+    output channel. scheme: the grid of activations and cache.
     Raises ValueError for weights at 16 bits, another format, tokens that are no windows, a group that does not divide a
     layer's input, a model that is quantized already or has no linear layers.
     """
@@ -256,7 +269,7 @@ def gptq(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Fo
         if symmetric
         else {name: layer.weight_zero_point.short() - low for name, layer in _linears(model, calibrated)}
     )
-    return _on_its_grid(model, bits, calibrated, symmetric, zeros)
+    return _on_its_grid(model, bits, calibrated, symmetric, zeros, scheme)
 
 
 def autoround(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
@@ -323,13 +336,18 @@ def _multiples(layer: "nn.Module") -> "Tensor":
 
 
 def _on_its_grid(
-    model: "nn.Module", bits: BitWidths, calibrated: "nn.Module", symmetric: bool, zeros: "Mapping[str, Tensor]"
+    model: "nn.Module",
+    bits: BitWidths,
+    calibrated: "nn.Module",
+    symmetric: bool,
+    zeros: "Mapping[str, Tensor]",
+    scheme: Scheme = Scheme(),
 ) -> "nn.Module":
     """The model with the integers of `calibrated`, activations and cache rounded on the fly. zeros: [out, groups], from
     0 up, of affine weights."""
     low = -(2 ** (bits.weights - 1))
     rounded = dict(_linears(model, calibrated))
-    quant.quantize_model(model, bits)
+    quant.quantize_model(model, bits, scheme)
     for name, module in model.named_modules():
         if isinstance(module, quant.QuantizedLinear):
             module.weight_grid = None  # they lie on a grid of the method's own

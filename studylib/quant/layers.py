@@ -14,6 +14,7 @@ from studylib.config import (
     ASYMMETRIC,
     FLOATING,
     LEARNED,
+    LSQ,
     MXFP,
     OFF,
     PER_HEAD,
@@ -74,6 +75,18 @@ class QuantizedLinear(nn.Linear):
     def grid_parameters(self) -> list[nn.Parameter]:
         """What is trained of the grid, in units of the layer's scales."""
         return [] if self.weight_step is None else [self.weight_step]
+
+    def learn_steps(self) -> None:
+        """Train the integers that are stored, which have no zero points, and their scales: on the grid "lsq".
+
+        -2^(bits-1), which full-range integers have, is not on that grid: it is clipped.
+        """
+        assert self.weight_grid is None and self.stored is not None and self.stored.zeros is None
+        groups = self.stored.groups
+        self.weight_grid = Grid(self.stored.bits, LSQ, None if groups == 1 else self.in_features // groups)
+        scale = self.stored.scale.clone()
+        self.weight_step = nn.Parameter(scale if groups == 1 else scale[..., None])
+        self.stored = None
 
     def codes(self) -> Codes | None:
         """The weight as it is stored; None where it has 16 bits. ValueError where it is not finite."""

@@ -162,6 +162,19 @@ def test_activations_and_cache_beside_a_grid_of_weights_are_symmetric():
     }
 
 
+def test_activations_and_cache_can_have_another_grid_than_the_weights():
+    for grid, beside in (("lsq", "asymmetric"), ("symmetric", "full-range"), ("asymmetric", "symmetric")):
+        assert Scheme(grid, activations=beside).on_the_fly == beside
+    for grid, beside, said in (
+        ("lsq", "symmetric", "'symmetric' is what the grid 'lsq' has; leave it out"),
+        ("asymmetric", "asymmetric", "'asymmetric' is what the grid 'asymmetric' has; leave it out"),
+        ("nvfp", "asymmetric", "'asymmetric' does not go with the floats of 'nvfp'; leave it out"),
+        ("symmetric", "lsq", "'lsq' is not known; use one of symmetric, asymmetric, full-range"),
+    ):
+        with pytest.raises(ValueError, match=f"^activations: {said}$"):
+            Scheme(grid, activations=beside)
+
+
 def test_a_group_has_to_divide_a_row():
     for one in (Grid(4, group=48), Format("nf", group=48)):
         one.check_width(96)

@@ -55,6 +55,12 @@ CHANGED = {  # for each field an arm without a change, one with this change alon
         "head",
         "cache scale a head",
     ),
+    "scheme.activations": (
+        QAT,
+        dataclasses.replace(QAT, scheme=Scheme(activations="asymmetric")),
+        "asymmetric",
+        "asymmetric activations",
+    ),
     "scheme.rotated": (QAT, dataclasses.replace(QAT, scheme=Scheme(rotated=True)), True, "rotated"),
     "scheme.keys": (
         QAT,
@@ -245,7 +251,7 @@ def test_what_does_not_go_together_is_refused():
         ("qlora", "4-16-16", {}, "format: is missing, but 'qlora' needs it"),
         ("rtn", "4-8-4", {"format": Format("nf")}, "format: is given, but 'rtn' takes none"),
         ("rtn", "4-8-4", {"merge": "dequantized"}, "merge: is given, but 'rtn' is not fine-tuned"),
-        ("gptq", "4-8-4", {"scheme": Scheme("statsq")}, "scheme: 'gptq' takes none"),
+        ("gptq", "4-8-4", {"scheme": Scheme("statsq")}, "scheme: 'gptq' takes activations and rotated alone"),
         ("gptq", "16-8-4", {}, r"bits of the weights: 16 \(off\) is not allowed for GPTQ"),
         ("awq", "16-8-4", {}, r"bits of the weights: 16 \(off\) is not allowed for AWQ"),
         (

@@ -1,6 +1,7 @@
 """The registry, what goes with a method, and a method of one's own."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -58,7 +59,7 @@ def registry(monkeypatch):
 
 
 def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
-    assert list(METHODS)[:8] == [
+    assert list(METHODS)[:9] == [
         "full-precision",
         "rtn",
         "smoothquant",
@@ -67,8 +68,9 @@ def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
         "autoround",
         "llm-qat",
         "smoothquant+llm-qat",
+        "gptq+llm-qat",
     ]
-    assert list(METHODS)[8:] == [
+    assert list(METHODS)[9:] == [
         "encoded",
         "4-bit kernel",
         "llama.cpp",
@@ -203,10 +205,13 @@ def test_each_part_is_there_where_it_is_needed_and_nowhere_else(method, part):
 def test_schemes_merges_and_bits_are_checked(method):
     arm = usual(method)
     other = dataclasses.replace(arm, scheme=Scheme("statsq"))
-    if method.name == "gptq":
-        method.check(dataclasses.replace(arm, scheme=Scheme(rotated=True)))
-        with pytest.raises(ValueError, match=r"^scheme: 'gptq' takes none but rotated; its grids are its own$"):
-            method.check(other)
+    own_weights = method.name in ("gptq", "gptq+llm-qat")
+    if own_weights:
+        method.check(dataclasses.replace(arm, scheme=Scheme(rotated=True, activations="asymmetric")))
+        allowed = "takes activations and rotated alone; its grid of weights is its own$"
+        for scheme in (other.scheme, Scheme("asymmetric"), Scheme(group=32)):
+            with pytest.raises(ValueError, match=f"^scheme: {re.escape(repr(method.name))} {allowed}"):
+                method.check(dataclasses.replace(arm, scheme=scheme))
     elif "scheme" in method.takes:
         method.check(other)
         for grid in OF_WEIGHTS if "training" in method.needs else ("statsq",):
@@ -219,10 +224,13 @@ def test_schemes_merges_and_bits_are_checked(method):
             method.check(other)
     for grid in LEARNED:
         learned = dataclasses.replace(arm, scheme=Scheme(grid, 32, "head", "after-rotary"))
-        if "training" in method.needs:
+        if "training" in method.needs and not own_weights:
             method.check(learned)
         elif "scheme" in method.takes:
-            with pytest.raises(ValueError, match=f"^grid: '{grid}' is learned in training, which '.*' has none of"):
+            said = (
+                "scheme: " if "training" in method.needs else f"grid: '{grid}' is learned in training, which '.*' has"
+            )
+            with pytest.raises(ValueError, match=f"^{said}"):
                 method.check(learned)
     merged = dataclasses.replace(arm, merge=REQUANTIZED)
     if isinstance(method, FineTuned) and method.keeps_adapter and method.name != "lora":
@@ -269,6 +277,7 @@ def test_versions_are_those_of_the_components_that_an_arm_passes_through():
     assert parts("llm-qat") == parts("llm-qat", scheme=Scheme("asymmetric", 32)) == trained
     for grid in OF_WEIGHTS:  # arms on other grids keep their keys when these change
         assert parts("llm-qat", scheme=Scheme(grid)) == trained | {"weight grids"}
+    assert parts("gptq+llm-qat") == trained | {"weight grids", "ptq"}
     assert parts("encoded") == always | {"formats"}
     assert parts("4-bit kernel") == always | {"formats", "execution"}
     assert parts("lora") == always | {"training", "fine-tuning"}
@@ -336,7 +345,7 @@ def test_grids_of_floats_are_for_what_quantizes_on_the_fly_and_no_container_hold
         find("llm-qat").container(arm)
     with pytest.raises(ValueError, match=f"bits of the weights: 3 is not allowed for the grid '{grid}'; use 4 or 16"):
         build_arm(SMOKE, "m", "llm-qat", "3-8-8", scheme=Scheme(grid))
-    with pytest.raises(ValueError, match="scheme: 'gptq' takes none but rotated"):
+    with pytest.raises(ValueError, match="scheme: 'gptq' takes activations and rotated alone"):
         build_arm(SMOKE, "m", "gptq", "4-8-8", scheme=Scheme(grid))
 
 

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from studylib.config.settings import Format, Grid
+from studylib.config.settings import Format, Grid, Scheme
 from studylib.data import corpora
 from studylib.methods import ptq
 from studylib.quant import round_to_nearest
@@ -278,6 +278,29 @@ def test_gptq_rounds_activations_and_cache_as_rtn_does(llama, bits):
     assert str(llama) == str(nearest)  # the same layers and grids
     layer = llama.model.layers[0].self_attn.v_proj
     assert layer.weight_grid is None and layer.output_grid == (Grid(4) if bits == "4-8-4" else None)
+
+
+def test_gptq_takes_another_grid_for_activations_and_cache(llama):
+    ptq.gptq(llama, "4-8-4", tokens, scheme=Scheme(activations="asymmetric"))
+    layer = llama.model.layers[0].self_attn.v_proj
+    assert (layer.activation_grid, layer.output_grid) == (Grid(8, "asymmetric"), Grid(4, "asymmetric"))
+    assert layer.weight_grid is None and layer.stored.low == -8 and layer.stored.zeros is None
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_training_begins_with_the_integers_and_scales_that_gptq_left(llama, group):
+    """All but the lowest of full-range integers, which LSQ's grid has not: those are clipped to the next."""
+    ptq.gptq(llama, "3-16-16", tokens, Format("int-full", 3, group))
+    layer = llama.model.layers[0].mlp.up_proj
+    stored = layer.stored
+    layer.learn_steps()
+    expected = stored.integers.clamp(-3, 3).unflatten(1, (stored.groups, -1)) * stored.scale[..., None]
+    assert torch.equal(layer.dense(), expected.flatten(1)) and stored.integers.min() == -4
+    assert layer.grid_parameters == [layer.weight_step] and torch.equal(layer.codes().scales, stored.scales)
+    layer.dense().square().sum().backward()
+    clipped = (stored.integers == -4).unflatten(1, (stored.groups, -1)).any(-1)
+    assert clipped.any() and layer.weight_step.grad.view_as(clipped)[clipped].abs().min() > 1e-6
+    assert layer.weight.grad.count_nonzero() > 0
 
 
 def test_awq_keeps_the_function_until_it_rounds(model, monkeypatch):

@@ -189,6 +189,11 @@ def test_chosen_rates_reach_the_arms():
     assert build_arm(budget, "tiny-random", "l4q", "3-16-16", **INT3, tuning={"learning_rate": 2.0}).tuning == (
         dataclasses.replace(tuned, learning_rate=2.0)
     )
+    own = Scheme(rotated=True, activations="asymmetric")
+    assert (
+        rate_case("gptq+llm-qat", "4-4-16", None, own)
+        == "gptq+llm-qat 4-4-16 symmetric with asymmetric activations rotated"
+    )
     assert rate_case("lora", "16-16-16", Format("affine", 4, 32), Scheme()) == "lora 16-16-16"  # merged to it, only
 
 

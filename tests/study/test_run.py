@@ -98,6 +98,9 @@ ALL_KINDS = {
     "smoothed": build_arm(BUDGET, "tiny-random", "smoothquant", "4-8-4"),
     "smoothed and trained": build_arm(BUDGET, "tiny-random", "smoothquant+llm-qat", "4-8-4"),
     "gptq": build_arm(BUDGET, "tiny-random", "gptq", "4-8-4"),
+    "gptq and trained": build_arm(
+        BUDGET, "tiny-random", "gptq+llm-qat", "4-4-4", scheme=Scheme(activations="asymmetric")
+    ),
 }
 
 
