@@ -64,6 +64,7 @@ MERGE_TITLES = {
 
 
 Part = TypeVar("Part", Sampling, Training, Tuning)
+Rated = TypeVar("Rated", Training, Tuning)
 Case = tuple[str, str, Format | None, Scheme]  # of arms that share a learning rate: see rate_case
 
 
@@ -170,18 +171,24 @@ def usual_text(budget: Profile) -> Sampling | RealText:
 
 
 def usual_training(budget: Profile, case: Case) -> Training:
-    """How a budget distils such an arm: at the rate that was chosen for it, else the budget's."""
-    return dataclasses.replace(budget.training, **_rates(budget, case, budget.training))
+    """How a budget distils such an arm: at the rate that was chosen for it, else at its method's share of the
+    budget's."""
+    own = _shared_rate(budget.training, case[0])
+    return dataclasses.replace(own, **_rates(budget, case, own))
 
 
 def usual_tuning(budget: Profile, case: Case) -> Tuning:
     """How a budget fine-tunes such an arm: at the rate that was chosen for it, else on the terms that cover it, else at
     its method's share of the budget's rate."""
     method, _, format, _ = case
-    terms, tuning = budget.terms_of(method, _base(method, format)), budget.tuning
-    share = dataclasses.replace(tuning, learning_rate=tuning.learning_rate * find(method).relative_rate)
-    own = terms.tuning if terms else share
+    terms = budget.terms_of(method, _base(method, format))
+    own = terms.tuning if terms else _shared_rate(budget.tuning, method)
     return dataclasses.replace(own, **_rates(budget, case, own))
+
+
+def _shared_rate(usual: Rated, method: str) -> Rated:
+    """A budget at the method's share of its learning rate."""
+    return dataclasses.replace(usual, learning_rate=usual.learning_rate * find(method).relative_rate)
 
 
 def _rates(budget: Profile, case: Case, usual: Budget) -> dict[str, Any]:

@@ -115,10 +115,11 @@ class Method(ABC):
     needs: the parts of an arm (config.arm.PARTS) that it cannot do without; takes: those that it may have besides, and
     "scheme". rounds: whether it leaves anything in low bits.
     numerics: the components of config.numerics that it passes through besides those that its arm's parts imply;
-    version: its own, raised when its results change. relative_rate: its learning rate of fine-tuning, as a share of the
-    adapters', where none was chosen. learns_grid: whether scales are trained; grid_alone: and nothing else is, so that
-    its learning_rate has no effect. few_shot_at: the bits at which few-shot tasks are run as well; few_shot: which of
-    them (None: all that a profile has). checks_weights: whether the rounding error of each layer is recorded.
+    version: its own, raised when its results change. relative_rate: its learning rate, as a share of LLM-QAT's (of
+    the adapters', where it is fine-tuned), where none was chosen. learns_grid: whether scales are trained;
+    grid_alone: and nothing else is, so that its learning_rate has no effect. few_shot_at: the bits at which
+    few-shot tasks are run as well; few_shot: which of them (None: all that a profile has). checks_weights: whether
+    the rounding error of each layer is recorded.
     keeps_adapter: whether it leaves a 16-bit adapter beside the base; what a method without one makes is deployed in
     one way.
     """

@@ -100,6 +100,7 @@ class GPTQLLMQAT(LLMQAT):
     papers, look = (), Look("#009E73", "X")
     numerics = ("grids", "weight grids", "ptq")
     learns_grid = True
+    relative_rate = 0.2  # by validation text; at LLM-QAT's own rate it forgets what GPTQ kept
     few_shot_at = ()
 
     def check(self, arm: Arm) -> None:

@@ -267,7 +267,8 @@ def _llama_cpp(arm: Arm, file: str) -> list[str]:
         flags = f" --flash-attn on --cache-type-k {kind} --cache-type-v {kind}"
         found.append(
             f"The cache is rounded by flags, in groups of 32: {kind} is what llama.cpp has next to the record's "
-            f"{arm.widths.cache} bits."
+            f"{arm.widths.cache} bits. llama.cpp rotates keys and values before that, which the record does not; "
+            "LLAMA_ATTN_ROT_DISABLE=1 in the environment leaves it out."
         )
     if arm.widths.activations != OFF:
         found.append("llama.cpp rounds activations to 8 bits in groups of 32 by itself, whatever the file says.")
@@ -276,9 +277,12 @@ def _llama_cpp(arm: Arm, file: str) -> list[str]:
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER", gguf_file="{file}", dtype="float32")',
     ]
-    shell = [f"llama-cli -m FOLDER/{file}{flags}", f"llama-perplexity -m FOLDER/{file}{flags} -f TEXT"]
+    shell = [
+        f'llama-completion -m FOLDER/{file}{flags} -p "The capital of France is" -n 8 -no-cnv',
+        f"llama-perplexity -m FOLDER/{file}{flags} -f TEXT -c 256",
+    ]
     return [
-        "In llama.cpp (its programs were not run here, its library was, by `study run-check`'s engine):",
+        "In llama.cpp (its library and both programs were run on such files):",
         _code("sh", shell),
         *found,
         "In transformers, which turns it into dense weights:",

@@ -210,11 +210,11 @@ def test_an_arm_has_the_parts_that_its_method_needs_and_no_others(method):
     )
     if arm.data or arm.instructions:
         assert arm.seed == 5
-    if arm.tuning:
-        assert arm.tuning == dataclasses.replace(
-            SMOKE.tuning,
-            learning_rate=SMOKE.tuning.learning_rate * own.relative_rate,
-            grid_rate=SMOKE.tuning.grid_rate if own.trains_grid(arm.scheme) else None,
+    for trained, usual in ((arm.training, SMOKE.training), (arm.tuning, SMOKE.tuning)):
+        assert trained is None or trained == dataclasses.replace(
+            usual,
+            learning_rate=usual.learning_rate * own.relative_rate,
+            grid_rate=usual.grid_rate if own.trains_grid(arm.scheme) else None,
         )
     assert arm.decoding in (None, SMOKE.decoding) and isinstance(SMOKE.decoding, Decoding)
     assert arm.engines in (None, SMOKE.engines) and arm.timed == bool(own.needs & {"decoding", "engines"})
