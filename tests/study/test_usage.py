@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,13 @@ def words(tmp_path_factory):
     budget = dataclasses.replace(profile("smoke"), evaluation=Evaluation(("wikipedia",), windows=2, length=32))
     arm = build_arm(budget, "tiny-random", "encoded", "4-16-16", format=Format("int", 4, 32))
     (record,) = schedule.run([arm], folder / "results")
-    words = {"RECORD": record.key[:8], "FOLDER": str(folder / "model"), "TASK": "own"}
+    (folder / "text").write_text("one two three four five " * 400)
+    words = {
+        "RECORD": record.key[:8],
+        "FOLDER": str(folder / "model"),
+        "TASK": "own",
+        "TEXT": str(folder / "text"),
+    }
     (export,) = commands("study export")
     assert main([*filled(export, words)[1:], "--results", str(folder / "results")]) == 0
     return words
@@ -59,6 +67,16 @@ def test_the_page_s_python_runs(words, package, capsys):
     names = {}
     exec(code.replace("FOLDER", words["FOLDER"]), names)  # as a reader would
     assert names["model"] is not None
+
+
+@pytest.mark.parametrize("program", ["llama-perplexity", "llama-completion", "llama-bench"])
+def test_llama_cpp_s_programs_take_the_file(words, program):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not on PATH")
+    (command,) = commands(f"llama.cpp/bin/{program}")
+    done = subprocess.run([program, *filled(command[1:], words)], capture_output=True, timeout=300)
+    said = {"llama-perplexity": r"\[1\]\d+\.\d+,", "llama-completion": "capital of", "llama-bench": r"Q4_0 .* tg128 "}
+    assert done.returncode == 0 and re.search(said[program], done.stdout.decode(errors="replace"))
 
 
 def test_lm_eval_loads_what_the_page_says(words):
