@@ -170,6 +170,11 @@ class Method(ABC):
                 f"cache_scale: {arm.scheme.cache_scale!r} with keys {arm.scheme.keys!r} has no effect at {arm.bits}, "
                 "whose cache is not quantized; leave them out"
             )
+        if arm.scheme.activations is not None and (arm.widths.activations, arm.widths.cache) == (OFF, OFF):
+            raise ValueError(
+                f"activations: {arm.scheme.activations!r} has no effect at {arm.bits}, which rounds neither them nor "
+                "the cache; leave it out"
+            )
         if arm.scheme.grid in LEARNED and "training" not in self.needs:
             raise ValueError(f"grid: {arm.scheme.grid!r} is learned in training, which {self.name!r} has none of")
         if arm.scheme.grid in OF_WEIGHTS and arm.widths.weights == OFF:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from studylib.config import AFTER_ROTARY, ATTENTION, HIDDEN, LEARNED, OFF, RAW_HIDDEN, Arm
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
-from studylib.methods.ptq import CALIBRATION_WINDOWS, check_own_weights, check_smoothable, gptq, smoothquant
+from studylib.methods.ptq import CALIBRATION_WINDOWS, check_gptq, check_smoothable, gptq, smoothquant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +25,9 @@ class LLMQAT(Method):
     def check(self, arm: Arm) -> None:
         super().check(arm)
         assert arm.training is not None
-        if arm.scheme.grid in LEARNED and arm.training.mask is not None:
-            raise ValueError(
-                f"mask: {arm.training.mask} does not go with the grid {arm.scheme.grid!r}, whose gradients are its own"
-            )
+        if self.trains_grid(arm.scheme) and arm.training.mask is not None:
+            learned = f"the grid {arm.scheme.grid!r}" if arm.scheme.grid in LEARNED else f"the grid of {self.name!r}"
+            raise ValueError(f"mask: {arm.training.mask} does not go with {learned}, whose gradients are its own")
         if arm.scheme.rotated and {HIDDEN, RAW_HIDDEN} & {*arm.training.features}:
             raise ValueError(
                 f"loss: {arm.training.loss!r} compares hidden states, which lie in another basis in a rotated model"
@@ -105,15 +104,7 @@ class GPTQLLMQAT(LLMQAT):
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
-        check_own_weights(arm, self.name)
-        if arm.widths.weights == OFF:
-            raise ValueError(f"bits of the weights: {OFF} (off) is not allowed for {self.name!r}, which rounds them")
-        assert arm.training is not None
-        if arm.training.mask is not None:
-            raise ValueError(
-                f"mask: {arm.training.mask} does not go with {self.name!r}, whose learned steps have gradients of "
-                "their own"
-            )
+        check_gptq(arm, self)
 
     def quantize(self, work: Work) -> None:
         from studylib.quant import QuantizedLinear

@@ -71,8 +71,7 @@ class GPTQ(Method):
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
-        check_own_weights(arm, self.name)
-        _with_weights(arm.bits, self.title, arm.format)
+        check_gptq(arm, self)
 
     def apply(self, work: Work) -> None:
         arm = work.arm
@@ -174,10 +173,12 @@ class SideBySide(Executed):
 GROUP_FORMATS = {"int-full": True, "affine": False}  # whose weights llm-compressor rounds: whether they are symmetric
 
 
-def check_own_weights(arm: Arm, method: str) -> None:
-    """Raise ValueError where a scheme says more than how activations and cache are rounded, and whether rotated."""
+def check_gptq(arm: Arm, method: Method) -> None:
+    """Raise ValueError unless the arm has weights to round, on a grid of GPTQ's: its scheme may say how activations and
+    cache are rounded, and whether the model is rotated."""
     if dataclasses.replace(arm.scheme, activations=None, rotated=False) != Scheme():
-        raise ValueError(f"scheme: {method!r} takes activations and rotated alone; its grid of weights is its own")
+        raise ValueError(f"scheme: {method.name!r} takes activations and rotated alone; its grid of weights is its own")
+    _with_weights(arm.bits, method.title, arm.format)
 
 
 def _check_format(bits: BitWidths, format: Format | None, method: str) -> None:

@@ -349,6 +349,22 @@ def test_grids_of_floats_are_for_what_quantizes_on_the_fly_and_no_container_hold
         build_arm(SMOKE, "m", "gptq", "4-8-8", scheme=Scheme(grid))
 
 
+def test_a_grid_of_activations_is_for_arms_that_round_them_or_the_cache():
+    own = Scheme(activations="asymmetric")
+    for bits in ("4-4-16", "4-16-4"):
+        assert Setting.of(build_arm(SMOKE, "m", "llm-qat", bits, scheme=own))["scheme.activations"] == "asymmetric"
+    for method in ("rtn", "gptq", "llm-qat", "gptq+llm-qat"):
+        with pytest.raises(ValueError, match=r"^activations: 'asymmetric' has no effect at 4-16-16, which rounds nei"):
+            build_arm(SMOKE, "m", method, "4-16-16", scheme=own)
+
+
+def test_what_gptq_cannot_begin_is_refused():
+    with pytest.raises(ValueError, match=r"^bits of the weights: 16 \(off\) is not allowed for GPTQ \+ LLM-QAT, which"):
+        build_arm(SMOKE, "m", "gptq+llm-qat", "16-8-4")
+    with pytest.raises(ValueError, match=r"^mask: 2.0 does not go with the grid of 'gptq\+llm-qat', whose gradients"):
+        build_arm(SMOKE, "m", "gptq+llm-qat", "4-8-4", training={"mask": 2.0})
+
+
 def test_no_two_methods_look_the_same():
     looks = [(method.look.colour, method.look.marker, method.look.hollow) for method in METHODS.values()]
     assert len(set(looks)) == len(looks)
