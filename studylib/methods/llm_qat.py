@@ -44,12 +44,12 @@ class LLMQAT(Method):
 
         arm, model, data = work.arm, work.model, work.data
         assert arm.training is not None and data is not None
-        attention, length = model.config._attn_implementation, data.windows.shape[1]
-        if ATTENTION in arm.training.features:
-            model.set_attn_implementation("eager")
         with work.phase("quantize"):
             self.quantize(work)
         with work.phase("train"):
+            attention, length = model.config._attn_implementation, data.windows.shape[1]
+            if ATTENTION in arm.training.features:
+                model.set_attn_implementation("eager")
             log = train_llm_qat(
                 model,
                 data.teacher,

@@ -267,8 +267,8 @@ def _llama_cpp(arm: Arm, file: str) -> list[str]:
         flags = f" --flash-attn on --cache-type-k {kind} --cache-type-v {kind}"
         found.append(
             f"The cache is rounded by flags, in groups of 32: {kind} is what llama.cpp has next to the record's "
-            f"{arm.widths.cache} bits. llama.cpp rotates keys and values before that, which the record does not; "
-            "LLAMA_ATTN_ROT_DISABLE=1 in the environment leaves it out."
+            f"{arm.widths.cache} bits. llama.cpp rotates keys and values before that, which the record does not, "
+            "where 64 divides the numbers of a head; LLAMA_ATTN_ROT_DISABLE=1 in the environment leaves it out."
         )
     if arm.widths.activations != OFF:
         found.append("llama.cpp rounds activations to 8 bits in groups of 32 by itself, whatever the file says.")

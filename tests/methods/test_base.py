@@ -227,9 +227,8 @@ def test_schemes_merges_and_bits_are_checked(method):
         if "training" in method.needs and not own_weights:
             method.check(learned)
         elif "scheme" in method.takes:
-            said = (
-                "scheme: " if "training" in method.needs else f"grid: '{grid}' is learned in training, which '.*' has"
-            )
+            untrained = f"grid: '{grid}' is learned in training, which '.*' has none of"
+            said = "scheme: " if "training" in method.needs else untrained
             with pytest.raises(ValueError, match=f"^{said}"):
                 method.check(learned)
     merged = dataclasses.replace(arm, merge=REQUANTIZED)
