@@ -81,9 +81,11 @@ class Work:
     model: full precision, fp32, as it was loaded; `apply` turns it in place into what is scored. data: the windows [N,
     T] that it is calibrated or trained on and what was found out about them, for an arm that names some. load: the
     model anew. checkpoints: the folder of this training's last state; keep: leave the end of it there. trained: a file
-    for what a fine-tuning trained, which arms share that differ in deployment alone. rows: of each of its batches that
-    are computed at a time, None for all. report: where its training is told of. progress: told of finished work,
-    in tokens of a forward pass. phase: entered, by name, around each kind of work; its seconds are recorded.
+    for what a fine-tuning trained, which arms share that differ in deployment alone. rounded: the file of the codes
+    that GPTQ found, which arms share that differ in what comes afterwards, held alone inside; None where they are not
+    kept. rows: of each of its batches that are computed at a time, None for all. report: where its training is told of.
+    progress: told of finished work, in tokens of a forward pass. phase: entered, by name, around each kind of work; its
+    seconds are recorded.
     """
 
     arm: Arm
@@ -93,6 +95,7 @@ class Work:
     data: "TrainingData | None" = None
     checkpoints: Path = Path()
     trained: Path = Path()
+    rounded: Callable[[], contextlib.AbstractContextManager[Path | None]] = contextlib.nullcontext
     rows: int | None = None
     keep: bool = False
     report: Report = UNREPORTED
@@ -120,6 +123,7 @@ class Method(ABC):
     grid_alone: and nothing else is, so that its learning_rate has no effect. few_shot_at: the bits at which
     few-shot tasks are run as well; few_shot: which of them (None: all that a profile has). checks_weights: whether
     the rounding error of each layer is recorded.
+    by_gptq: whether GPTQ rounds its weights, once for all arms of the same text, basis, width and format.
     keeps_adapter: whether it leaves a 16-bit adapter beside the base; what a method without one makes is deployed in
     one way.
     """
@@ -140,6 +144,7 @@ class Method(ABC):
     learns_grid: bool = False
     grid_alone: bool = False
     checks_weights: bool = False
+    by_gptq: bool = False
     keeps_adapter: bool = False
 
     @abstractmethod

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from studylib.config import AFTER_ROTARY, ATTENTION, HIDDEN, LEARNED, OFF, RAW_HIDDEN, Arm
 from studylib.methods.base import LLM_QAT_PAPER, Look, Method, Work
-from studylib.methods.ptq import CALIBRATION_WINDOWS, check_gptq, check_smoothable, gptq, smoothquant
+from studylib.methods.ptq import CALIBRATION_WINDOWS, check_gptq, check_smoothable, gptq_once, put_codes, smoothquant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ class GPTQLLMQAT(LLMQAT):
     name, title, source = "gptq+llm-qat", "GPTQ + LLM-QAT", ""
     papers, look = (), Look("#009E73", "X")
     numerics = ("grids", "weight grids", "ptq")
-    learns_grid = True
+    learns_grid = by_gptq = True
     relative_rate = 0.2  # by validation text; at LLM-QAT's own rate it forgets what GPTQ kept
     few_shot_at = ()
 
@@ -109,7 +109,7 @@ class GPTQLLMQAT(LLMQAT):
     def quantize(self, work: Work) -> None:
         from studylib.quant import QuantizedLinear
 
-        gptq(work.model, work.arm.bits, work.calibration(CALIBRATION_WINDOWS), scheme=work.arm.scheme)
+        put_codes(work.model, work.arm.bits, gptq_once(work), work.arm.scheme)
         for module in work.model.modules():
             if isinstance(module, QuantizedLinear):
                 module.learn_steps()

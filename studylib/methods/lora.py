@@ -6,6 +6,7 @@ Each prepares the base and what is trained; learning, keeping and deploying is t
 import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from studylib.config import (
@@ -48,13 +49,14 @@ from studylib.methods.base import (
     Method,
     Work,
 )
-from studylib.methods.ptq import CALIBRATION_WINDOWS
+from studylib.methods.ptq import CALIBRATION_WINDOWS, gptq_codes, gptq_once, put_codes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from studylib.config import Log
+    from studylib.quant import Codes
 
 
 READERS = {PEFT: "transformers", GGUF: "llama.cpp"}  # who makes the base that an adapter is beside
@@ -172,8 +174,11 @@ class FineTuned(Method):
 
         arm, model = work.arm, work.model
         assert arm.instructions is not None and arm.tuning is not None
+        tokens: Any = None if work.data is None else work.calibration(CALIBRATION_WINDOWS)
+        if self.by_gptq:
+            with work.phase("quantize"):
+                tokens = gptq_once(work)
         with work.phase("train"):
-            tokens = None if work.data is None else work.calibration(CALIBRATION_WINDOWS)
             format = arm.format if "format" in self.needs else None
             attach(model, self, format=format, adapter=arm.adapter, seed=arm.seed, tokens=tokens)
             pairs, validation = training_pairs(arm.instructions.source)
@@ -241,12 +246,12 @@ def attach(
     format: Format | None = None,
     adapter: Adapter | None = None,
     seed: int = 0,
-    tokens: "Tensor | None" = None,
+    tokens: "Tensor | Mapping[str, Codes] | None" = None,
 ) -> "PreTrainedModel":
     """Prepare a transformers model (fp32, as loaded) in place for fine-tuning; what requires gradients is what trains.
 
     method: a FineTuned, or its name. seed draws the adapters. tokens [N, T]: what a base is calibrated on, for
-    a method that needs it.
+    a method that needs it; or what ptq.gptq_codes found by them, for one whose base GPTQ rounds.
     Trained parameters are fp32; frozen ones bf16 where the hardware computes in bf16: run it under models.autocast.
     Raises ValueError, and changes nothing, for anything that does not fit together.
     """
@@ -351,21 +356,25 @@ class QLoRA(FineTuned):
         attach_lora(model, format, adapter, names, seed)
 
 
+def _round_by_gptq(model: "PreTrainedModel", format: Format, tokens: "Tensor | Mapping[str, Codes]") -> None:
+    bits = f"{format.bits}-16-16"
+    put_codes(model, bits, tokens if isinstance(tokens, Mapping) else gptq_codes(model, bits, tokens, format))
+
+
 class GPTQLoRA(FineTuned):
     """LoRA on a base that GPTQ rounded."""
 
     name, title, source = "gptq+lora", "GPTQ + LoRA", "L4Q, section 5.1"
     look, numerics = Look("#009E73", "^"), ("formats", "grids", "ptq")
-    needs = FineTuned.needs | {"data"}
+    needs, by_gptq = FineTuned.needs | {"data"}, True
     formats = UNIFORM
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
         from studylib.methods.adapters import inject
-        from studylib.methods.ptq import gptq
 
-        gptq(model, f"{format.bits}-16-16", tokens, format)
+        _round_by_gptq(model, format, tokens)
         inject(model, adapter, names, seed)
 
 
@@ -395,15 +404,14 @@ class GPTQQALoRA(QALoRA):
 
     name, title, source = "gptq+qa-lora", "GPTQ + QA-LoRA", "L4Q, section 5.1"
     look, numerics = Look("#E69F00", "^"), ("formats", "grids", "ptq")
-    needs = FineTuned.needs | {"data"}
+    needs, by_gptq = FineTuned.needs | {"data"}, True
 
     def prepare(
         self, model: "PreTrainedModel", format: Format, adapter: Adapter, names: list[str], seed: int, tokens: Any
     ) -> None:
-        from studylib.methods.ptq import gptq
         from studylib.quant import qa_lora_model
 
-        gptq(model, f"{format.bits}-16-16", tokens, format)
+        _round_by_gptq(model, format, tokens)
         qa_lora_model(model, adapter, names, seed)
 
 

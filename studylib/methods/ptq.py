@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from studylib import data, quant  # doors: what stands behind them is loaded when it is used
-from studylib.config import OFF, Arm, BitWidths, Format, Scheme, check_width
+from studylib.config import OFF, Arm, BitWidths, Format, Scheme, check_width, kept_if_possible, usable
 from studylib.methods.base import L4Q_PAPER, LLM_QAT_PAPER, PAPERS, QLORA_PAPER, Look, Method, Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from studylib.quant import Codes
 
 
 CALIBRATION_WINDOWS = 32  # of the data, at most, for SmoothQuant and GPTQ, whose time grows with them
@@ -68,15 +70,15 @@ class GPTQ(Method):
     name, title, source = "gptq", "GPTQ", "arXiv 2210.17323"
     papers, look = (LLM_QAT_PAPER,), Look("#009E73", "v", hollow=True)
     needs, takes, numerics = frozenset({"data"}), frozenset({"format", "scheme"}), ("grids", "ptq")
+    by_gptq = True
 
     def check(self, arm: Arm) -> None:
         super().check(arm)
         check_gptq(arm, self)
 
     def apply(self, work: Work) -> None:
-        arm = work.arm
         with work.phase("quantize"):
-            gptq(work.model, arm.bits, work.calibration(CALIBRATION_WINDOWS), arm.format, arm.scheme)
+            put_codes(work.model, work.arm.bits, gptq_once(work), work.arm.scheme)
 
 
 class AWQ(Method):
@@ -256,6 +258,14 @@ def gptq(
     Raises ValueError for weights at 16 bits, another format, tokens that are no windows, a group that does not divide a
     layer's input, a model that is quantized already or has no linear layers.
     """
+    return put_codes(model, bits, gptq_codes(model, bits, tokens, format), scheme)
+
+
+def gptq_codes(
+    model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None
+) -> "dict[str, Codes]":
+    """By name, what `gptq` makes of the weights of each layer. The model computes with them afterwards, in fp32. Raises
+    what `gptq` raises."""
     bits = _with_weights(bits, "GPTQ", format)
     group, symmetric = _group(format)
     _check(model, tokens, group)
@@ -270,7 +280,20 @@ def gptq(
         if symmetric
         else {name: layer.weight_zero_point.short() - low for name, layer in _linears(model, calibrated)}
     )
-    return _on_its_grid(model, bits, calibrated, symmetric, zeros, scheme)
+    return _codes(model, bits, calibrated, symmetric, zeros)
+
+
+def gptq_once(work: Work) -> "dict[str, Codes]":
+    """`gptq_codes` of the arm's weights, found by the first of the arms that share them."""
+    arm = work.arm
+    with work.rounded() as file:
+        if file is not None and usable(file):
+            return quant.read_codes(file)
+        codes = gptq_codes(work.model, arm.bits, work.calibration(CALIBRATION_WINDOWS), arm.format)
+        if file is not None:
+            with kept_if_possible(f"what GPTQ makes of {arm.model}"):
+                quant.write_codes(codes, file)
+    return codes
 
 
 def autoround(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", format: Format | None = None) -> "nn.Module":
@@ -310,7 +333,7 @@ def autoround(model: "nn.Module", bits: str | BitWidths, tokens: "Tensor", forma
         calibrated = _calibrate(model, tokens, SequentialPipeline, modifier)
     layers = [] if symmetric else _linears(model, calibrated)
     zeros = {name: (-_multiples(layer).amin(-1)).clamp(0, 2**bits.weights - 1) for name, layer in layers}
-    return _on_its_grid(model, bits, calibrated, symmetric, zeros)
+    return put_codes(model, bits, _codes(model, bits, calibrated, symmetric, zeros))
 
 
 @contextlib.contextmanager
@@ -336,29 +359,36 @@ def _multiples(layer: "nn.Module") -> "Tensor":
     return (layer.weight.float().unflatten(1, (scale.shape[1], -1)) / scale[..., None]).round()
 
 
-def _on_its_grid(
-    model: "nn.Module",
-    bits: BitWidths,
-    calibrated: "nn.Module",
-    symmetric: bool,
-    zeros: "Mapping[str, Tensor]",
-    scheme: Scheme = Scheme(),
+def _codes(
+    model: "nn.Module", bits: BitWidths, calibrated: "nn.Module", symmetric: bool, zeros: "Mapping[str, Tensor]"
+) -> "dict[str, Codes]":
+    """By name, the integers of the layers of `calibrated`. zeros: [out, groups], from 0 up, of affine weights."""
+    low, found = -(2 ** (bits.weights - 1)), {}
+    for name, layer in _linears(model, calibrated):
+        scale, integers = layer.weight_scale.float(), _multiples(layer)
+        if symmetric:
+            integers = integers.clamp(low, -low - 1).flatten(1)
+            found[name] = quant.Codes.of_integers(integers, bits.weights, low, scale)
+        else:
+            integers = (integers + zeros[name][..., None]).clamp(0, 2 * -low - 1).flatten(1)
+            found[name] = quant.Codes.of_integers(integers, bits.weights, 0, scale, zeros[name])
+    return found
+
+
+def put_codes(
+    model: "nn.Module", bits: str | BitWidths, codes: "Mapping[str, Codes]", scheme: Scheme = Scheme()
 ) -> "nn.Module":
-    """The model with the integers of `calibrated`, activations and cache rounded on the fly. zeros: [out, groups], from
-    0 up, of affine weights."""
-    low = -(2 ** (bits.weights - 1))
-    rounded = dict(_linears(model, calibrated))
+    """Give each linear layer of the decoder the weights of its codes, by name; activations and cache are rounded on the
+    fly."""
+    import torch
+
     quant.quantize_model(model, bits, scheme)
     for name, module in model.named_modules():
         if isinstance(module, quant.QuantizedLinear):
             module.weight_grid = None  # they lie on a grid of the method's own
-            scale, integers = rounded[name].weight_scale.float(), _multiples(rounded[name])
-            if symmetric:
-                codes = quant.Codes.of_integers(integers.clamp(low, -low - 1).flatten(1), bits.weights, low, scale)
-            else:
-                integers = (integers + zeros[name][..., None]).clamp(0, 2 * -low - 1).flatten(1)
-                codes = quant.Codes.of_integers(integers, bits.weights, 0, scale, zeros[name])
-            module.stored = codes
+            module.stored = codes[name]
+            with torch.no_grad():
+                module.weight.copy_(codes[name].decode())
     return model
 
 

@@ -38,9 +38,11 @@ from .storage import (
     DeployedLinear,
     coded_layers,
     keep_model,
+    read_codes,
     restore_model,
     sixteen_bits,
     stored_bytes,
+    write_codes,
 )
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "levels",
     "qa_lora_model",
     "quantize_model",
+    "read_codes",
     "restore_model",
     "rotate_model",
     "round_to_nearest",
@@ -85,4 +88,5 @@ __all__ = [
     "stored_bytes",
     "train_grids",
     "trained_grids",
+    "write_codes",
 ]

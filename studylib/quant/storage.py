@@ -6,7 +6,7 @@ from there.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -276,12 +276,7 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
     How activations and the cache are rounded is not in the file. Raises ValueError, and writes
     nothing, where codes have diverged, and OSError where the file cannot be written.
     """
-    layers: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, _, stored in coded_layers(model):
-        tables = {part: getattr(stored, part) for part in TABLES if getattr(stored, part) is not None}
-        tensors |= {f"{name}/{part}": tensor for part, tensor in (stored.tensors | tables).items()}
-        layers[name] = {"bits": stored.bits, "shape": list(stored.shape), "low": stored.low}
+    layers, tensors = _parts((name, stored) for name, _, stored in coded_layers(model))
     dtype, before = sixteen_bits(original), dict(original.named_parameters())
     for name, layer in model.named_modules():
         if isinstance(layer, DeployedLinear) and layer.beside:
@@ -297,10 +292,58 @@ def keep_model(model: nn.Module, original: nn.Module, path: Path) -> None:
         # What a layer learned beside its weight is in its codes.
         if name in before and not torch.equal(kept := parameter.detach().to(dtype), before[name].detach().to(dtype)):
             tensors[name] = kept
+    _write(layers, tensors, path)
+
+
+def write_codes(codes: Mapping[str, Codes], path: Path) -> None:
+    """Write codes by the names of their layers to the safetensors file `path`, whole. Raises OSError where it cannot be
+    written."""
+    _write(*_parts(codes.items()), path)
+
+
+def read_codes(path: Path) -> dict[str, Codes]:
+    """By name, the codes in a file of `write_codes`; ValueError where it is none."""
+    layers, tensors = _read(path)
+    return {name: _codes(layout, _of_layer(name, tensors)) for name, layout in layers.items()}
+
+
+def _parts(codes: Iterable[tuple[str, Codes]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of each layer, and its tensors."""
+    layers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, stored in codes:
+        tables = {part: getattr(stored, part) for part in TABLES if getattr(stored, part) is not None}
+        tensors |= {f"{name}/{part}": tensor for part, tensor in (stored.tensors | tables).items()}
+        layers[name] = {"bits": stored.bits, "shape": list(stored.shape), "low": stored.low}
+    return layers, tensors
+
+
+def _codes(layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codes:
+    return Codes(layout["bits"], tuple(layout["shape"]), low=layout["low"], **tensors)
+
+
+def _of_layer(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of one layer, taken out."""
+    return {key.partition("/")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}/")}
+
+
+def _write(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
     tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     with written_whole(path, sealed=True, size=size) as partial:
         save_file(tensors, partial, {"layers": json.dumps(layers)})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            layers = json.loads((file.metadata() or {}).get("layers", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no kept model ({error})") from error
+    if layers is None:
+        raise ValueError(f"{path} is no kept model")
+    return layers, tensors
 
 
 @torch.no_grad()
@@ -313,20 +356,13 @@ def restore_model(model: nn.Module, path: Path, dense: bool = True) -> nn.Module
     A layer that rounds its inputs already (see layers.quantize_model, with 16 bits for the weights) goes on to do so.
     Raises ValueError, and changes nothing, for a file that does not belong to this model.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            layers = json.loads((file.metadata() or {}).get("layers", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is no kept model ({error})") from error
-    if layers is None:
-        raise ValueError(f"{path} is no kept model")
+    layers, tensors = _read(path)
     own, linears, parts = dict(model.named_parameters()), dict(model.named_modules()), {}
     for name, layout in layers.items():
         linear, shape = linears.get(name), layout["shape"]
         if not isinstance(linear, nn.Linear) or list(linear.weight.shape) != shape:
             raise ValueError(f"{path} is of another model, which has a layer {name!r} of shape {shape}")
-        parts[name] = {key.partition("/")[2]: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}/")}
+        parts[name] = _of_layer(name, tensors)
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"{path} is of another model, which has {name!r} of shape {list(tensor.shape)}")
@@ -335,7 +371,7 @@ def restore_model(model: nn.Module, path: Path, dense: bool = True) -> nn.Module
         found = {key: tensor.to(linear.weight.device) for key, tensor in parts[name].items()}
         pair = {key.removeprefix("beside."): found.pop(key) for key in list(found) if key.startswith("beside.")}
         beside = Beside(**pair, scaling=layout["scaling"]) if pair else None
-        stored = Codes(layout["bits"], tuple(layout["shape"]), low=layout["low"], **found) if found else None
+        stored = _codes(layout, found) if found else None
         if stored is not None and beside is None and not dense:
             base = linear.weight.to("meta")
         elif stored is not None:

@@ -38,7 +38,7 @@ def tokens(arm: Arm) -> dict[str, float]:
     if arm.tuning and arm.instructions:
         trained = [budget for budget in (arm.tuning, arm.merging) if budget]
         found["train"] = sum(budget.last * budget.batch for budget in trained) * arm.instructions.length
-    if not arm.budget:
+    if not arm.budget or find(arm.method).by_gptq:
         found["quantize"] = windows if windows else ROUNDING * scored
     if arm.decoding and arm.format:
         found["decode"] = arm.decoding.tokens * arm.decoding.rounds
@@ -201,5 +201,7 @@ def _shared(phase: str, arm: Arm) -> tuple[str, Any] | None:
     if phase == "data" and not isinstance(arm.data, Sampling):
         return None
     if phase not in SHARED or (phase == "train" and not (arm.tuning and find(arm.method).keeps_adapter)):
+        return None
+    if phase == "quantize" and not find(arm.method).by_gptq:
         return None
     return phase, SHARED[phase](arm)

@@ -398,10 +398,17 @@ def _as_trained(arm: Arm) -> Arm:
     return METHODS[arm.method].as_trained(arm) if arm.method in METHODS else arm
 
 
+def _as_rounded(arm: Arm) -> Any:
+    """What GPTQ's codes are those of; an arm without them shares them with none."""
+    by_gptq = arm.method in METHODS and METHODS[arm.method].by_gptq
+    return (arm.model, arm.data, arm.scheme.rotated, arm.widths.weights, arm.format) if by_gptq else arm
+
+
 # What several arms of a model share, by the phase in which the first of them makes it.
 SHARED: dict[str, Callable[[Arm], Any]] = {
     "data": attrgetter("model", "data"),
     "full precision": attrgetter("model", "evaluation.corpora", "evaluation.windows", "evaluation.length"),
+    "quantize": _as_rounded,
     "train": functools.lru_cache(maxsize=4096)(_as_trained),
 }
 

@@ -195,6 +195,7 @@ def _work_on(
         load=load,
         checkpoints=_checkpoints(arm, store) if arm.budget else Path(),
         trained=trained_adapter(arm, store),
+        rounded=functools.partial(_rounded, arm, store),
         rows=rows_at_once(arm, memory_bytes()),
         keep=keep,
         report=_report(arm, store) if arm.budget else UNREPORTED,
@@ -312,6 +313,21 @@ def _json_numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
+@contextlib.contextmanager
+def _rounded(arm: Arm, store: Store) -> Iterator[Path]:
+    """The file of what GPTQ makes of the arm's weights, beside the text that it calibrates on, held alone inside."""
+    folder = data_folder(arm, store)
+    made_of = {
+        "rotated": arm.scheme.rotated,
+        "bits": arm.widths.weights,
+        "format": arm.format and dataclasses.asdict(arm.format),
+        "numerics": {name: NUMERICS[name].number for name in ("ptq", *["rotation"] * arm.scheme.rotated)},
+    }
+    name = f"gptq-{digest(json.dumps(made_of, sort_keys=True))}"
+    with store.lock(f"{data_lock(folder)}-{name}"):
+        yield folder / f"{name}.safetensors"
+
+
 def _data_description(arm: Arm) -> dict[str, Any]:
     """What an arm's text depends on, beside the contents that its key has: all arms that agree in it share the text."""
     assert arm.data is not None
@@ -368,7 +384,10 @@ def _full_precision(work: Work, store: Store, key: str) -> FullPrecision | None:
             alone.enter_context(store.lock(data_lock(folder)))
             make_folder(folder)
             files[corpus] = folder / "full_precision_states.npy"
-        return FullPrecision(work.model, windows, files)
+        model = work.model
+        if work.arm.scheme.rotated and not all(map(usable, files.values())):
+            model = models.load_model(work.arm.model)  # the states are for arms that are not rotated as well
+        return FullPrecision(model, windows, files)
     return None
 
 

@@ -31,9 +31,11 @@ from studylib.quant.storage import (
     coded_layers,
     keep_model,
     pack,
+    read_codes,
     restore_model,
     stored_bytes,
     unpack,
+    write_codes,
 )
 
 OUT, IN = 48, 128
@@ -167,7 +169,7 @@ def small(shape):
 @pytest.mark.parametrize("kind", ["int-full", "affine"])
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptqs_own_grid(small, bits, group, kind):
+def test_gptqs_own_grid_and_its_file(small, tmp_path, bits, group, kind):
     gptq(small, f"{bits}-16-16", tokens, Format(kind, bits, group))
     symmetric = kind == "int-full"
     for layer in decoder_linears(small).values():
@@ -178,6 +180,15 @@ def test_gptqs_own_grid(small, bits, group, kind):
         assert stored.nbytes == wanted and (stored.zeros is None) == symmetric
         assert torch.equal(stored.decode(), layer.dense()) and torch.equal(layer.dense(), layer.weight)
         assert stored.low == (-(2 ** (bits - 1)) if symmetric else 0)
+    path = tmp_path / "codes.safetensors"
+    write_codes({name: layer.codes() for name, layer in decoder_linears(small).items()}, path)
+    read = read_codes(path)
+    assert usable(path) and read.keys() == decoder_linears(small).keys()
+    for name, layer in decoder_linears(small).items():
+        written, found = layer.codes(), read[name]
+        assert (found.bits, found.shape, found.low) == (written.bits, written.shape, written.low)
+        assert found.tensors.keys() == written.tensors.keys()
+        assert all(torch.equal(found.tensors[part], tensor) for part, tensor in written.tensors.items())
 
 
 @pytest.mark.parametrize("group", [None, 32])

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from studylib.config.budgets import Evaluation, profile
-from studylib.config.settings import Scheme
+from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import models
 from studylib.data.corpora import windows
 from studylib.evaluate.scores import window_losses
+from studylib.methods import ptq
 from studylib.methods.arms import build_arm
 from studylib.quant.layers import round_to_nearest
 from studylib.study import check, run, schedule
@@ -117,6 +118,31 @@ def test_every_kind_of_arm_runs_and_comes_back_from_its_file(fp32, tmp_path):
     sample = models.load_tokenizer("tiny-random").decode
     assert all(text in {sample(window) for window in tokens} for text in made["real text"].data["samples"])
     assert "ptq" in made["gptq"].provenance["numerics"] and "ptq" not in made["labels"].provenance["numerics"]
+
+
+def test_gptq_rounds_once_for_all_arms_that_share_its_codes(fp32, tmp_path, monkeypatch):
+    """Bits of activations and cache, adapters and training come afterwards; basis, text, width and format before."""
+    shared = Format("int-full", 4, 16)
+    tuned = {"format": shared, "adapter": Adapter(4)}
+    groups = [
+        [ALL_KINDS["gptq"], ALL_KINDS["gptq and trained"], build_arm(BUDGET, "tiny-random", "gptq", "4-4-4")],
+        [
+            build_arm(BUDGET, "tiny-random", "gptq", "4-16-16", format=shared),
+            build_arm(BUDGET, "tiny-random", "gptq+lora", "4-16-16", **tuned),
+            build_arm(BUDGET, "tiny-random", "gptq+qa-lora", "4-16-16", **tuned),
+        ],
+        [build_arm(BUDGET, "tiny-random", "gptq", "4-8-4", scheme=Scheme(rotated=True))],
+        [build_arm(BUDGET, "tiny-random", "gptq", "3-8-4")],
+        [build_arm(BUDGET, "tiny-random", "gptq", "4-8-4", sampling={"strategy": "chat"})],
+    ]
+    arms, found = [arm for own in groups for arm in own], []
+    alone = [schedule.run([arm], tmp_path / str(turn))[0] for turn, arm in enumerate(arms)]
+    original = ptq.gptq_codes
+    monkeypatch.setattr(ptq, "gptq_codes", lambda *args: found.append(args) or original(*args))
+    together = schedule.run(arms, tmp_path / "together")
+    assert len(found) == len(groups)
+    assert [record.scores for record in together] == [record.scores for record in alone]
+    assert [record.training for record in together] == [record.training for record in alone]
 
 
 def test_an_arm_is_extended_from_its_kept_checkpoint(fp32, tmp_path, monkeypatch):
