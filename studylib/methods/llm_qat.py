@@ -93,13 +93,15 @@ class SmoothQuantLLMQAT(LLMQAT):
 
 
 class GPTQLLMQAT(LLMQAT):
-    """LLM-QAT of the weights that GPTQ leaves, with steps that begin at GPTQ's scales and are learned as LSQ's are."""
+    """LLM-QAT of the weights that GPTQ leaves: of its integers, with steps that begin at its scales and are learned as
+    LSQ's are."""
 
     name, title, source = "gptq+llm-qat", "GPTQ + LLM-QAT", ""
     papers, look = (), Look("#009E73", "X")
     numerics = ("grids", "weight grids", "ptq")
     learns_grid = by_gptq = True
     relative_rate = 0.2  # by validation text; at LLM-QAT's own rate it forgets what GPTQ kept
+    version = 2  # -2^(bits-1), which GPTQ uses, had been clipped
     few_shot_at = ()
 
     def check(self, arm: Arm) -> None:

@@ -99,7 +99,8 @@ def _values(levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 def quantize(x: Tensor, grid: Grid, step: Tensor | None = None) -> Quantized:
     """Round `x` [..., D] to the nearest level of its row's (or group's) grid; ties go to even.
 
-    step: the learned scale of a LEARNED grid, of a shape that broadcasts to [..., 1]; other grids choose theirs.
+    step: the learned scale of a LEARNED or full-range grid, of a shape that broadcasts to [..., 1]; without one a grid
+    chooses its own.
     Raises ValueError where x holds NaN or infinity, or where the group does not divide D.
     """
     rows = grid.rows(x)
@@ -140,7 +141,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _LearnedStep(torch.autograd.Function):
-    """LSQ: with v = x / s, x_q = s round(clip(v)); d/dx passes inside; d/ds is round(v) - v inside, +-Q outside.
+    """LSQ: with v = x / s, x_q = s round(clip(v)); d/dx passes inside; d/ds is round(v) - v inside, the last level
+    outside.
 
     Both as Esser et al. 2020, Eq. 3 and 5; the scale's gradient is multiplied by 1 / sqrt(D Q) (section 2.2).
     """
@@ -156,7 +158,7 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x, step), grid = ctx.saved_tensors, ctx.grid
         scaled = grid.rows(x).float() / step
-        inside = scaled.abs() <= grid.high
+        inside = (scaled >= grid.low) & (scaled <= grid.high)
         slope = torch.where(inside, scaled.round() - scaled, scaled.clamp(grid.low, grid.high))
         d_step = grid.rows(gradient).float() * slope / math.sqrt(scaled.shape[-1] * grid.high)
         return gradient * inside.reshape(x.shape), d_step.sum_to_size(step.shape).to(step.dtype), None
@@ -168,7 +170,7 @@ def fake_quantize(
     """quantize(x, grid, step).dequantize(x.dtype), bit for bit, with straight-through gradients; NaN stays NaN. Of
     grids of floats, floats.rounded(x, grid, whole).
 
-    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of a LEARNED grid, as
+    x: [..., D] of any floating type; the result has its shape and type. step: the learned scale of a grid, as
     `quantize` takes it, which gets a gradient of its own; numbers that a grid clips get none.
     mask: None for the plain straight-through estimator; LLM-QAT's official code uses 2.0, which drops the gradient
     where |x| >= 2 although its forward pass never clips.

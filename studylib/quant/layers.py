@@ -13,8 +13,8 @@ from studylib.config import (
     AFTER_ROTARY,
     ASYMMETRIC,
     FLOATING,
+    FULL_RANGE,
     LEARNED,
-    LSQ,
     MXFP,
     OFF,
     PER_HEAD,
@@ -77,14 +77,13 @@ class QuantizedLinear(nn.Linear):
         return [] if self.weight_step is None else [self.weight_step]
 
     def learn_steps(self) -> None:
-        """Train the integers that are stored, which have no zero points, and their scales: on the grid "lsq".
-
-        -2^(bits-1), which full-range integers have, is not on that grid: it is clipped.
-        """
+        """Train the integers that are stored, which are full-range ones without zero points, and their scales as LSQ
+        does. It begins at these integers, and at their scales but for fp32's rounding."""
         assert self.weight_grid is None and self.stored is not None and self.stored.zeros is None
         groups = self.stored.groups
-        self.weight_grid = Grid(self.stored.bits, LSQ, None if groups == 1 else self.in_features // groups)
-        scale = self.stored.scale.clone()
+        self.weight_grid = Grid(self.stored.bits, FULL_RANGE, None if groups == 1 else self.in_features // groups)
+        # Larger by what fp32 may round up in integer * scale / scale: the last integer is not beyond itself then.
+        scale = self.stored.scale * (1 + 4 * torch.finfo(torch.float32).eps)
         self.weight_step = nn.Parameter(scale if groups == 1 else scale[..., None])
         self.stored = None
 

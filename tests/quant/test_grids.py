@@ -185,8 +185,8 @@ def test_statsq_clips_at_twice_the_mean_magnitude(bits):
 
 
 @pytest.mark.parametrize("group", [None, 32])
-@pytest.mark.parametrize("kind", ["lsq", "paretoq"])
-def test_learned_steps_have_the_gradients_of_autograd(kind, group):
+@pytest.mark.parametrize(("kind", "low"), [("lsq", -7), ("paretoq", -7), ("full-range", -8)])
+def test_learned_steps_have_the_gradients_of_autograd(kind, low, group):
     """LSQ written with detached roundings, as its authors' pseudo-code does, in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 96, generator=generator).requires_grad_()
@@ -199,15 +199,16 @@ def test_learned_steps_have_the_gradients_of_autograd(kind, group):
     exact_x, exact_step = (t.detach().double().requires_grad_() for t in (x, step))
     share = 1 / ((group or 96) * 7) ** 0.5
     slowed = exact_step * share + (exact_step * (1 - share)).detach()
-    clipped = (grid.rows(exact_x) / slowed).clamp(-7, 7)
+    clipped = (grid.rows(exact_x) / slowed).clamp(low, 7)
     exact = ((clipped + (clipped.round() - clipped).detach()) * slowed).view_as(x)
     exact.backward(upstream.double())
-    assert ((grid.rows(exact_x) / exact_step).abs() > 7).float().mean() > 0.01  # some are clipped
+    beyond = grid.rows(exact_x) / exact_step
+    assert (beyond > 7).float().mean() > 0.01 and (beyond < low).float().mean() > 0.01  # some are clipped
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(step.grad.double(), exact_step.grad, rtol=1e-4, atol=1e-5)
     stored = quantize(x.detach(), grid, step.detach())
-    assert torch.equal(stored.dequantize(), ours) and stored.codes.abs().max() == 7
+    assert torch.equal(stored.dequantize(), ours) and (stored.codes.min(), stored.codes.max()) == (low, 7)
 
 
 @settings(max_examples=100, deadline=None)
