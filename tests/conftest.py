@@ -29,6 +29,16 @@ from studylib.study.records import FINISHED, Record, arm_key, digest
 torch.set_num_threads(1)
 
 
+LONGEST = ("test_cli.py", "test_independent.py", "test_install.py", "test_verify.py", "test_faults.py", "test_launch.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take a minute or more come first, and the rest of tests/study after them: no worker is left alone with
+    one of them at the end. (As testpaths they would not: pytest drops a path that lies in another one.)"""
+    turn = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turn.get(item.path.name, len(turn) + (item.path.parent.name != "study")))
+
+
 @pytest.fixture(autouse=True)
 def libraries_frozen(monkeypatch):
     """Every arm asks for garbage collections, which else walk through all libraries for a quarter of a second each."""
