@@ -29,7 +29,7 @@ from studylib.study.records import FINISHED, Record, arm_key, digest
 torch.set_num_threads(1)
 
 
-LONGEST = ("test_cli.py", "test_independent.py", "test_install.py", "test_verify.py", "test_faults.py", "test_launch.py")
+LONGEST = "test_cli.py", "test_independent.py", "test_install.py", "test_verify.py", "test_faults.py", "test_launch.py"
 
 
 def pytest_collection_modifyitems(items):
