@@ -93,7 +93,8 @@ def test_the_methods_are_found_by_their_names_in_the_order_of_tables():
 def test_a_method_says_what_it_is(method):
     assert set(method.papers) <= set(PAPERS) and method.needs | method.takes <= {*PARTS, "scheme"}
     assert not method.needs & method.takes and set(method.numerics) <= NUMERICS.keys()
-    assert method.version == 1 and type(method.look) is Look and type(method).apply is not Method.apply
+    assert method.version == {"gptq+llm-qat": 2}.get(method.name, 1)
+    assert type(method.look) is Look and type(method).apply is not Method.apply
     assert bool(method.numerics) == method.rounds
     assert isinstance(method, FineTuned) == ("tuning" in method.needs)
     usual = method.usual_format()

@@ -1,13 +1,16 @@
 """The figure of a search for learning rates."""
 
 import dataclasses
+from itertools import combinations
 
 import pytest
+from matplotlib.text import Text
 
 from studylib.config.learning_rates import Rate
 from studylib.config.settings import Format
 from studylib.report import figures
 from studylib.study.rates import with_rate
+from studylib.study.records import REFERENCE, read_records
 
 
 @pytest.fixture
@@ -53,6 +56,15 @@ def test_what_was_given_up_is_a_cross_and_no_choice(tried):
     assert crosses == [[[1e-3, ax.get_ylim()[1]]]]
     assert [tuple(line.get_xydata()[0]) for line in ax.lines if line.get_markersize() == 11] == [(0.003, 2.0)]
     assert "given up after a quarter" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_titles_of_panels_do_not_overlap():
+    figure = figures.searched_rates(list(read_records(REFERENCE / "rates/records")))
+    figure.canvas.draw()
+    titles = {ax: title for ax in figure.axes for title in ax.findobj(Text) if title.get_text() == ax.get_title("left")}
+    assert len(titles) == len(figure.axes) and max(len(title.get_text()) for title in titles.values()) > 40
+    spans = [title.get_window_extent() for title in titles.values()]
+    assert not any(one.overlaps(other) for one, other in combinations(spans, 2))
 
 
 def test_where_all_diverged_the_figure_says_so(tried):

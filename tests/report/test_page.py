@@ -91,7 +91,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     assert not re.search(r"url\(|@import|<script |http-equiv|https?://(?!www\.w3\.org/2000/svg)", page)
     assert page.count("<script>") == 1  # its own, which explores the recipes
     assert len(reader.images) == 3 + 1 and all(len(image["alt"]) > 30 for image in reader.images)
-    assert len(page) < 5_000_000
+    assert len(page) < 4_000_000
 
 
 def test_the_sections_stand_in_their_order(page):

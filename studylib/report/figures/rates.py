@@ -1,6 +1,7 @@
 """The search for learning rates as a figure."""
 
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from studylib.study import Record
 
 PANELS_A_ROW = 4
+TITLE_WIDTH = 34  # characters of a panel's title in a line
 GIVEN_UP = {"ls": "", "marker": "x", "ms": 6}
 ABOVE = 0.6  # nats above the least loss of a panel, where its scale ends, or half as much above one that was chosen
 Tried = Mapping[Rate, float | None]  # None: given up
@@ -51,7 +53,7 @@ def searched_rates(records: "Sequence[Record]") -> Figure:
             for method, tried in methods.items():
                 _draw(ax, method, tried, top)
             ax.set_ylim(min(best) - 0.05, top)
-            ax.set_title(case, fontsize=8.5, loc="left")
+            ax.set_title(textwrap.fill(case, TITLE_WIDTH), fontsize=8.5, loc="left")
             ax.set_xlabel("Learning rate (log scale)")
             ax.set_ylabel("Validation loss,\nnats a token (lower is better)")
         found = {method: None for methods in panels.values() for method in methods}
