@@ -61,7 +61,7 @@ def searched_rates(records: "Sequence[Record]") -> Figure:
         handles.append(Line2D([], [], ls="", marker="o", mfc="none", color="#000000", ms=11, label="chosen"))
         if any(loss is None for methods in panels.values() for tried in methods.values() for loss in tried.values()):
             handles.append(Line2D([], [], color="#000000", **GIVEN_UP, label="given up after a quarter"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=7)
+        figure.legend(handles=handles, loc="outside lower center", ncols=6)
         set_title(figure, _title(panels))
     return figure
 
