@@ -214,7 +214,7 @@ def test_a_run_and_its_report_name_the_recipe_within_a_budget(tmp_path, capsys, 
     best = "The best within 5 MB: LLM-QAT at 4-8-8, "
     assert f"\nWhich recipe for this model\n\nServed as it is: {best}" in capsys.readouterr().out
     output = tmp_path / "smoke-tiny-random"
-    best = best.replace("4-8-8", '<span class="bits">4-8-8</span>')
+    best = re.sub("4-8-8|LLM-QAT", r'<span class="bits">\g<0></span>', best)
     assert best in (output / "report.html").read_text() and "--budget-mb 5" in (output / "report.html").read_text()
     assert main(["report", "--output", str(output), "--budget-mb", "9"]) == 0
     assert 'The best within 9 MB: RTN at <span class="bits">8-8-8</span>' in (output / "report.html").read_text()

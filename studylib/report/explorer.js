@@ -34,7 +34,7 @@ function explorer(root, families) {
     node.append(...children);
     return node;
   };
-  const bits = (text) => text.split(/(\d+-\d+-\d+)/).map((part, at) => at % 2 ? make("span", { class: "bits" }, part) : part);
+  const bits = (text) => text.split(/(\d+-\d+-\d+|LLM-QAT|QAT?-LoRA)/).map((part, at) => at % 2 ? make("span", { class: "bits" }, part) : part);
   const number = (x) => x >= 999.5 ? x.toLocaleString("en", { maximumFractionDigits: 0 }) : x.toPrecision(3);
   const share = (x) => `${x < 0 ? "−" : ""}${Math.abs(100 * x).toFixed(1)}%`;
   const above = (c) => (c.above[0] === null ? "∞" : share(c.above[0])) + (c.above.includes(null) ? "" : ` [${share(c.above[1])}, ${share(c.above[2])}]`);

@@ -94,7 +94,7 @@ SECTIONS = (
     Section(LATER, "QuaRot, SpinQuant, NVFP4", "what the three papers leave open", ("09",)),
 )
 NO_TEXT = re.compile(r"(<(?:script|style|title|svg|pre)\b.*?</(?:script|style|title|svg|pre)>|<[^>]*>)", re.DOTALL)
-BITS = re.compile(r"(?<![\w-])(?:\d{1,2}-\d{1,2}-\d{1,2}|W-A-KV)(?![\w-])")
+WHOLE = re.compile(r"(?<![\w-])(?:\d{1,2}-\d{1,2}-\d{1,2}|W-A-KV|LLM-QAT|QAT?-LoRA)(?![\w-])")
 SUMMARY = ("00",)  # the notebook whose figure stands below the ledger
 FAMILY_NOTEBOOKS = ("10",)  # whose figures stand on the page of a family
 (SIZES_CLAIM,) = (claim for claim in CLAIMS.values() if claim.sizes)
@@ -226,10 +226,10 @@ def _rendered(template: str, **values: Any) -> str:
 
 
 def unbroken(page: str) -> str:
-    """The page with bits such as 4-8-4 in its text kept on one line, by style alone: they are found and copied as
-    they were."""
+    """The page with bits such as 4-8-4, and names such as LLM-QAT, in its text kept on one line, by style alone: they
+    are found and copied as they were."""
     parts = NO_TEXT.split(page)  # text, what is none, text, ...
-    parts[::2] = [BITS.sub(r'<span class="bits">\g<0></span>', text) for text in parts[::2]]
+    parts[::2] = [WHOLE.sub(r'<span class="bits">\g<0></span>', text) for text in parts[::2]]
     return "".join(parts)
 
 

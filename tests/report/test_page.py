@@ -240,10 +240,15 @@ def test_a_family_has_a_page_of_its_own(family, tmp_path):
     assert "LLM-QAT at 8-8-8 of large" in text and "--model a/large" in text
 
 
-def test_bits_stay_on_one_line_and_nothing_else_is_touched():
-    text = '<title>4-8-4</title><p title="4-8-4">RTN at 4-8-4, <b>16-16-16</b>, 2026-11-30</p><script>"4-8-4"</script>'
+def test_bits_and_names_stay_on_one_line_and_nothing_else_is_touched():
+    text = (
+        '<title>4-8-4</title><p title="4-8-4">RTN at 4-8-4, <b>16-16-16</b>, 2026-11-30</p><script>"4-8-4"</script>'
+        "SmoothQuant + LLM-QAT, QA-LoRA and QAT-LoRA behind pre-QAT-LoRA"
+    )
     bits = '<span class="bits">{}</span>'
     assert unbroken(text) == (
         f'<title>4-8-4</title><p title="4-8-4">RTN at {bits.format("4-8-4")}, <b>{bits.format("16-16-16")}</b>, '
         '2026-11-30</p><script>"4-8-4"</script>'
+        f"SmoothQuant + {bits.format('LLM-QAT')}, {bits.format('QA-LoRA')} and {bits.format('QAT-LoRA')} "
+        "behind pre-QAT-LoRA"
     )
