@@ -43,17 +43,24 @@ RESPONSES = {
     ],
     "Plain QAT is a rival at its own rate": [("QAT at 4-16-16", L4Q), ("QAT at 3-16-16", L4Q_3)],
 }
+FULL, WAY, BEGUN = "full precision", "asymmetric MinMax, rotated", "asymmetric activations, rotated"
+WAYS = "What makes 4-bit activations work"
 TEXT = {
     "NF4 beside a good affine Int4": [("FP4 (bitsandbytes)", "FP4 (E2M1)")],
     "Grids that clip": [(f"{LLM_QAT} (LSQ weights)", LLM_QAT)],
     "Eight bits": [("LLM-QAT at 8-8-8", RTN)],
+    WAYS: [(f"GPTQ + LLM-QAT at {bits} ({BEGUN})", f"LLM-QAT at {bits} ({WAY})") for bits in ("4-4-16", "4-4-4")],
 }
-FULL, WAY = "full precision", "asymmetric MinMax, rotated"
 TIMES = {
-    "What makes 4-bit activations work": [
+    WAYS: [
         ("LLM-QAT at 4-4-16 (rotated)", FULL),
         (f"LLM-QAT at 4-4-16 ({WAY})", FULL),
         (f"LLM-QAT at 4-4-4 ({WAY})", FULL),
+        *[
+            (f"{method} at {bits} ({BEGUN})", FULL)
+            for method in ("GPTQ", "GPTQ + LLM-QAT")
+            for bits in ("4-4-16", "4-4-4")
+        ],
     ]
 }
 WIKIPEDIA = {

@@ -49,10 +49,14 @@ def output(picture, tmp_path_factory):
     return folder
 
 
+def text_of(page):
+    """Without what keeps bits and names on one line."""
+    return re.sub(r'<span class="bits">([^<]*)</span>', r"\1", page.read_text())
+
+
 @pytest.fixture(scope="module")
 def page(output):
-    """Without what keeps bits on one line."""
-    return re.sub(r'<span class="bits">([^<]*)</span>', r"\1", (output / "report.html").read_text())
+    return text_of(output / "report.html")
 
 
 class Reader(html.parser.HTMLParser):
@@ -229,7 +233,7 @@ def test_a_family_has_a_page_of_its_own(family, tmp_path):
     assert {record.key for record in judged} == {record.key for record in family}
     assert len(batch.used_records(tmp_path, [notebook], tmp_path / "records")) == len(records) < len(judged)
     path = write_family_report(tmp_path, records, judged, [notebook], "study run --model a/small --model a/large")
-    reader = Reader(path.read_text())
+    reader = Reader(text_of(path))
     text = " ".join(" ".join(reader.text).split())
     assert not reader.open and all(link.startswith(("data:", "10_model_sizes/")) for link in reader.links)
     assert "small, large: a larger model at fewer bits, or a smaller one at more?" in text
