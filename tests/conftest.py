@@ -3,6 +3,7 @@ import gc
 import importlib.util
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -61,6 +62,12 @@ def script():
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def text_of():
+    """Given the file of a page, its HTML without the marks that keep bits and names on one line."""
+    return lambda page: re.sub(r'<span class="bits">([^<]*)</span>', r"\1", page.read_text(encoding="utf-8"))
 
 
 BUDGET = dataclasses.replace(

@@ -28,11 +28,6 @@ def study(*arguments):
     return subprocess.run([STUDY, *map(str, arguments)], capture_output=True, text=True, timeout=600)
 
 
-def text_of(page):
-    """The page without the marks that keep bits on one line."""
-    return re.sub(r'<span class="bits">([^<]*)</span>', r"\1", page.read_text())
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A results folder, and what the command printed while it filled it."""
@@ -111,7 +106,7 @@ def test_notebooks_that_compute_by_themselves_wait_when_the_minutes_are_over(tmp
     assert main(command) == 2 and "holds no records of tiny-random" in capfd.readouterr().err
 
 
-def test_a_claim_is_decided_alone(tmp_path, capfd):
+def test_a_claim_is_decided_alone(tmp_path, text_of, capfd):
     """What it takes is told before, its word at the end; the next time nothing is computed."""
     command = ["decide", "A6", "A5", "B6", *SMOKE, "--results", str(tmp_path), "--minutes", "9"]
     assert main(command) == 0
@@ -173,7 +168,7 @@ def test_a_search_for_rates_stops_when_the_minutes_are_over(tmp_path, capfd):
     assert not list((tmp_path / "records").iterdir())
 
 
-def test_sizes_of_a_family_are_judged_in_one_folder(make_folder, tmp_path, capfd, monkeypatch):
+def test_sizes_of_a_family_are_judged_in_one_folder(make_folder, tmp_path, text_of, capfd, monkeypatch):
     """Two models, each with its own page, and one of both; `study report` makes that again."""
     for name, layers, width in (("small", 2, 96), ("large", 3, 160)):
         make_folder(name=name, num_hidden_layers=layers, intermediate_size=width, tie_word_embeddings=True)

@@ -116,10 +116,10 @@ class Reader(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_and_the_figures_are_of_these_records(records, entries):
+def test_the_page_and_the_figures_are_of_these_records(records, entries, text_of):
     assert {r.key for r in read_records(REFERENCE / "records")} == {r.key for r in records}  # each is shown somewhere
     report = SHOWN / "report.html"
-    read = Reader(re.sub(r'<span class="bits">([^<]*)</span>', r"\1", report.read_text(encoding="utf-8")))
+    read = Reader(text_of(report))
     files = [report.parent / link for link in read.links if not link.startswith(("data:", "#"))]
     assert files and all(file.is_file() for file in files)
     text = " ".join(" ".join(read.text).split())

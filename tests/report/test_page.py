@@ -49,13 +49,8 @@ def output(picture, tmp_path_factory):
     return folder
 
 
-def text_of(page):
-    """Without what keeps bits and names on one line."""
-    return re.sub(r'<span class="bits">([^<]*)</span>', r"\1", page.read_text())
-
-
 @pytest.fixture(scope="module")
-def page(output):
+def page(output, text_of):
     return text_of(output / "report.html")
 
 
@@ -221,7 +216,7 @@ def test_what_comes_into_texts_beside_what_they_say_stands_there(page, picture, 
     )
 
 
-def test_a_family_has_a_page_of_its_own(family, tmp_path):
+def test_a_family_has_a_page_of_its_own(family, tmp_path, text_of):
     records = [record for record in family if record.arm.bits in ("16-16-16", "8-8-8")]
     drawn, table = {"sizes": family_frontier(records)}, tables.family_scoreboard(records)
     batch.publish(tmp_path, "10_model_sizes", records, drawn, table, judged=family)
