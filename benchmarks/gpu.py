@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 import studylib
-from studylib.config import NOTHING, Arm, Format, Profile, write_whole
+from studylib.config import NOTHING, Adapter, Arm, Format, Profile, write_whole
 from studylib.config.budgets import EXECUTIONS, OWN
 from studylib.data import corpora, models
 from studylib.evaluate.decoding import decoding_seconds
 from studylib.evidence import claims_first
+from studylib.evidence.qlora import WIDE
 from studylib.methods import METHODS, Setting, build_arm, title
 from studylib.report import CLAIMS
 from studylib.study import ALL, REFERENCE, Pace, Record, Store, arm_key, environment, notebooks, read_records, schedule
@@ -145,13 +146,14 @@ def claims(size: Size, results: Path, until: float, tell: Told) -> None:
 def timed_arms(budget: Profile, model: str, seed: int) -> list[Arm]:
     """What B8 and C4 read, of one seed."""
     usual, uniform = METHODS["qlora"].usual_format(4, budget.group), Format("int-full", 4, budget.group)
+    wide = Adapter(WIDE["adapter.rank"], WIDE["adapter.rank"])
     asked: list[tuple[str, Format, dict[str, Any]]] = [
-        ("qlora", usual, {}),
-        ("qlora", usual, {"paged": True}),
+        ("qlora", usual, {"adapter": wide}),
+        ("qlora", usual, {"adapter": wide, "tuning": {"paged": True}}),
         ("qlora", uniform, {}),
         ("l4q", uniform, {}),
     ]
-    return [build_arm(budget, model, name, "4-16-16", seed, format=own, tuning=changed) for name, own, changed in asked]
+    return [build_arm(budget, model, name, "4-16-16", seed, format=own, **changed) for name, own, changed in asked]
 
 
 def judged(names: Sequence[str], records: Sequence[Record]) -> list[Any]:

@@ -23,7 +23,7 @@ from studylib.quant.kernel import Int4Linear, int4_model
 from studylib.quant.layers import quantize_model
 from studylib.quant.learned import L4QLinear, levels_of
 from studylib.train.distillation import keep_teacher_states, train_llm_qat
-from studylib.train.finetuning import IGNORED, collate, encode, fine_tune, random_order, response_loss
+from studylib.train.finetuning import IGNORED, check_paged, collate, encode, fine_tune, random_order, response_loss
 
 HERE = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 TOKENS = torch.randint(1, 320, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,8 @@ def test_4_bit_integers_are_executed_on_processors_whatever_computes_else(device
 
 
 def test_paged_states_train_as_others_do_where_cuda_is(device, pair, tiny_tokenizer, tmp_path):
-    model = attach(pair[0], "lora", adapter=Adapter(rank=4))
+    model = attach(pair[0], "lora", adapter=Adapter(1024, 1024))
+    check_paged(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     paged, settings = copy.deepcopy(model), dataclasses.replace(TUNED, paged=True)
     if device.type != "cuda":
         with pytest.raises(ValueError, match="paging needs CUDA"):

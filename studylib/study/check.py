@@ -44,7 +44,7 @@ from studylib.methods import adapted_layers, build_arm, find, usual_text
 from studylib.quant import check_matrices, check_rotatable, decoder_linears, quantize_model
 from studylib.study import launch
 from studylib.study.records import contents
-from studylib.train import check_head, check_paging, encode, training_pairs, usable_length
+from studylib.train import check_head, check_paged, check_paging, encode, training_pairs, usable_length
 
 TRIED = 8  # tokens that are generated
 LOUD = 100.0  # times which a head's weights make logits as large as those of a trained model
@@ -62,13 +62,15 @@ def check(arm: Arm, elsewhere: bool = False) -> None:
     named = _named(arm)
     models.check(arm.model)
     skeleton = _skeleton(arm.model, named)
-    if arm.adapter:
-        adapted_layers(skeleton, arm.adapter.layers)
+    names = adapted_layers(skeleton, arm.adapter.layers) if arm.adapter else []
     if arm.format:
         for linear in decoder_linears(skeleton).values():
             arm.format.check_width(linear.in_features)
-    if arm.tuning and arm.tuning.paged and not elsewhere:
-        check_paging()
+    if arm.tuning and arm.tuning.paged:
+        if not elsewhere:
+            check_paging()
+        if arm.adapter:
+            check_paged(arm.adapter.rank * max(skeleton.get_submodule(name).weight.shape) for name in names)
     method.check_model(arm, skeleton)
     if arm.engines:
         _check_engines(arm, elsewhere)

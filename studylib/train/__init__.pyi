@@ -9,7 +9,7 @@ from .distillation import (
     train_llm_qat,
     validation_windows,
 )
-from .finetuning import check_paging, encode, fine_tune, training_pairs, usable_length
+from .finetuning import check_paged, check_paging, encode, fine_tune, training_pairs, usable_length
 from .loop import Launched, take_over
 from .losses import label_loss
 
@@ -17,6 +17,7 @@ __all__ = [
     "Launched",
     "TrainingData",
     "check_head",
+    "check_paged",
     "check_paging",
     "decoder_blocks",
     "encode",

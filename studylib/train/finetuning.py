@@ -1,7 +1,7 @@
 """Fine-tuning on instruction pairs: what the adapters of QLoRA, L4Q and their baselines learn from."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ BATCH_TOKENS = 100  # of padding that cost as much as one batch more, for which 
 DRAWN = 8  # batches whose rows are drawn together and sorted by their length
 OPTIMIZER = "adamw_torch_fused"
 PAGED_ADAMW = "paged_adamw_32bit"  # transformers' name for bitsandbytes' AdamW whose states are paged to the CPU
+PAGED_FROM = 100_000  # numbers of a tensor that it pages (findings/paged-optimizer-pages-no-small-adapter)
 COMPILED_STEPS = 500  # compiling layers for rows of several widths takes as long as some 20 steps, and saves 5% of each
 
 
@@ -144,7 +145,8 @@ def fine_tune(
     pairs whose response loss is measured as training goes on, each by itself, the shortest first. rows: of a batch,
     computed at a time; the loss is the batch's mean over tokens all the same. folder, keep, report, and what happens
     to a killed training: as loop.fit.
-    Raises ValueError for a model without trainable parameters, paging without CUDA, or pairs that hold no response.
+    Raises ValueError for a model without trainable parameters, paging without CUDA or of nothing, or pairs that hold no
+    response.
     """
     from studylib.train.loop import fit
 
@@ -152,6 +154,7 @@ def fine_tune(
         raise ValueError("the model has no parameters that require gradients; attach an adapter first")
     if settings.paged:
         check_paging()
+        check_paged(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     length = usable_length(model, instructions)
     encoded = encode(tokenizer, pairs, length)
     lengths = [len(row["tokens"]) for row in encoded]
@@ -218,3 +221,13 @@ def check_paging() -> None:
     """Raise ValueError where there is no CUDA, which pages PAGED_ADAMW's states between GPU and CPU memory."""
     if device().type != "cuda":
         raise ValueError("optimizer: paging needs CUDA, and there is none here; use AdamW without paging")
+
+
+def check_paged(sizes: Iterable[int]) -> None:
+    """Raise ValueError where PAGED_ADAMW would page nothing. sizes: the numbers of each tensor that is trained."""
+    largest = max(sizes)
+    if largest < PAGED_FROM:
+        raise ValueError(
+            f"paged: bitsandbytes pages the states of tensors of {PAGED_FROM:,} numbers or more, and the largest that "
+            f"is trained has {largest:,}; use a higher rank, or no paging"
+        )

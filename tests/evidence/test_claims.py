@@ -42,6 +42,10 @@ def replaced(records, record):
 TESTABLE = [claim for claim in CLAIMS if not CLAIMS[claim].untested]
 
 
+SMALL_GROUPS = {"format": Format("int-full", 4, 32)}
+NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("int-full", 4), Format("int-full", 3)
+
+
 @pytest.mark.parametrize("claim", TESTABLE)
 def test_the_papers_picture_reproduces_every_claim(ablations, tuned, claim):
     assert verdict(claim, ablations + tuned) == REPRODUCED
@@ -56,7 +60,7 @@ def test_a_claim_that_nothing_here_can_test_says_what_it_would_take(ablations, t
 @pytest.mark.parametrize(
     ("claim", "method", "changes", "slower"),
     [
-        ("B8", "qlora", {"format": Format("nf", 4, 64, double=True), "tuning": {"paged": True}}, 1.05),
+        ("B8", "qlora", {"format": NF4, "adapter": Adapter(256, 256), "tuning": {"paged": True}}, 1.05),
         ("C4", "l4q", {"format": Format("int-full", 4)}, 1.9),
     ],
 )
@@ -77,10 +81,6 @@ def test_times_are_judged_where_they_were_taken_on_accelerators(make_record, cla
     assert verdict(claim, timed("a GPU", 2 * slower)) == NOT_REPRODUCED
     assert verdict(claim, timed("a GPU", slower, seeds=(0,))) == UNDECIDED
     assert verdict(claim, timed(None, slower)) == NOT_TESTED
-
-
-SMALL_GROUPS = {"format": Format("int-full", 4, 32)}
-NF4, INT4, INT3 = Format("nf", 4, 64, double=True), Format("int-full", 4), Format("int-full", 3)
 
 
 @pytest.mark.parametrize(

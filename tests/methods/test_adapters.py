@@ -19,7 +19,7 @@ from studylib.methods.lora import in_bitsandbytes
 from studylib.quant.formats import EncodedLinear, encode, encode_model
 from studylib.quant.layers import decoder_linears, quantize_model
 from studylib.quant.learned import LearnedGridLinear, QALoRALinear
-from studylib.train.finetuning import check_paging
+from studylib.train.finetuning import check_paged, check_paging
 
 QLORA_FORMATS = [
     NF4,
@@ -380,6 +380,12 @@ def test_a_model_that_is_quantized_or_adapted_already_is_refused(tiny_model, met
     ):
         with pytest.raises(ValueError, match="quantized or adapted already; load it anew"):
             attach(made, method, **SETTINGS[method])
+
+
+def test_paging_of_nothing_is_refused():
+    check_paged([16 * 4096, 16 * 11008])
+    with pytest.raises(ValueError, match="100,000 numbers or more, and the largest that is trained has 88,064; use a"):
+        check_paged([8 * 4096, 8 * 11008])
 
 
 def test_paging_without_cuda_is_refused(monkeypatch):

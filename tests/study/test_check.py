@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from studylib.config.budgets import Evaluation, profile
-from studylib.config.settings import Scheme
+from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data import corpora, models
 from studylib.evaluate.scores import window_losses
 from studylib.methods.arms import build_arm
@@ -155,6 +155,13 @@ def test_more_likely_tokens_than_there_are(make_folder):
     refused(
         trained(make_folder(), sampling={"top_k": 10**6}), "top_k: 1000000 is more than the vocabulary; use 0 for all"
     )
+
+
+def test_paging_that_would_page_nothing(make_folder):
+    folder, paged = make_folder(), {"tuning": {"paged": True}}
+    with pytest.raises(ValueError, match="paged: bitsandbytes pages the states of tensors of 100,000 numbers or more"):
+        check(arm(folder, "lora", adapter=Adapter(rank=64), **paged), elsewhere=True)
+    check(arm(folder, "qat", "4-16-16", format=Format("int-full", 4, 32), **paged), elsewhere=True)
 
 
 def test_layers_are_tried_with_the_arms_scheme(make_folder):

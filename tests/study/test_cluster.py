@@ -18,6 +18,7 @@ from distributed import LocalCluster
 from studylib import cli
 from studylib.config.budgets import Evaluation, profile
 from studylib.config.numerics import NUMERICS, Version
+from studylib.config.settings import Format
 from studylib.methods.arms import build_arm
 from studylib.study import cluster, run, schedule
 from studylib.study import notebooks as batch
@@ -171,7 +172,8 @@ def test_a_worker_with_other_numerics_or_without_the_results_folder_is_named(wor
 
 def test_what_no_worker_has_is_named(working, tmp_path):
     tuned = build_arm(BUDGET, "tiny-random", "lora")
-    paged = dataclasses.replace(tuned, tuning=dataclasses.replace(tuned.tuning, paged=True))
+    whole = build_arm(BUDGET, "tiny-random", "qat", "4-16-16", format=Format("int-full", 4, 32))
+    paged = dataclasses.replace(whole, tuning=dataclasses.replace(whole.tuning, paged=True))
     assert refused(working, [paged], tmp_path).startswith("GPU: ")
     with pytest.raises(ClusterError, match=r"^memory: LoRA.* takes 0\.0 GB as `study plan` counts, and no worker has"):
         check_needs([tuned], [Has(memory=1e5, gpus=0)])
