@@ -1,7 +1,8 @@
 """Memory and seconds of exporting a kept model, in a process of its own, beside the size of the model in 16 bits.
 
 The model was trained for a step, which changes nothing of its size. Memory is the most that the process has resident
-beyond what its imports take, pages of mapped files included.
+beyond what its imports take, pages of mapped files included. "exports" has a part for each type that products are
+computed in, of the machine that was measured last: what is scored in fp32 takes twice the memory of its weights.
 """
 
 import dataclasses
@@ -74,8 +75,11 @@ def main() -> None:
                 found[f"{format}, {how}"] = own | {"times_16_bits": round(own["bytes"] / sixteen, 2)}
                 print(f"{format:20} {how:9} {own['bytes'] / 1e6:6.0f} MB, {own['bytes'] / sixteen:.2f} times 16 bits, "
                       f"{own['seconds']:5.1f} s", flush=True)  # fmt: skip
-    result = {"what": __doc__, "bytes_in_16_bits": sixteen, "exports": found, "environment": environment()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path, own = Path(__file__).with_suffix(".json"), environment()
+    exports = json.loads(path.read_text())["exports"] if path.exists() else {}
+    exports[own["compute_dtype"]] = found | {"environment": own}
+    result = {"what": __doc__, "bytes_in_16_bits": sixteen, "exports": exports}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
