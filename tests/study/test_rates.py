@@ -13,6 +13,7 @@ from studylib.config.learning_rates import parse_rates
 from studylib.config.settings import Adapter, Format, Scheme
 from studylib.data.corpora import windows
 from studylib.methods.arms import build_arm, rate_case
+from studylib.study import notebooks as batch
 from studylib.study import rates, run, schedule
 from studylib.study.rates import FACTOR, GRID_RATE, cases, search, validation_loss
 from studylib.study.records import REFERENCE, Store, arm_key, read_records
@@ -115,6 +116,18 @@ def test_a_search_half_way_would_have_chosen_as_well_as_one_to_the_end():
         losses = [validation_loss(record) for record in records.values()]
         behind[case] = validation_loss(records[chosen]) / min(losses) - 1
     assert len(behind) == 21 and sum(share > 0.005 for share in behind.values()) <= 3 and max(behind.values()) < 0.03
+
+
+def test_the_page_says_what_a_search_for_all_of_a_notebook_takes(tmp_path):
+    (notebook,) = batch.find_notebooks(["05"])
+    shares = []
+    for seeds in ([0, 1, 2], [0]):
+        given = {"model": "smollm2-135m", "profile": "quick", "results": str(tmp_path), "seeds": seeds}
+        arms = batch.wanted_arms(notebook, given)
+        shares.append(rates.cost(list(cases(arms).values()), arms, tmp_path))
+    three, one = (f"{share:.0%}" for share in shares)
+    page = " ".join((REFERENCE.parents[1] / "docs" / "deviations.md").read_text().split())
+    assert f"is planned at {three} of the work of its arms with three seeds, and at {one} with one" in page
 
 
 def test_arms_that_are_compared_share_a_rate():
