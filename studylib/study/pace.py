@@ -18,6 +18,7 @@ SMALL = 50_000_000  # parameters more that a token takes as long as, of whatever
 BESIDES = 400  # forward tokens that an arm takes beside its phases: to load, check and save
 SHORT = 0.01  # seconds: no phase is told to be shorter
 ROUNDING = 0.05  # of an evaluation's time: to round weights, without text to calibrate on
+WAITED_FOR = ("data", "quantize", "train")  # phases of records.SHARED that take long
 FORM = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"  # of the bar: its percentage is of the time
 MOMENT = 2.0  # seconds between two states of it
 ITEM_WORK = 100  # forward tokens that one benchmark item takes on average
@@ -194,6 +195,11 @@ def time_text(seconds: float) -> str:
     if seconds < 60:
         return "under a minute"
     return f"about {seconds / 60:.0f} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
+
+
+def waited_for(arm: Arm) -> set[tuple[str, Any]]:
+    """What the arm makes for others as well, and what these would wait for: text, GPTQ's integers, an adapter."""
+    return {shared for phase in WAITED_FOR if (shared := _shared(phase, arm))}
 
 
 def _shared(phase: str, arm: Arm) -> tuple[str, Any] | None:

@@ -19,7 +19,7 @@ from filelock import Timeout
 from studylib.config import MEANINGLESS, NOTHING, Arm, check_jobs, check_scheduler, is_smoke, listed
 from studylib.methods import find, title
 from studylib.study import launch
-from studylib.study.pace import Clock, Pace, planned_work
+from studylib.study.pace import Clock, Pace, planned_work, waited_for
 from studylib.study.records import (
     ALL,
     COMPUTE,
@@ -245,6 +245,19 @@ class _Shares:
             if arm in self.left and arm not in self.crew.begun and arm not in self.crew.given_up:
                 yield arm
 
+    def _apart(self) -> Iterator[Arm]:
+        """Of what comes next, workers' arms: last those that would wait for text, integers or an adapter that another
+        arm is making."""
+        made = set().union(*map(waited_for, self.crew.begun)) - self.clock.pace.made
+        late = []
+        for arm in self._waiting():
+            if arm not in self.own:
+                if made and not made.isdisjoint(waited_for(arm)):
+                    late.append(arm)
+                else:
+                    yield arm
+        yield from late
+
     def _room(self) -> bool:
         return not self.most or len(self.crew.busy) < self.most
 
@@ -252,7 +265,7 @@ class _Shares:
         """Each worker without an arm gets the first that waits; here: arms that this process computes meanwhile."""
         for worker in self.crew.free():
             while not self.most or len(self.crew.busy) + here < self.most:
-                arm = self.crew.first_for(worker, (arm for arm in self._waiting() if arm not in self.own))
+                arm = self.crew.first_for(worker, self._apart())
                 if arm is None:
                     break
                 if not _is_there(arm, self.store, self.clock.pace):

@@ -3,20 +3,24 @@
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from studylib.config.budgets import Evaluation, profile
 from studylib.config.files import remove_leftovers
+from studylib.config.settings import Format
 from studylib.methods.arms import build_arm
 from studylib.study import schedule
-from studylib.study.pace import Pace, tokens
+from studylib.study.pace import Clock, Pace, tokens, waited_for
 from studylib.study.records import Store, arm_key
 
 SCRIPT = """
@@ -169,3 +173,25 @@ def test_records_of_the_reference_are_found_and_never_written(two_arms, tmp_path
     assert len(list((own / "records").iterdir())) == 3 and sorted(reference.rglob("*.json")) == files
     with pytest.raises(ValueError, match=r"^compute: 'some' is not allowed; use new, missing, all$"):
         schedule.run(two_arms, own, compute="some")
+
+
+def test_what_would_wait_for_another_arm_comes_after_what_would_not(tmp_path):
+    tiny, small = partial(build_arm, profile("smoke"), "tiny-random"), Format("int-full", 4, 16)
+    maker = tiny("gptq", "4-8-4")
+    alike = tiny("gptq", "4-4-4")  # the same integers
+    taught = tiny("llm-qat", "4-8-4", corpus="c4")  # on other text
+    rounded = tiny("rtn", "4-8-4")
+    tuned = tiny("qlora", "4-16-16", format=small)
+    merged = tiny("qlora", "4-16-16", format=small, merge="merged-16")  # the same adapter
+    for begun, asked, wanted in (
+        ([maker], [alike, taught, rounded], [taught, rounded, alike]),
+        ([maker, tuned], [alike, merged, rounded], [rounded, alike, merged]),
+        ([rounded], [alike, maker, merged], [alike, maker, merged]),
+    ):
+        with Clock(Pace(), hidden=True) as clock:
+            crew = SimpleNamespace(begun=dict.fromkeys(begun, 0.0), given_up={}, store=Store(tmp_path))
+            shares = schedule._Shares([*begun, *asked], crew, 2, False, math.inf, list, clock)
+            shares.turn = asked
+            assert list(shares._apart()) == wanted
+            clock.pace.made |= {made for arm in begun for made in waited_for(arm)}
+            assert list(shares._apart()) == asked
