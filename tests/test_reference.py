@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from studylib.config.budgets import profile
 from studylib.evidence import FAMILY, RATE
 from studylib.evidence.verdicts import LOOKS
 from studylib.report import front
@@ -86,13 +87,17 @@ def test_every_other_number_of_readme_is_held(records):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     fetched = int(re.search("about (.*?) MB", (ROOT / "CONTRIBUTING.md").read_text())[1])
     full = next(record for record in records if record.arm.method == "full-precision")
+    scored = profile("quick").evaluation
     hours = sum(sum(r.cost["seconds"].values()) for r in records if r.arm.seed == 0) / 3600
     held = {
         f"Python {project['requires-python'].removeprefix('>=')} or newer": 1,
         f"{re.search('about (.*?) GB', (ROOT / 'Makefile').read_text())[1]} GB": 1,
         f"{(2 * full.metrics['bytes/weights'] + fetched * 1e6) / 1e9:.1f} GB of weights and text": 1,  # as fp32
-        f"any false word in {RATE * FAMILY * LOOKS:.0%} of cases": 1,
+        f"{scored.windows} windows of {scored.length} tokens of each corpus, and on {scored.pairs} responses": 1,
+        f"their {scored.items} questions": 1,
+        "25 claims were judged a second time": 1,  # tests/study/test_confirm.py
     }
+    assert round(1 / (RATE * FAMILY * LOOKS), 6) == 20 and "at most one page in twenty has a wrong" in README
     head, _, rest = README.partition("\n- **Eight bits")
     text = " ".join(bare(head + rest[rest.index("## Try it") :]).split())
     for said, times in held.items():

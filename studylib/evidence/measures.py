@@ -288,11 +288,20 @@ def of_family(records: Sequence[Record], budgets: Mapping[str, Profile]) -> list
     return [record for model, budget in budgets.items() for record in of_profile(records, model, budget)]
 
 
-def with_further_seeds(records: Sequence[Record], known: Sequence[Record]) -> list[Record]:
+class Shown(list[Record]):
+    """Records that are shown, and `known`: all of the run, which say how far runs of a kind lie apart."""
+
+    def __init__(self, records: Iterable[Record], known: Iterable[Record]):
+        super().__init__(records)
+        self.known = tuple(known)
+
+
+def with_further_seeds(records: Sequence[Record], known: Sequence[Record]) -> Shown:
     """The records, and those of `known` that repeat one of their settings with another seed: every run on record
-    counts, in figures and tables as in verdicts."""
+    counts, in figures and tables as in verdicts, so that one number has one interval."""
     settings, keys = {Setting.of(record.arm) for record in records}, {record.key for record in records}
-    return [*records, *(own for own in known if own.key not in keys and Setting.of(own.arm) in settings)]
+    others = [record for record in known if record.key not in keys]
+    return Shown([*records, *(own for own in others if Setting.of(own.arm) in settings)], [*records, *others])
 
 
 def _is_of_present_files(record: Record) -> bool:
@@ -581,7 +590,7 @@ def accuracy_title(tasks: Sequence[str]) -> str:
 
 def with_spreads(measure: Measure, records: Sequence[Record]) -> Measure:
     """A perplexity that knows how far runs lie apart by it, of each kind of cell."""
-    return replace(measure, spreads=_spreads(measure, tuple(records)))
+    return replace(measure, spreads=_spreads(measure, records.known if isinstance(records, Shown) else tuple(records)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -199,7 +199,7 @@ def converges_faster(measure: Measure, fast: Cell, slow: Cell) -> Outcome:
     effect = Effect(found, NATS, f"{slow.title} behind {fast.title}, half-way, {seeds}", above=0)
     text = f"half-way, the validation loss of {slow.title} minus that of {fast.title} is {effect.text} ({seeds}); "
     text += f"before training, {began.text(nats)}."
-    return together([effect], text)
+    return replace(together([effect], text), of="validation loss of fine-tuning")
 
 
 def _behind(at: float, fast: Cell, slow: Cell) -> tuple[Interval, str]:
@@ -268,7 +268,8 @@ def generalises(measure: Measure, generated: Cell, *real: Cell) -> Outcome:
         effects.append(replace(_worse(elsewhere, generated, cell), above=0))
         names.append(_short(cell, generated) + (f" (on {corpus_title(elsewhere.of)})" if elsewhere != measure else ""))
     nearest = sorted(effects, key=lambda effect: effect.interval.estimate)
-    return together(nearest, f"{_are(names, effects, generated.title)}.")
+    of = "perplexity on the corpus that the other was not trained on" if measure.is_perplexity else ""
+    return replace(together(nearest, f"{_are(names, effects, generated.title)}."), of=of)
 
 
 def sampling_beats_greedy(measure: Measure, hybrid: Cell, sampled: Cell, greedy: Cell) -> Outcome:

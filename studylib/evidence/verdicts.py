@@ -179,7 +179,8 @@ class Effect:
 class Outcome:
     """What a rule finds: the parts of the claim, the verdict of each, and all in words.
 
-    shown: the effect that stands for all, where it is none of the parts. measured: the kinds of cells that must have
+    shown: the effect that stands for all, where it is none of the parts. of: what the numbers are, where it is not what
+    the measure is called. measured: the kinds of cells that must have
     been run with several seeds; waiting: those of them whose runs do not tell yet how far they lie apart, so that parts
     that rest on them are undecided.
     """
@@ -187,6 +188,7 @@ class Outcome:
     parts: tuple[Effect, ...]
     text: str
     shown: Effect | None = None
+    of: str = ""
     measured: frozenset[str] = frozenset()
     waiting: frozenset[str] = frozenset()
 
@@ -391,9 +393,9 @@ def by_rule(claim: Claim, test: Rule, used: Sequence[Cell | None], records: Sequ
         text += " Still learning: another doubling of the training would change this."
     still = [f"{cell.title} by {percent(moved)}" for cell in used if cell and (moved := _moved(cell)) < MOVED]
     if still:
-        text += f" Learned grids hardly moved: {listed(still)}."
+        text += f" Learned scales moved by little from where they began: {listed(still)}."
     smoke = is_smoke(record.arm.evaluation for record in records)
-    return Finding(claim.id, main.title, found.verdict, text, found.effect, words, learning, found, smoke)
+    return Finding(claim.id, found.of or main.title, found.verdict, text, found.effect, words, learning, found, smoke)
 
 
 def _used(claim: Claim, records: Sequence[Record]) -> list[Cell | None]:

@@ -405,11 +405,16 @@ def _machine(records: Sequence[Record]) -> dict[str, str]:
         "Processor": f"{processor}, {cores} threads",
         "Accelerator": _all_values(records, "hardware", "accelerator").replace("null", "none"),
         "Products computed in": _all_values(records, "compute_dtype"),
-        "Commit": f"{_all_values(records, 'commit')} (changes not committed: {_all_values(records, 'dirty')})",
+        "Commit": f"{_all_values(records, 'commit')}{_uncommitted(records)}",
         "Python": _all_values(records, "python"),
         **{name: _all_values(records, "libraries", name) for name in ("torch", "transformers", "lm-eval")},
         "Finished": f"{min(finished)} to {max(finished)}",
     }
+
+
+def _uncommitted(records: Sequence[Record]) -> str:
+    count = sum(bool(record.provenance["dirty"]) for record in records)
+    return f"; {count} of {len(records)} records are of changes that were not committed" if count else ""
 
 
 def _all_values(records: Sequence[Record], *path: str) -> str:

@@ -93,7 +93,8 @@ class Family:
     """Recipes that answer one question, and the perplexity that they are compared by.
 
     reference: the one of 16 bits, or the best where that was not run. accuracy: shown besides, where tasks were run.
-    diverged: settings with a run that diverged; they are no candidates.
+    diverged: settings with a run that diverged; they are no candidates. untuned: the model as it is, beside fine-tuned
+    ones, where the same was measured of it.
     """
 
     title: str
@@ -102,6 +103,7 @@ class Family:
     reference: Candidate
     accuracy: Measure | None
     diverged: tuple[Cell, ...]
+    untuned: Cell | None = None
 
     def loss(self, candidate: Candidate) -> float:
         return self.measure.value(identity, candidate.cell)
@@ -139,14 +141,15 @@ def families(records: Sequence[Record]) -> list[Family]:
 
     A family of which no arm finished is left out. Raises ValueError for records that gather cannot compare.
     """
-    cells, alone = gather(records).values(), seconds_alone(records)
+    cells, alone = gather(records), seconds_alone(records)
     accuracy = next(iter(accuracies(records)), None)
     found = []
     for title, tuned, usual, known in (
         ("Served as it is", False, FULL, text_measures(records)),
         ("Fine-tuned and deployed", True, LORA, response_measures(records)),
     ):
-        own = [cell for cell in cells if cell.tuned == tuned]
+        own = [cell for cell in cells.values() if cell.tuned == tuned]
+        full = cells.get(FULL) if tuned else None
         slower = _slower([record for cell in own for record in cell.records])
         for measure in known:
             finished = [cell for cell in own if measure.covers(cell) and not cell.diverged]
@@ -158,7 +161,8 @@ def families(records: Sequence[Record]) -> list[Family]:
                 best = min(candidates, key=lambda candidate: measure.value(identity, candidate.cell))
                 reference = next((c for c in candidates if c.cell.setting == usual), best)
                 diverged = tuple(cell for cell in own if cell.diverged)
-                found.append(Family(title, measure, candidates, reference, accuracy, diverged))
+                untuned = full if full and measure.covers(full) else None
+                found.append(Family(title, measure, candidates, reference, accuracy, diverged, untuned))
     return found
 
 
@@ -232,6 +236,7 @@ def recommend(family: Family, budget: float | None = None) -> Recommendation:
     details = [
         *_worse_than_guessing(family),
         *_far_from_reference(family, budget, chosen),
+        *_untuned(family),
         *_beside_others(found.those, best, found.equals, chosen, found.gaps),
         *(_cost(candidate) for candidate in dict.fromkeys((chosen, best))),
         *_export(chosen),
@@ -313,6 +318,13 @@ def _far_from_reference(family: Family, budget: float | None, chosen: Candidate)
         return []
     high = family.above(chosen, family.reference).high
     return [f"It may be further away than that: the interval reaches {percent(high)}."] if high > SHARE else []
+
+
+def _untuned(family: Family) -> list[str]:
+    if family.untuned is None:
+        return []
+    value = family.measure.interval(identity, family.untuned).text(family.measure.text)
+    return [f"{capital(family.untuned.title)}, which is not fine-tuned, has {value}."]
 
 
 def _beside_others(

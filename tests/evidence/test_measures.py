@@ -19,6 +19,7 @@ from studylib.evidence.measures import (
     text_measures,
     unchanged,
     usual_measures,
+    with_further_seeds,
     won_back,
 )
 from studylib.methods.arms import Setting, build_arm, setting
@@ -368,3 +369,15 @@ def test_a_measure_covers_what_all_seeds_were_scored_on(make_record):
     lacking = dataclasses.replace(second, scores={"loss/c4": second.scores["loss/c4"]})
     assert [measure.covers(cell) for cell in gather([first, second]).values()] == [True]
     assert [measure.covers(cell) for cell in gather([first, lacking]).values()] == [False]
+
+
+def test_an_interval_is_the_same_among_the_records_that_are_shown_and_among_all(ablations):
+    """Runs of arms that are not shown tell how far runs of those that are lie apart."""
+    one = [record for record in ablations if Setting.of(record.arm) == setting("llm-qat", "4-8-4")][:1]
+    shown = with_further_seeds(one, ablations)
+    assert len(one) < len(shown) < len(ablations)
+    own, all_of_them, few = (
+        text_measures(records)[0].interval(identity, gather(shown)[setting("llm-qat", "4-8-4")])
+        for records in (shown, ablations, list(shown))
+    )
+    assert own == all_of_them != few

@@ -1,11 +1,13 @@
 """Claims are judged anew by text and pairs that the reference was not scored on."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from studylib import read_records
+from studylib.config import listed
 from studylib.data import corpora, load_tokenizer
 from studylib.methods import seedless
 from studylib.study.records import arm_key
@@ -59,4 +61,13 @@ def test_the_arms_are_those_of_the_reference_but_for_seeds_and_what_they_are_sco
 
 def test_the_page_tells_the_words_of_the_records(confirm, records):
     page = confirm.PAGE.read_text(encoding="utf-8")
-    assert f"<!-- confirmed -->\n{confirm.table(records)}\n<!-- /confirmed -->" in page
+    table = confirm.table(records)
+    assert f"<!-- confirmed -->\n{table}\n<!-- /confirmed -->" in page
+    words = {
+        claim: words for claim, *words in re.findall(r"^\| (\w\d+) \| ([\w ]+) \| ([\w ]+) \|", table, re.MULTILINE)
+    }
+    others = [claim for claim, (reference, own) in words.items() if own != reference]
+    assert {words[claim][1] for claim in others} == {"undecided"} and len(others) == 3
+    told = f"{len(words)} claims were judged a second time"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert told in readme and f"three are undecided there: {listed(others)} (" in readme
