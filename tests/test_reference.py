@@ -63,6 +63,12 @@ def test_what_make_notebooks_writes_is_there(records, entries):
     assert f"For {front.MODEL}, of {len(CLAIMS)} claims {sum(e.verdict == 'reproduced' for e in entries)} are" in README
 
 
+def test_drawn_bounds_lie_outside_the_range_of_a_claim_that_is_not_reproduced_alone(entries):
+    drawn = {entry.claim.id: entry.main.effect for entry in entries if entry.main.effect and entry.main.effect.ends}
+    outside = {claim for claim, own in drawn.items() if own.bounds[0] > own.below or own.bounds[1] < own.above}
+    assert outside == {entry.claim.id for entry in entries if entry.verdict == "not reproduced"} and len(drawn) > 20
+
+
 def test_readme_is_short_and_shows_pictures_that_there_are():
     assert len(README.splitlines()) < 120
     shown = re.findall(r"!?\[[^]]*\]\((?!https:)([^)#]+)\)", README)

@@ -73,7 +73,7 @@ class Effect:
     """A number, in words what it is of, and where its claim holds: above `above`, below `below`, or between them.
 
     of: the setting that it is of. papers: whether the paper's own number, if it has one in this unit, is of the same.
-    tolerance: how far from `above` or `below` a difference is none.
+    tolerance: how far from `above` or `below` a difference is none. ways: in how many its claim may be contradicted.
     """
 
     interval: Interval
@@ -84,6 +84,7 @@ class Effect:
     of: Setting | None = None
     papers: bool = True
     tolerance: float = 0.0
+    ways: int = 1
 
     @property
     def text(self) -> str:
@@ -92,8 +93,10 @@ class Effect:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What a verdict rests on: what the true value lies above, and below, each at RATE."""
-        return self.interval.bounds(RATE)
+        """What a verdict rests on: what the true value lies above, and below. An end that would contradict the claim
+        beyond its range has its share of RATE, among all ways to contradict it."""
+        (low, high), (lower, higher) = self.interval.bounds(RATE), self.interval.bounds(RATE / self.ways)
+        return lower if math.isfinite(self.below) else low, higher if math.isfinite(self.above) else high
 
     @property
     def ends(self) -> list[float]:
@@ -111,7 +114,7 @@ class Effect:
         low, high = self.interval.bounds(RATE / (ways or max(1, len(self.ends))))
         if low > self.below or high < self.above:
             return NOT_REPRODUCED
-        low, high = self.bounds
+        low, high = self.interval.bounds(RATE)
         if (low > self.above or self.above == -math.inf) and (high < self.below or self.below == math.inf):
             return REPRODUCED
         if 0 in self.ends and -self.tolerance < low and high < self.tolerance:
@@ -232,7 +235,8 @@ class Outcome:
     @property
     def effect(self) -> Effect:
         """That of the first part which decides the verdict."""
-        return self.shown or self.parts[self.verdicts.index(self.verdict)]
+        ways = max(1, sum(len(part.ends) for part in self.parts))
+        return replace(self.shown or self.parts[self.verdicts.index(self.verdict)], ways=ways)
 
 
 Rule = Callable[..., Outcome]  # given a measure and cells

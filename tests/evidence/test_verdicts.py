@@ -1,6 +1,7 @@
 """Where a claim holds, what decides it, and how numbers are written."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -61,7 +62,7 @@ def test_one_contradiction_of_many_that_are_looked_for_must_be_surer():
     assert found.verdict() == NOT_REPRODUCED and found.verdict(ways=5) == UNDECIDED
     alone, together = Outcome((found,), ""), Outcome((found, *[effect(1, 2, above=0)] * 4), "")
     assert alone.verdict == NOT_REPRODUCED and together.verdict == UNDECIDED
-    assert together.verdicts == [UNDECIDED, *[REPRODUCED] * 4] and together.effect == found
+    assert together.verdicts == [UNDECIDED, *[REPRODUCED] * 4] and together.effect == replace(found, ways=5)
     assert effect(1, 2, above=0).verdict(ways=5) == REPRODUCED  # all must hold: that needs no correction
 
 
@@ -82,7 +83,8 @@ def test_the_parts_of_a_claim_make_one_word(words, verdict):
         UNDECIDED: effect(-1, 1, above=0),
     }
     outcome = Outcome(tuple(kinds[word] for word in words), "")
-    assert outcome.verdicts == words and outcome.verdict == verdict and outcome.effect == kinds[verdict]
+    assert outcome.verdicts == words and outcome.verdict == verdict
+    assert outcome.effect == replace(kinds[verdict], ways=len(words))
 
 
 def test_the_smallest_effect_is_counted_from_the_bound():

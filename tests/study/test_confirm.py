@@ -1,9 +1,11 @@
 """Claims are judged anew by text and pairs that the reference was not scored on."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from studylib import read_records
@@ -13,6 +15,7 @@ from studylib.methods import seedless
 from studylib.study.records import arm_key
 
 ROOT = Path(__file__).parents[2]
+SMOOTH = "smoothquant+llm-qat"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,15 @@ def test_the_page_tells_the_words_of_the_records(confirm, records):
     }
     others = [claim for claim, (reference, own) in words.items() if own != reference]
     assert {words[claim][1] for claim in others} == {"undecided"} and len(others) == 3
+    smooth = [own for own in [*read_records(ROOT / "results/reference/records"), *records] if own.arm.method == SMOOTH]
+    found = [math.exp(np.mean(own.scores["loss/wikipedia"][:16])) for own in smooth if own.arm.bits == "4-4-16"]
+    *reference, anew = (float(f"{value:.3g}") for value in found)
+    said = f"come to a perplexity of {min(reference):g} to {max(reference):g} on Wikipedia"
+    assert (
+        len(found) == 4
+        and said in " ".join(page.split())
+        and f"generated anew, to {anew:,g}." in " ".join(page.split())
+    )
     told = f"{len(words)} claims were judged a second time"
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert told in readme and f"three are undecided there: {listed(others)} (" in readme

@@ -94,7 +94,8 @@ def memory_bars(frame: pd.DataFrame) -> Figure:
         ranked = totals.sort_values()
         ends = [f"{method_title(name)} {number(ranked[name] / MB)} MB" for name in (ranked.index[0], ranked.index[-1])]
         off = (frame["planned"] / frame["total"] - 1).abs().max()
-        set_title(figure, f"A training step takes from {ends[0]} to {ends[1]}; plans are off by at most {percent(off)}")
+        measured = f"our plans are within {percent(off)} of what was measured"
+        set_title(figure, f"A training step takes from {ends[0]} to {ends[1]}; {measured}")
     return figure
 
 
