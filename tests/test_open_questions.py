@@ -23,6 +23,8 @@ RESPONSES = {
         ("QAT at 4-16-16 (affine Int4)", L4Q_AFFINE),
         ("QAT-LoRA at 3-16-16 (affine Int3)", L4Q_3_AFFINE),
         ("GPTQ + LoRA at 3-16-16 (affine Int3)", L4Q_3_AFFINE),
+        ("GPTQ + QA-LoRA at 4-16-16 (affine Int4)", L4Q_AFFINE),
+        ("GPTQ + QA-LoRA at 3-16-16 (affine Int3)", L4Q_3_AFFINE),
     ],
     "Blocks first, scales afterwards": [
         ("EfficientQAT at 4-16-16", L4Q),

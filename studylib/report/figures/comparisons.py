@@ -1,7 +1,7 @@
 """The figures: one function each, drawn from records alone; titles are computed from the numbers."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -64,7 +64,7 @@ from studylib.report.style import (
 )
 from studylib.study import Record
 
-NAMED = 2  # arms that a title names one by one: more would take three lines
+NAMED = 5  # arms that a title names one by one: more would take three lines
 PANELS_A_ROW = 4
 PLACES = {BEFORE_ROTARY: "before", AFTER_ROTARY: "after"}  # of quantizing keys, in words
 PERCENT = Scale(lambda change: EXCESS.to(change / 100), lambda x: 100 * EXCESS.back(x))  # of a change
@@ -157,17 +157,7 @@ def _recovery_title(cells: Cells, measure: Measure, bits: str) -> str:
 
 def size_accuracy(records: Sequence[Record]) -> Figure:
     """Memory of weights and a cache of CONTEXT tokens against each measure, with 95% intervals and Pareto fronts."""
-    return _by_size(_defaults(records), usual_measures(records), lambda own: own.title if own == FULL else own.bits)
-
-
-def after_deployment(records: Sequence[Record]) -> Figure:
-    """The same memory of fine-tuned models as they are deployed, against the perplexity of responses: labels say which
-    adapter, format and way of merging it is, where that is not the usual one."""
-    tuned = {own: cell for own, cell in gather(records).items() if cell.tuned}
-    return _by_size(tuned, response_measures(records), lambda own: own.variant or own.bits)
-
-
-def _by_size(cells: Cells, panels: list[Measure], label: Callable[[Setting], str]) -> Figure:
+    cells, panels = _defaults(records), usual_measures(records)
     shown = [cell for cell in cells.values() if cell.records]
     if not panels or not shown:
         return empty_figure("No arm finished")
@@ -190,28 +180,43 @@ def _by_size(cells: Cells, panels: list[Measure], label: Callable[[Setting], str
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(axis_title(measure, "log scale, "))
         best = [shown[i].title for i in frontier(panels[0], shown, sizes)]
-        title = f"By {panels[0].title}, none of these is both smaller and better than {listed(best)}"
-        if len(best) > NAMED:
-            title = f"By {panels[0].title}, {len(best)} of these are the best of their size, {best[0]} to {best[-1]}"
+        named = listed(best[:NAMED] + [f"{len(best) - NAMED} more"] * (len(best) > NAMED))
+        title = f"By {panels[0].title}, none of these is both smaller and better than {named}"
         finish(figure, title, cells, lines[0])
         for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
-            _label_points(ax, measure, shown, sizes, limit, line, label)
+            _label_points(ax, measure, shown, sizes, limit, line)
     return figure
 
 
-def _label_points(
-    ax: Axes,
-    measure: Measure,
-    shown: list[Cell],
-    sizes: Array,
-    limit: float,
-    line: Line2D,
-    label: Callable[[Setting], str],
-) -> None:
+def after_deployment(records: Sequence[Record]) -> Figure:
+    """A row for each fine-tuned model as it is deployed, the smallest first: its memory (weights and a cache of CONTEXT
+    tokens), and its paired difference of the perplexity of responses from QLoRA with its adapter beside the base."""
+    tuned = [cell for cell in gather(records).values() if cell.tuned and cell.records]
+    base = next((cell for cell in tuned if cell.method == "qlora" and not cell.setting.changes), None)
+    panels = response_measures(records)
+    if not panels or base is None:
+        return empty_figure("No QLoRA to compare with")
+    (measure,) = panels
+    others = sorted(
+        (cell for cell in tuned if cell is not base), key=lambda c: (megabytes(c), measure.value(identity, c))
+    )
+    if not others:
+        return empty_figure(f"Nothing to compare with {base.title}")
+    smaller = [cell for cell in others if megabytes(cell) <= megabytes(base)] or others
+    ranked = sorted(smaller, key=lambda cell: measure.value(identity, cell))
+    ends = [_named_change(measure, base, cell) for cell in dict.fromkeys((ranked[0], ranked[-1]))]
+    title = f"{capital(measure.title)} beside {base.title} ({megabytes(base):.0f} MB), of what is no larger: "
+    names = [", ".join(filter(None, (method_title(cell.method), cell.setting.variant))) for cell in others]
+    labels = [f"{name}: {megabytes(cell):.0f} MB" for name, cell in zip(names, others, strict=True)]
+    return _changes(panels, base, others, labels, title + ", ".join(ends), "Deployed as, with its memory")
+
+
+def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: Array, limit: float, line: Line2D) -> None:
     texts, heights = [], []
     for cell, size in zip(shown, sizes, strict=True):
         value = measure.value(identity, cell)
-        text = label(cell.setting) + (f": {measure.text(value)}" if value > limit else "")
+        text = cell.title if cell.setting == FULL else cell.bits
+        text += f": {measure.text(value)}" if value > limit else ""
         heights.append(min(value, limit))
         texts.append(
             ax.text(size, heights[-1], text, fontsize=7.5, color=look_of(cell.method).colour, path_effects=[HALO])
@@ -229,6 +234,15 @@ def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[M
     others = [cell for cell in cells.values() if cell.setting not in (baseline, FULL)]
     if not panels or not base or not base.records or not others:
         return empty_figure(f"No arm to compare with {baseline.title}")
+    title = _differences_title(panels[0], base, [cell for cell in others if cell.records])
+    labels = [_beside(baseline, cell.setting) for cell in others]
+    return _changes(panels, base, others, labels, title, "What is changed")
+
+
+def _changes(
+    panels: Sequence[Measure], base: Cell, others: Sequence[Cell], labels: Sequence[str], title: str, what: str
+) -> Figure:
+    """A row for each of `others`: its paired difference from `base`. what: the rows are, where there are several."""
     with mpl.rc_context(STYLE):
         figure, axes = new_panels(len(panels), width=12, height=1.7 + 0.3 * len(others), sharey=True)
         for ax, measure in zip(axes, panels, strict=True):
@@ -239,16 +253,16 @@ def differences(records: Sequence[Record], baseline: Setting, panels: Sequence[M
                 else:
                     say_diverged(ax, cell, row)
             ax.margins(x=0.2)
-            what = f"{measure.short_title}, change in {'%' if measure.is_perplexity else 'points'}"
-            ax.set_xlabel(f"{capital(what)}\n({'lower' if measure.is_perplexity else 'higher'} is better)")
-        name_rows(axes[0], [_beside(baseline, cell.setting) for cell in others])
-        axes[0].set_ylabel("What is changed")
+            change = f"{measure.short_title}, change in {'%' if measure.is_perplexity else 'points'}"
+            ax.set_xlabel(f"{capital(change)}\n({'lower' if measure.is_perplexity else 'higher'} is better)")
+        name_rows(axes[0], list(labels))
+        axes[0].set_ylabel(what if len(others) > 2 else "")  # for which one row has no room
         handles = [
             Line2D([], [], color="#0072B2", marker="o", mfc=fill, label=label)
             for fill, label in (("#0072B2", "differs"), ("#FFFFFF", "may be no difference"))
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, title="Bars: 95% intervals, paired")
-        set_title(figure, _differences_title(panels[0], base, [cell for cell in others if cell.records]))
+        set_title(figure, title)
     return figure
 
 
@@ -284,18 +298,20 @@ def _change_text(value: float) -> str:
 
 
 def _differences_title(measure: Measure, base: Cell, others: list[Cell]) -> str:
-    def text(cell: Cell) -> str:
-        found = _change(measure, base, cell)
-        return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: signed(x, _change_text) + '%')}"
-
     if not others:
         return f"Nothing finished beside {base.title}"
     variants = [cell for cell in others if cell.method == base.method]
     ranked = sorted(variants or others, key=lambda cell: measure.value(identity, cell))
-    ends = [f"{'best variant' if variants else 'best'} {text(ranked[0])}"]
+    best = "best" if measure.above(ranked[0], base).estimate < 0 else "nearest"
+    ends = [f"{best}{' variant' * bool(variants)} {_named_change(measure, base, ranked[0])}"]
     if len(ranked) > 1:
-        ends.append(f"worst {text(ranked[-1])}")
+        ends.append(f"worst {_named_change(measure, base, ranked[-1])}")
     return f"{capital(measure.title)} beside {base.title}: {', '.join(ends)}"
+
+
+def _named_change(measure: Measure, base: Cell, cell: Cell) -> str:
+    found = _change(measure, base, cell)
+    return f"{_beside(base.setting, cell.setting)} {found.text(lambda x: signed(x, _change_text) + '%')}"
 
 
 def cache_cost(records: Sequence[Record]) -> Figure:
@@ -381,8 +397,8 @@ def learning_curve(records: Sequence[Record]) -> Figure:
             ax.fill_between(seen, losses.min(0), losses.max(0), color=look_of(cell.method).colour, alpha=0.25, lw=0)
             ax.plot(seen, losses.mean(0), color=look_of(cell.method).colour, marker=".", lw=1.4)
             ax.set_title(name, fontsize=8.5, loc="left")
-            spread = f" ({signed(change.min(), nats)} to {signed(change.max(), nats)})" if len(change) > 1 else ""
-            ax.text(0.98, 0.95, f"last {seen[-1] - seen[-2]:,} tokens:\n{signed(change.mean(), nats)}{spread}",
+            spread = f"\nseeds {signed(change.min(), nats)} to {signed(change.max(), nats)}" if len(change) > 1 else ""
+            ax.text(0.98, 0.95, f"last {seen[-1] - seen[-2]:,} tokens:\n{signed(change.mean(), nats)} nats{spread}",
                     transform=ax.transAxes, ha="right", va="top", fontsize=7.5, path_effects=[HALO])  # fmt: skip
         means = np.concatenate([losses.mean(0) for losses in curves])
         finite = means[np.isfinite(means)]

@@ -230,8 +230,9 @@ def format_frontier(records: Sequence[Record]) -> Figure:
                     f"{_by_method(cell, _format(cell).title)} {measure.text(measure.value(identity, cell))}"
                     for cell in far
                 ]
-                ax.text(0.99, 0.99, "\n".join(["Off the scale:", *texts]), transform=ax.transAxes, ha="right", va="top",
-                        fontsize=7.5, color="#444444")  # fmt: skip
+                text = "\n".join(["Perplexity off the scale:", *texts])
+                place = {"transform": ax.transAxes, "ha": "right", "va": "top"}
+                ax.text(0.99, 0.99, text, fontsize=7.5, color="#444444", **place)
         keys = [Line2D([], [], ls="", marker="o", color=colour, label=levels) for levels, colour in colours.items()]
         keys += [
             Line2D([], [], ls="", marker=marker, color="#666666", label=_scale_words(scales))
