@@ -1,5 +1,6 @@
 """Which recipe for a model: what is best for its size of all that was run, what it costs, and how sure that is."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from studylib.evidence import (
     response_measures,
     text_measures,
 )
-from studylib.methods import container, corpus_title, setting
+from studylib.methods import GGUF, container, corpus_title, setting
 from studylib.report.tables import as_markdown
 from studylib.study import Record, seconds_alone
 
@@ -365,11 +366,16 @@ def _time(minutes: float) -> str:
 
 
 def _export(best: Candidate) -> list[str]:
+    """How other software gets it: in what holds it best, and for llama.cpp."""
     try:
         kind = container(best.arm)
     except ValueError:
         return []
-    return [f"For other software, as {kind}: study export {best.cell.records[0].key[:8]} --output FOLDER"]
+    text = f"For other software, as {kind}: study export {best.cell.records[0].key[:8]} --output FOLDER"
+    with contextlib.suppress(ValueError):
+        if container(best.arm, GGUF) != kind:
+            text += ", and with --format gguf for llama.cpp"
+    return [text]
 
 
 def _seeds(family: Family, fitting: Sequence[Candidate]) -> list[str]:

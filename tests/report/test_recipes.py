@@ -151,7 +151,8 @@ def test_without_a_budget_the_smallest_within_five_percent(picture):
         in (found.details)
     )
     key = found.best.cell.records[0].key[:8]
-    assert f"For other software, as compressed-tensors: study export {key} --output FOLDER" in found.details
+    command = f"study export {key} --output FOLDER, and with --format gguf for llama.cpp"
+    assert f"For other software, as compressed-tensors: {command}" in found.details
 
 
 def test_where_nothing_smaller_is_close_the_next_is_named(make_record):
