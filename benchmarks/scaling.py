@@ -169,7 +169,7 @@ def main():
         parts = {"throughput": lambda: throughput(options.old), "cached": cached, "kills": lambda: kills(options.kills)}
         result[part] = parts[part]() | {"load of other work": round(os.getloadavg()[0], 1)}
         print(part, json.dumps(result[part], indent=1), flush=True)
-    result["environment"] = environment()
+        result[part]["environment"] = environment()  # parts may be of several machines
     output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the model of a record in a format that transformers loads")
     export.add_argument("record", metavar="RECORD", help="its key or the beginning of it")
     export.add_argument("--output", type=_path, required=True, metavar="FOLDER", help="a new folder")
-    export.add_argument("--unscored", action="store_true", help="leave the perplexities to `study run-check`")
+    export.add_argument("--scored", action="store_true", help="score what was written, as `study run-check` does later")
     export.add_argument("--format", choices=FORMATS, help="default: the one that holds what was scored")
     export.add_argument(
         "--base-id",
@@ -1064,7 +1064,7 @@ def _export(options: argparse.Namespace, arguments: list[str]) -> int:
     record, store = _find(options), Store(options.results.resolve())
     wanted = next((container for container, option in CONTAINERS_BY_OPTION.items() if option == options.format), None)
     folder = options.output.resolve()
-    print(summary(record, export_model(record, store, folder, wanted, options.base_id, not options.unscored)))
+    print(summary(record, export_model(record, store, folder, wanted, options.base_id, options.scored)))
     return 0
 
 

@@ -252,7 +252,10 @@ def test_export(finished, tmp_path, capsys):
     told = capsys.readouterr().out
     assert told.startswith("LLM-QAT 4-8-4, compressed-tensors: 0.1 MB") and "| perplexity on C4 | " in told
     assert "Key/value cache: 4 bits here as in the record." in told
-    assert told in (tmp_path / "model" / "README.md").read_text()
+    assert told in (tmp_path / "model" / "README.md").read_text() and "as transformers loads it" not in told
+    scored = ["--results", str(finished[0]), "--output", str(tmp_path / "scored"), "--scored"]
+    assert main(["export", keys["LLM-QAT 4-8-4"], *scored]) == 0
+    assert "| | as transformers loads it, in fp32 | the record |" in capsys.readouterr().out
     for key, message in (
         (keys["RTN 4-8-4"], "give a new folder"),
         (keys["full precision"], "the model as it was loaded"),

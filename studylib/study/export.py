@@ -47,12 +47,12 @@ def export_model(
     folder: Path,
     wanted: str | None = None,
     base_id: str | None = None,
-    scored: bool = True,
+    scored: bool = False,
 ) -> Exported:
-    """Write the record's model, its tokenizer, README.md and study.json into the new folder, and score what is loaded.
+    """Write the record's model, its tokenizer, README.md and study.json into the new folder.
 
     wanted: which of CONTAINERS, None for the usual one. base_id: the public name of the model that it was made of.
-    scored: whether it is, which takes longer than all else; `study run-check` can do it later.
+    scored: score what is loaded from there, too, which takes longer than all else; `study run-check` can do it later.
     The model is the one that was kept, or is made again (see run.deployed). Integers keep their scales in fp32 (in GGUF
     fp16); what is not quantized is rounded to 16 bits. Raises ValueError, before any work, for a record that the
     container does not hold, one of other weights, an adapter whose base has no public name, and a folder that is there.

@@ -58,7 +58,7 @@ def store(tmp_path):
 def exported(arm, store, folder, *options):
     """The record, what `export` says of it, and the files' tensors."""
     (record,) = schedule.run([arm], store.folder)
-    found = export.export_model(record, store, folder, *options)
+    found = export.export_model(record, store, folder, *options, scored=True)
     assert not list(folder.parent.glob("*.partial-*"))
     assert found.bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     (file,) = folder.glob("*.safetensors")
@@ -236,7 +236,7 @@ def test_what_is_scored_takes_16_bits_a_number_and_scores_as_fp32_does(store, tm
     (record,) = schedule.run([wanted], store.folder)
     folder, seen = tmp_path / "model", []
     monkeypatch.setattr(export, "score", lambda model, *given, **how: seen.append(model) or score(model, *given, **how))
-    found = export.export_model(record, store, folder, kind)
+    found = export.export_model(record, store, folder, kind, scored=True)
     config, tokenizer = models.load_config("tiny-random"), models.load_tokenizer("tiny-random")
     fp32 = gguf.read(folder, config) if kind == base.GGUF else export.load(kind, None, "", folder)
     assert found.metrics == score(fp32, tokenizer, EVALUATION, batch=1)[0]
@@ -282,7 +282,7 @@ def test_nothing_is_written_over_and_nothing_is_left_half(store, tmp_path, monke
         export.export_model(dataclasses.replace(record, provenance=other), store, tmp_path / "new")
     monkeypatch.setattr(export, "score", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export.export_model(record, store, tmp_path / "new")
+        export.export_model(record, store, tmp_path / "new", scored=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "there"]
 
 
@@ -424,7 +424,7 @@ INT4, AFFINE4 = Format("int-full", 4, 32), Format("affine", 4, 32)
 def test_what_was_trained_is_scored_as_its_record_in_every_engine(fp32, store, tmp_path, method, format, merge, wanted):
     (record,) = schedule.run([arm(method, format=format, merge=merge)], store.folder)
     assert container(record.arm) == (base.INTEGERS if merge == REQUANTIZED else base.GGUF)
-    found = export.export_model(record, store, tmp_path / "model", wanted)
+    found = export.export_model(record, store, tmp_path / "model", wanted, scored=True)
     told, evaluation = cards.read_note(tmp_path / "model")
     assert (tmp_path / "model" / gguf.ADAPTER).exists() == (method == "qat-lora" and merge == BESIDE)
     for own, value in found.metrics.items():
@@ -479,7 +479,7 @@ def test_what_a_container_does_not_hold_is_refused_with_another(wanted, given, m
 def test_the_card_names_no_place_and_tells_the_hub(fp32, store, tmp_path, folder_model):
     wanted = arm("l4q", model=folder_model, format=Format("int-full", 4, 32))
     (record,) = schedule.run([wanted], store.folder)
-    found = export.export_model(record, store, tmp_path / "model", None, "owner/base")
+    found = export.export_model(record, store, tmp_path / "model", None, "owner/base", scored=True)
     assert found.container == base.GGUF and found.moved < 0.02
     for own, value in found.metrics.items():
         assert value == pytest.approx(record.metrics[own], rel=2e-3)

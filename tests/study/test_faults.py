@@ -122,7 +122,7 @@ def killed_at(number):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hear)
-    export_model(Store(results).load(key), Store(results), output, wanted, None, scored=False)
+    export_model(Store(results).load(key), Store(results), output, wanted)
     os.write(writes, str(seen).encode())
     os._exit(0)
 
