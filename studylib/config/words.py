@@ -51,6 +51,8 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def listed(texts: Sequence[str]) -> str:
-    """In a sentence: "a", "a and b", "a, b and c"."""
+def listed(texts: Sequence[str], most: int | None = None) -> str:
+    """In a sentence: "a", "a and b", "a, b and c"; of more than `most`, "a, b and 5 more"."""
+    if most is not None and len(texts) > most:
+        texts = [*texts[:most], f"{len(texts) - most} more"]
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -183,9 +183,8 @@ class Outcome:
     """What a rule finds: the parts of the claim, the verdict of each, and all in words.
 
     shown: the effect that stands for all, where it is none of the parts. of: what the numbers are, where it is not what
-    the measure is called. measured: the kinds of cells that must have
-    been run with several seeds; waiting: those of them whose runs do not tell yet how far they lie apart, so that parts
-    that rest on them are undecided.
+    the measure is called. measured: the kinds of cells that must have been run with several seeds; waiting: those of
+    them whose runs do not tell yet how far they lie apart, so that parts that rest on them are undecided.
     """
 
     parts: tuple[Effect, ...]

@@ -159,9 +159,9 @@ def unread(records: Sequence[Record]) -> str:
     rest = [(setting.title, spent) for setting, spent in seconds.most_common() if setting not in read]
     if not rest:
         return "A claim reads every setting."
-    named = [title for title, _ in rest[:UNREAD]] + ([f"{len(rest) - UNREAD} more"] if len(rest) > UNREAD else [])
+    named = listed([title for title, _ in rest], UNREAD)
     took, total = sum(spent for _, spent in rest), seconds.total()
-    return f"No claim reads {len(rest)} of {len(seconds)} settings, {took:,.0f} of {total:,.0f} s: {listed(named)}."
+    return f"No claim reads {len(rest)} of {len(seconds)} settings, {took:,.0f} of {total:,.0f} s: {named}."
 
 
 def ledger_table(entries: Sequence[Entry]) -> str:

@@ -343,9 +343,8 @@ def _beside_others(
             f"{capital(best.title)} is better than {others}, with 95% confidence {over}.",
         ]
     same = [candidate for candidate in (best, *equals) if candidate is not chosen]
-    named = [f"{other.title} ({_size(other)})" for other in same[:NAMED]]
-    more = [f"{len(same) - NAMED} more"] if len(same) > NAMED else []
-    found = [f"As good, as far as these data can tell {over}: {listed([*named, *more])}."]
+    named = listed([f"{other.title} ({_size(other)})" for other in same], NAMED)
+    found = [f"As good, as far as these data can tell {over}: {named}."]
     if chosen is best:
         return [*found, f"{capital(best.title)} has the lowest perplexity of these, and none is much cheaper to make."]
     lowest = f"{best.title} has the lowest perplexity of those {those}. {capital(chosen.title)} is"

@@ -101,7 +101,7 @@ class Pace:
         found, before = [], set(self.made)
         for arm in arms:
             found.append(self.of(arm))
-            self.made |= {shared for phase in SHARED if (shared := _shared(phase, arm))}
+            self.made |= _made_by(arm, SHARED)
         self.made = before
         return found
 
@@ -199,7 +199,12 @@ def time_text(seconds: float) -> str:
 
 def waited_for(arm: Arm) -> set[tuple[str, Any]]:
     """What the arm makes for others as well, and what these would wait for: text, GPTQ's integers, an adapter."""
-    return {shared for phase in WAITED_FOR if (shared := _shared(phase, arm))}
+    return _made_by(arm, WAITED_FOR)
+
+
+def _made_by(arm: Arm, phases: Iterable[str]) -> set[tuple[str, Any]]:
+    """What the arm makes in these phases for others as well."""
+    return {shared for phase in phases if (shared := _shared(phase, arm))}
 
 
 def _shared(phase: str, arm: Arm) -> tuple[str, Any] | None:

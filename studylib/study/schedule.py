@@ -105,7 +105,7 @@ def _without_gaps(arms: Sequence[Arm], store: Store) -> list[Arm]:
         if (arm.model, arm.evaluation) in covered or (arm.evaluation == NOTHING and arm.model in known)
     ]
     if gaps:
-        named = listed([title(arm) for arm in gaps[:GAPS]] + [f"{len(gaps) - GAPS} more"] * (len(gaps) > GAPS))
+        named = listed([title(arm) for arm in gaps], GAPS)
         print(f'{len(gaps)} arms are not in the reference results and are left out: {named}. compute = "{MISSING}" '
               "computes them.")  # fmt: skip
     return [arm for arm in arms if arm not in gaps]

@@ -52,5 +52,5 @@ def test_where_another_doubling_would_change_the_verdict_it_says_so(claim_and_ru
 @pytest.mark.parametrize(("moved", "said"), [(None, False), (0.004, True), (0.2, False)])
 def test_grids_that_hardly_moved_are_named(claim_and_runs, moved, said):
     text = decide(*claim_and_runs((3.0, 3.2), (0.1, 0.1), moved)).text
-    told = "scales moved by little from where they began: LLM-QAT at 4-8-4 by 0.4% and LLM-QAT at 4-6-4 by 0.4%."
-    assert (told in text) == ("scales moved" in text) == said
+    told = "Learned scales moved by little from where they began: LLM-QAT at 4-8-4 by 0.4% and LLM-QAT at 4-6-4 by"
+    assert (f"{told} 0.4%." in text) == ("scales moved" in text) == said

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from studylib.config.settings import Format
+from studylib.config.words import listed
 from studylib.evidence.measures import gather
 from studylib.evidence.verdicts import NOT_TESTED, judge
 from studylib.methods import arms
@@ -54,3 +55,10 @@ def test_renaming_every_title_changes_no_verdict_and_no_effect(records, monkeypa
     assert found(records) == before
     titles = [cell.title for cell in gather(records).values() if cell.method == "llm-qat"]
     assert set(titles) > {"something at 4-8-4", "something at 4-8-4 (something)"}  # the words are really others
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "a"), (2, "a and b"), (3, "a, b and c"), (4, "a, b and 2 more"), (5, "a, b and 3 more")]
+)
+def test_long_lists_end_with_how_many_more_there_are(count, said):
+    assert listed("abcde"[:count], 3 if count < 4 else 2) == said

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from studylib.config.settings import Scheme
+from studylib.config.settings import Format, Scheme
 from studylib.methods.arms import Setting
 from studylib.report.figures import comparisons as figures
 from studylib.report.style import draw_best, move_apart
@@ -181,6 +181,8 @@ def test_what_is_left_after_deployment_stands_by_its_bytes_and_way_of_merging(tu
     merged = "adapter merged into the 16-bit weights, then rounded and distilled"
     assert any(row.startswith(f"QLoRA, {merged}: ") for row in rows)
     assert "responses beside QLoRA at 4-16-16" in flat(figure) and "of what is no larger" in flat(figure)
-    assert "change in %" in ax.get_xlabel()
+    assert "change in %" in ax.get_xlabel() and "rank 64" not in texts(figures.size_accuracy(tuned))
+    diverged = make_record("l4q", "2-16-16", status=DIVERGED, changes={"format": Format("int-full", 2)})
+    assert "L4Q diverged" in texts(figures.after_deployment([*tuned, diverged]))
     for records, said in (([make_record("full-precision")], "No QLoRA"), (tuned[:0], "No QLoRA")):
         assert figures.after_deployment(records).get_suptitle().startswith(said)

@@ -180,8 +180,7 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
             ax.set_xlabel(f"Weights + cache of {CONTEXT:,} tokens, MB")
             ax.set_ylabel(axis_title(measure, "log scale, "))
         best = [shown[i].title for i in frontier(panels[0], shown, sizes)]
-        named = listed(best[:NAMED] + [f"{len(best) - NAMED} more"] * (len(best) > NAMED))
-        title = f"By {panels[0].title}, none of these is both smaller and better than {named}"
+        title = f"By {panels[0].title}, none of these is both smaller and better than {listed(best, NAMED)}"
         finish(figure, title, cells, lines[0])
         for ax, measure, limit, line in zip(axes, panels, limits, lines, strict=True):
             _label_points(ax, measure, shown, sizes, limit, line)
@@ -191,24 +190,28 @@ def size_accuracy(records: Sequence[Record]) -> Figure:
 def after_deployment(records: Sequence[Record]) -> Figure:
     """A row for each fine-tuned model as it is deployed, the smallest first: its memory (weights and a cache of CONTEXT
     tokens), and its paired difference of the perplexity of responses from QLoRA with its adapter beside the base."""
-    tuned = [cell for cell in gather(records).values() if cell.tuned and cell.records]
-    base = next((cell for cell in tuned if cell.method == "qlora" and not cell.setting.changes), None)
+    tuned = [cell for cell in gather(records).values() if cell.tuned]
+    finished = [cell for cell in tuned if cell.records]
+    base = next((cell for cell in finished if cell.method == "qlora" and not cell.setting.changes), None)
     panels = response_measures(records)
     if not panels or base is None:
         return empty_figure("No QLoRA to compare with")
     (measure,) = panels
-    others = sorted(
-        (cell for cell in tuned if cell is not base), key=lambda c: (megabytes(c), measure.value(identity, c))
-    )
-    if not others:
+    sizes = {cell: megabytes(cell) for cell in finished}
+    ranked = sorted((cell for cell in finished if cell is not base), key=lambda cell: measure.value(identity, cell))
+    if not ranked:
         return empty_figure(f"Nothing to compare with {base.title}")
-    smaller = [cell for cell in others if megabytes(cell) <= megabytes(base)] or others
-    ranked = sorted(smaller, key=lambda cell: measure.value(identity, cell))
-    ends = [_named_change(measure, base, cell) for cell in dict.fromkeys((ranked[0], ranked[-1]))]
-    title = f"{capital(measure.title)} beside {base.title} ({megabytes(base):.0f} MB), of what is no larger: "
+    smaller = [cell for cell in ranked if sizes[cell] <= sizes[base]]
+    told = smaller or ranked
+    ends = [_named_change(measure, base, cell) for cell in dict.fromkeys((told[0], told[-1]))]
+    of = ", of what is no larger" * bool(smaller)
+    title = f"{capital(measure.title)} beside {base.title} ({sizes[base]:.0f} MB){of}: {', '.join(ends)}"
+    others = [*sorted(ranked, key=sizes.__getitem__), *(cell for cell in tuned if not cell.records)]  # which diverged
     names = [", ".join(filter(None, (method_title(cell.method), cell.setting.variant))) for cell in others]
-    labels = [f"{name}: {megabytes(cell):.0f} MB" for name, cell in zip(names, others, strict=True)]
-    return _changes(panels, base, others, labels, title + ", ".join(ends), "Deployed as, with its memory")
+    labels = [
+        name + (f": {sizes[cell]:.0f} MB" if cell in sizes else "") for name, cell in zip(names, others, strict=True)
+    ]
+    return _changes(panels, base, others, labels, title, "Deployed as, with its memory")
 
 
 def _label_points(ax: Axes, measure: Measure, shown: list[Cell], sizes: Array, limit: float, line: Line2D) -> None:

@@ -125,5 +125,5 @@ def _title(measure: Measure, best: list[Cell], records: Sequence[Record]) -> str
         of = f"of {len(found)} pair{'s' * (len(found) > 1)}"
         said = listed([f"{word} ({count} {of})" for word, count in counts.items() if count])
         return f"At equal bytes, the larger model at fewer bits is {said}, by {measure.title}"
-    named = listed([cell.title for cell in best[:NAMED]] + [f"{len(best) - NAMED} more"] * (len(best) > NAMED))
+    named = listed([cell.title for cell in best], NAMED)
     return f"No two sizes take equal bytes; by {measure.title}, nothing is both smaller and better than {named}"
